@@ -200,8 +200,8 @@ def _serve(cache: RadixCache, request: Request) -> int:
     rest = request.tokens[match.num_tokens :]
     page_ids = cache.allocate(-(-len(rest) // PAGE_SIZE))
     assert page_ids is not None, "the smallest cache must hold the longest text"
-    inserted = cache.insert(match.node, rest, page_ids)
-    cache.pool.free(inserted.duplicates)
+    _, duplicates = cache.insert(match.node, rest, page_ids)
+    cache.pool.free(duplicates)
     cache.unlock(match.node)
     return len(request.prompt) - min(match.num_tokens + match.num_tail_tokens, len(request.prompt) - 1)
 

@@ -131,7 +131,7 @@ def bench_cache(num_tokens: int, num_siblings: int) -> dict[str, dict[str, float
         cache.lock(match.node)
         page_ids = cache.allocate(-(-(len(tokens) - match.num_tokens) // PAGE_SIZE))
         assert page_ids is not None
-        pool.free(cache.insert(match.node, tokens[match.num_tokens :], page_ids).duplicates)
+        pool.free(cache.insert(match.node, tokens[match.num_tokens :], page_ids)[1])
         cache.unlock(match.node)
 
     prompts = [rng.integers(10, 30_000, num_tokens, dtype=np.int32) for _ in range(200)]

@@ -49,20 +49,6 @@ class PrefixMatch:
     num_tail_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Insertion:
-    """The result of an insertion.
-
-    `page_ids`: the tree's pages of the inserted tokens, in the order of the given pages. `node` ends where they end.
-    `duplicates`: given pages whose tokens the tree already had; the caller still owns them. A duplicate tail has no
-    page in `page_ids`, and `node` is then the node that would be its parent.
-    """
-
-    node: RadixNode
-    page_ids: list[int]
-    duplicates: list[int]
-
-
 class RadixCache:
     """The cached pages of all namespaces (cache salts). Not thread-safe: the engine's thread owns it."""
 
@@ -178,17 +164,17 @@ class RadixCache:
 
     # --- insertion
 
-    def insert(self, node: RadixNode, tokens: TokenIds, page_ids: list[int]) -> Insertion:
+    def insert(self, node: RadixNode, tokens: TokenIds, page_ids: list[int]) -> tuple[RadixNode, list[int]]:
         """Add `tokens`, which follow the end of `node`, with their pages. The tree takes the pages of new tokens.
 
         The caller must have locked `node`, which must not be a tail (`retake_tail` first). A partial last page becomes
-        a tail. The caller still owns the result's `duplicates`. O(len(tokens)).
+        a tail. Returns the node where the tokens end, and the given pages whose tokens the tree already had: the caller
+        still owns them. If the tail is among these, the node is the one that would be its parent. O(len(tokens)).
         """
         size = self._page_size
         assert len(node.tokens) % size == 0, "nothing can follow a tail"
         assert len(page_ids) == -(-len(tokens) // size), (len(page_ids), len(tokens))
         self._now += 1
-        own: list[int] = []
         duplicates: list[int] = []
         num_whole = len(tokens) // size * size
         given_node = node
@@ -199,13 +185,11 @@ class RadixCache:
             if child is None:
                 new_pages = page_ids[position // size : num_whole // size]
                 node = self._append(node, tokens[position:num_whole], new_pages, in_place=node is given_node)
-                own += new_pages
                 break
             num_pages = _num_common(child.tokens, tokens[position:num_whole]) // size
             node = self._split(child, num_pages)
             given = page_ids[position // size : position // size + num_pages]
             duplicates += [page for page, kept in zip(given, node.page_ids, strict=True) if page != kept]
-            own += node.page_ids
             position += num_pages * size
         node.last_used, node.is_dead = self._now, False
         if num_whole < len(tokens):
@@ -214,8 +198,7 @@ class RadixCache:
                 duplicates.append(page_ids[-1])
             else:
                 node = tail
-                own.append(page_ids[-1])
-        return Insertion(node, own, duplicates)
+        return node, duplicates
 
     def share(self, node: RadixNode, tokens: TokenIds, page_ids: list[int]) -> RadixNode | None:
         """Add the tokens that a running sequence computed after `node`, and move its lock to their end.
@@ -227,11 +210,11 @@ class RadixCache:
         size = self._page_size
         if len(tokens) >= size and tokens[:size].tobytes() in node.children:
             return None
-        inserted = self.insert(node, tokens, page_ids)
-        if inserted.node is not node:
-            self.lock(inserted.node)
+        end, _ = self.insert(node, tokens, page_ids)
+        if end is not node:
+            self.lock(end)
             self.unlock(node)
-        return inserted.node
+        return end
 
     def retake_tail(self, node: RadixNode) -> RadixNode:
         """Remove a tail from the tree. Its page is the caller's again. Its single lock moves to the parent."""

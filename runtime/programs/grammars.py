@@ -10,7 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ramet import grammar as grammar_engine
 from ramet.errors import GrammarError, GrammarTooLarge
+from ramet.grammar import ir
 from ramet.lang.graph.ir import Constraint, Generate
 from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
 from ramet.lang.graph.narrowing import Narrowing
@@ -19,9 +21,7 @@ from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.types import Grammar
 
 if TYPE_CHECKING:  # these load numba or torch
-    from ramet.grammar import CompiledGrammar, Vocabulary
-    from ramet.grammar.machine.bordered import Bordered
-    from ramet.grammar.service.compile_service import CompileService
+    from ramet.grammar import Bordered, CompiledGrammar, CompileService, Vocabulary
     from ramet.runtime.constraints.device_grammars import DeviceGrammars
 
 _MAX_HEALED = 128  # tokens for which free text after them keeps its masks
@@ -112,14 +112,12 @@ class ProgramGrammars:
             return grammar
         if grammar is not None:
             return grammar.between(before, after, lead)
-        from ramet.grammar.machine.bordered import Bordered  # loads numba
-
         with self._lock:
             found = self._healed.get(before)
             if found is None:
                 if len(self._healed) >= _MAX_HEALED:
                     self._healed = {}
-                found = self._healed[before] = Bordered(None, self._vocabulary, before=before)
+                found = self._healed[before] = grammar_engine.Bordered(None, self._vocabulary, before=before)
         return found
 
     def close(self) -> None:
@@ -142,18 +140,14 @@ class ProgramGrammars:
         return self._beside
 
     def _start_service(self) -> CompileService:
-        from ramet.grammar.service.compile_service import CompileService  # loads numba
-
-        self._service = CompileService(finish=None if self._device is None else self._device.close)
+        self._service = grammar_engine.CompileService(finish=None if self._device is None else self._device.close)
         weakref.finalize(self, self._service.abandon).atexit = False
         return self._service
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        from ramet.grammar import Vocabulary  # loads numba
-
         tokenizer = self._tokenizer
-        return Vocabulary(
+        return grammar_engine.Vocabulary(
             tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer
         )
 
@@ -181,8 +175,6 @@ class ProgramGrammars:
 
     def _options(self, constraint: Constraint) -> dict[str, Any]:  # Any: each option has its own type
         """Return the options of a constraint with JSON in it: what it says, then the runtime's, then the defaults."""
-        from ramet.grammar import ir
-
         return {**ir.AS_MODELS_WRITE, **constraint.form.filled(self._form).said()}
 
 

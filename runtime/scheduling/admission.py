@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.radix_cache import PrefixMatch
-from ramet.runtime.scheduling.priority import OrderConfig, OwnerService, ProgramService, Waiting, WaitingQueue
+from ramet.runtime.scheduling.priority import OwnerService, ProgramService, Waiting, WaitingQueue
 from ramet.runtime.scheduling.sequence_pages import matchable
 from ramet.runtime.types import Sequence
 
@@ -23,8 +23,8 @@ _Frontier = tuple[RadixNode, bytes]
 class AdmissionQueue:
     """All waiting requests, queued or parked. Owner: the scheduler."""
 
-    def __init__(self, order: OrderConfig, service: ProgramService, owners: OwnerService, page_size: int) -> None:
-        self._queue = WaitingQueue(order, service, owners)
+    def __init__(self, service: ProgramService, owners: OwnerService, page_size: int) -> None:
+        self._queue = WaitingQueue(service, owners)
         self._waiting: dict[Sequence, Waiting] = {}
         self._page_size = page_size
         self._num_added = 0

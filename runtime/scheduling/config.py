@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from ramet.runtime.scheduling.priority import OrderConfig
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,6 @@ class SchedulerConfig:
     max_overtakes: int = 256
     max_examined: int = 32
     prefix_cache: bool = True
-    order: OrderConfig = field(default_factory=OrderConfig)
 
     def __post_init__(self) -> None:
         assert self.max_running >= 1, self.max_running

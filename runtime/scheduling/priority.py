@@ -4,11 +4,11 @@ The owner with the least attained service goes first, whatever its requests' pri
 than a fair part of the engine. Among the requests of one owner, a request's key is a time in seconds, and the request
 with the lowest key goes first:
 
-    key = arrival + priority * priority_step + service penalty of its program - credit for its cached prefix
+    key = arrival + priority * PRIORITY_STEP_S + service penalty of its program - credit for its cached prefix
 
 Penalty and credit are bounded. A request is therefore never overtaken by one that arrived more than
-`priority difference * priority_step + max_penalty + max_credit` later, so cached prefixes cannot starve other requests.
-Among programs, the one that has received the least service goes first.
+`priority difference * PRIORITY_STEP_S + MAX_PENALTY_S + MAX_CREDIT_S` later, so cached prefixes cannot starve other
+requests. Among programs, the one that has received the least service goes first.
 Sources: fairness between owners, Sheng et al. 2024, "Fairness in serving large language models" (arXiv:2401.00588),
 algorithm 2; least attained service for programs, Luo et al. 2025, "Autellix" (arXiv:2502.13965), section 4; the bounded
 credit is ours.
@@ -24,15 +24,10 @@ from dataclasses import dataclass
 
 from ramet.runtime.types import Sequence
 
-
-@dataclass(frozen=True, slots=True)
-class OrderConfig:
-    """Weights of the waiting order, in seconds; `service_scale` is in tokens."""
-
-    max_credit_s: float = 2.0
-    max_penalty_s: float = 2.0
-    service_scale: float = 16_384.0
-    priority_step_s: float = 30.0
+PRIORITY_STEP_S = 30.0
+MAX_CREDIT_S = 2.0
+MAX_PENALTY_S = 2.0
+_HALF_PENALTY = 16_384  # tokens that a program has received when its penalty is half of the largest
 
 
 @dataclass(slots=True, eq=False)
@@ -127,19 +122,18 @@ _Heap = list[tuple[float, int, Waiting]]
 class WaitingQueue:
     """Waiting requests by owner, ordered by key. Push and pop are O(log n + owners). Removal is lazy and O(1)."""
 
-    def __init__(self, config: OrderConfig, service: ProgramService, owners: OwnerService) -> None:
-        self._config = config
+    def __init__(self, service: ProgramService, owners: OwnerService) -> None:
         self._service = service
         self._owners = owners
         self._heaps: dict[str, _Heap] = {}
 
     def key_of(self, waiting: Waiting) -> float:
         """Compute the request's current key."""
-        config, request = self._config, waiting.sequence.request
+        request = waiting.sequence.request
         attained = self._service.attained(request.program_id)
-        penalty = config.max_penalty_s * attained / (attained + config.service_scale)
-        credit = config.max_credit_s * waiting.cached_share
-        return waiting.queued_s + request.priority * config.priority_step_s + penalty - credit
+        penalty = MAX_PENALTY_S * attained / (attained + _HALF_PENALTY)
+        credit = MAX_CREDIT_S * waiting.cached_share
+        return waiting.queued_s + request.priority * PRIORITY_STEP_S + penalty - credit
 
     def push(self, waiting: Waiting) -> None:
         waiting.key = self.key_of(waiting)

@@ -61,7 +61,7 @@ class Scheduler:
         self._pages = SequencePages(pool, cache, reservation_ratio=config.reservation_ratio, share=config.prefix_cache)
         self._service = ProgramService()
         self._owners = OwnerService()
-        self._waiting = AdmissionQueue(config.order, self._service, self._owners, pool.page_size)
+        self._waiting = AdmissionQueue(self._service, self._owners, pool.page_size)
         self._sequences: dict[str, Sequence] = {}  # waiting and running, by request id
         self._queued_s: dict[Sequence, float] = {}
         self._running: dict[Sequence, None] = {}  # in order of admission

@@ -133,7 +133,8 @@ class SequencePages:
         if keep and self._is_sharing and num_valid > first * size:
             kept = -(-num_valid // size)
             tokens = sequence.tokens(first * size, num_valid)
-            self.pool.free(self.cache.insert(node, tokens, page_ids[first:kept]).duplicates)
+            _, duplicates = self.cache.insert(node, tokens, page_ids[first:kept])
+            self.pool.free(duplicates)
         self.pool.free(page_ids[kept:])
         self.cache.unlock(node)
         del self._nodes[sequence]

@@ -2,7 +2,7 @@
 
 A step's time is modelled as a sum over what it is made of, each part with its own rate:
 
-    seconds = sum_i rate_i * amount_i      amounts: see `StepShape`
+    seconds = sum_i rate_i * amount_i      amounts: see `step_amounts`
 
 The rates are those that explain the recent steps best (weighted least squares, none negative). Until there are
 measurements, and for parts that recent steps did not have, the rates have fixed ratios to each other (`_RATIOS`):
@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,35 +37,20 @@ _TRUST = 0.01  # in fixed ratios, beside one measurement
 _SWEEPS = 12
 
 
-@dataclass(frozen=True, slots=True)
-class StepShape:
-    """What a step is made of. `num_pairs`: keys that new tokens attend to, summed over these tokens.
-
-    has_many: it has new tokens and so many tokens that other kernels compute it (`SchedulerConfig.num_few`).
+def step_amounts(num_decode: int, extends: Seq[ScheduledSequence], num_few: int = 0) -> tuple[float, ...]:
+    """Return what a step is made of, as `_RATIOS` lists it: decode rows (and a constant), new tokens, the keys that
+    these attend to, summed over them, rows with new tokens, scored positions, and 1 if it has new tokens and so many
+    tokens that other kernels compute it (`SchedulerConfig.num_few`).
     """
-
-    num_decode: int = 0
-    num_new: int = 0
-    num_pairs: float = 0.0
-    num_extends: int = 0
-    num_scored: int = 0
-    has_many: bool = False
-
-    @classmethod
-    def of(cls, num_decode: int, extends: Seq[ScheduledSequence], num_few: int = 0) -> StepShape:
-        num_new = sum(item.num_tokens for item in extends)
-        return cls(
-            num_decode,
-            num_new,
-            sum(num_pairs(item.start, item.num_tokens) for item in extends),
-            len(extends),
-            sum(num_scored(item.sequence, item.start, item.num_tokens) for item in extends),
-            num_new > 0 and 0 < num_few < num_decode + num_new,
-        )
-
-    def amounts(self) -> tuple[float, ...]:
-        rows = _FIXED_ROWS + self.num_decode
-        return (rows, self.num_new, self.num_pairs, self.num_extends, self.num_scored, float(self.has_many))
+    num_new = sum(item.num_tokens for item in extends)
+    return (
+        _FIXED_ROWS + num_decode,
+        num_new,
+        sum(num_pairs(item.start, item.num_tokens) for item in extends),
+        len(extends),
+        sum(num_scored(item.sequence, item.start, item.num_tokens) for item in extends),
+        float(num_new > 0 and 0 < num_few < num_decode + num_new),
+    )
 
 
 class StepCosts:
@@ -92,10 +76,10 @@ class StepCosts:
             return
         extends = batch.items[batch.num_decode :]
         steps = self._mixed if extends else self._decode
-        shape = StepShape.of(batch.num_decode, extends, self._num_few)
-        steps.append((shape.amounts(), seconds))
+        amounts = step_amounts(batch.num_decode, extends, self._num_few)
+        steps.append((amounts, seconds))
         self._num_since_fit += 1
-        is_good = not extends or abs(self.seconds(shape) - seconds) <= _GOOD * seconds
+        is_good = not extends or abs(self.seconds(amounts) - seconds) <= _GOOD * seconds
         if not is_good or self._num_since_fit >= _FIT_EVERY:
             self._num_since_fit = 0
             self._fit()
@@ -109,9 +93,9 @@ class StepCosts:
         tokens, rows, scored = (max(column) for column in zip(*seen, strict=True))
         return max(self._first_tokens, 2 * tokens), max(_LEAST_ROWS, 2 * rows), max(_LEAST_SCORED, 2 * scored)
 
-    def seconds(self, shape: StepShape) -> float:
-        """Predict the time of a step."""
-        return sum(rate * amount for rate, amount in zip(self._rates, shape.amounts(), strict=True))
+    def seconds(self, amounts: Seq[float]) -> float:
+        """Predict the time of a step. amounts: see `step_amounts`."""
+        return sum(rate * amount for rate, amount in zip(self._rates, amounts, strict=True))
 
     def decode_s(self, num_decode: int) -> float:
         """Predict the time of a step with decode rows alone."""

@@ -40,6 +40,23 @@ _MARK, _NEW_MARK = "RametMarkPrevious", "RametMarkNew"
 
 
 @dataclass(frozen=True, slots=True)
+class ThinkingMarks:
+    """How a family of models marks its thinking before an answer.
+
+    `opening`, `closing`: the marks with the white space that models write around them.
+    """
+
+    open: str
+    close: str
+    opening: str
+    closing: str
+
+
+THINK = ThinkingMarks("<think>", "</think>", "<think>\n", "</think>\n\n")  # Qwen3, QwQ, DeepSeek-R1, SmolLM3
+_THINKING = (THINK, ThinkingMarks("[THINK]", "[/THINK]", "[THINK]", "[/THINK]"))  # the second: Magistral
+
+
+@dataclass(frozen=True, slots=True)
 class RoleText:
     """The text that a message adds to a conversation before its content and after it."""
 
@@ -51,6 +68,7 @@ class ChatTemplate:
     """A compiled template. Thread-safe.
 
     `stop_strings`: strings that end an assistant's turn if no token does. Only the plain default has them.
+    `thinking`: how the model marks its thinking; None if the template mentions no known marks.
     """
 
     def __init__(
@@ -68,6 +86,7 @@ class ChatTemplate:
         """
         self.source = source
         self.stop_strings = stop_strings
+        self.thinking = next((marks for marks in _THINKING if marks.open in source or marks.close in source), None)
         self._special_texts = {"bos_token": "", "eos_token": ""} | dict(special_texts or {})
         self._template = _compile(source)
         self._tool_template = _compile(tool_source) if tool_source is not None else self._template

@@ -16,7 +16,6 @@ from functools import cached_property
 from ramet.errors import InvalidRequest
 from ramet.lang.graph import ir
 from ramet.runtime.text.chat_template import ChatTemplate, RoleText
-from ramet.runtime.text.thinking import ThinkingMarks, thinking_marks
 from ramet.runtime.text.tool_style import ToolStyle, tool_style
 
 _OPEN_RESULT, _CLOSE_RESULT = "<tool_response>\n", "\n</tool_response>"
@@ -48,16 +47,12 @@ class RoleMarks:
         self._template = template
         self._known: dict[tuple[str, tuple[str, ...], str], RoleText | InvalidRequest] = {}
         self.stop_strings = template.stop_strings
+        self.thinking = template.thinking
 
     @cached_property
     def style(self) -> ToolStyle:
         """How the model calls tools."""
         return tool_style(self._template)
-
-    @cached_property
-    def thinking(self) -> ThinkingMarks | None:
-        """How the model marks its thinking; None if its template knows none."""
-        return thinking_marks(self._template.source)
 
     def text(self, before: Sequence[ir.AnyNode], node: ir.Marked) -> str:
         """Return the text that a node adds to its branch. `before`: the nodes of the branch before it, root first.

@@ -9,36 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from ramet.errors import GrammarError, InvalidSampling
+from ramet.grammar import ir
+from ramet.grammar.deadline import time_limit
+from ramet.grammar.text.regex import constructs, parse_regex
 
 if TYPE_CHECKING:
-    from ramet.grammar import ir  # loads numba, as all of these
-    from ramet.grammar.regular.dfas import Dfa
+    from ramet.grammar.regular.dfas import Dfa  # loads numba
 
 MAX_PATTERN_STATES = 256  # the matches that can have begun at a time: they are followed on the engine's thread
 _MAX_PARTS = 2_000  # of a pattern with its repetitions written out: so many compile in some ten milliseconds
 _MAX_COMPILE_S = 1.0
 
 
-class _Stop(Protocol):
-    """One thing to look for. `name`: what a match is reported as."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def length(self) -> int:
-        """Length of the longest match that has begun and may become complete."""
-
-    def read(self, character: str) -> int:
-        """Take a character. Return the length of the longest match that ends with it, 0 if there is none."""
-
-    def copy(self) -> _Stop: ...
-
-
 class _StopString:
+    """`name`: what a match is reported as. `length`: of the longest match that has begun and may become complete.
+
+    `read` takes a character, and returns the length of the longest match that ends with it, 0 if there is none.
+    """
+
     __slots__ = ("_failures", "length", "name")
 
     def __init__(self, name: str, failures: Sequence[int], length: int = 0) -> None:
@@ -60,7 +51,7 @@ class _StopString:
 
 
 class _StopPattern:
-    """`begun`: (state, length) of each match that has begun, the longest first. No state stands there twice."""
+    """As _StopString. `begun`: (state, length) of each match that has begun, the longest first, no state twice."""
 
     __slots__ = ("_begun", "_dfa", "name")
 
@@ -103,7 +94,7 @@ class StopScanner:
         stops = tuple(stops)
         if not all(stops):
             raise ValueError("a stop string is empty")
-        self._stops: list[_Stop] = [_StopString(stop, _failure_table(stop)) for stop in stops]
+        self._stops: list[_StopString | _StopPattern] = [_StopString(stop, _failure_table(stop)) for stop in stops]
         self._stops += [_StopPattern(pattern, _compiled(pattern)) for pattern in patterns]
         self._held = ""
         self.matched: str | None = None
@@ -162,9 +153,7 @@ def check_pattern(pattern: str) -> None:
 
 @lru_cache(maxsize=256)
 def _compiled(pattern: str) -> Dfa:
-    from ramet.grammar.deadline import time_limit  # loads numba, which only patterns need
-    from ramet.grammar.regular.languages import compile_chars, has_lookahead
-    from ramet.grammar.text.regex import constructs, parse_regex
+    from ramet.grammar.regular.languages import compile_chars, has_lookahead  # loads numba: only patterns need it
 
     # The first patterns of a process load compiled code, for which this one does not pay.
     compile_chars(parse_regex("a*?b", is_lexeme=True).item)
@@ -185,8 +174,6 @@ def _compiled(pattern: str) -> Dfa:
 
 def _num_parts(node: ir.Node) -> int:
     """Return how many characters and classes a node has, with its repetitions written out."""
-    from ramet.grammar import ir
-
     match node:
         case ir.Bytes(value):
             return len(value)

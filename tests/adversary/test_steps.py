@@ -13,7 +13,7 @@ from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.scheduling.config import SchedulerConfig
 from ramet.runtime.scheduling.scheduler import Scheduler
-from ramet.runtime.scheduling.step_costs import StepShape
+from ramet.runtime.scheduling.step_costs import step_amounts
 from ramet.runtime.testing.simulation import make_request
 from ramet.runtime.types import Batch, RowOutput
 
@@ -23,8 +23,8 @@ MACHINES = {"two cores": (4e-3, 1e-3, 0.75e-3, 0.2e-6, 0.5e-3), "sixteen": (3e-3
 
 
 def seconds_of(batch: Batch, rates: tuple[float, ...]) -> float:
-    shape = StepShape.of(batch.num_decode, batch.items[batch.num_decode :])
-    return float(np.dot(rates, (1, shape.num_decode, shape.num_new, shape.num_pairs, shape.num_extends)))
+    _, new, pairs, extends, *_ = step_amounts(batch.num_decode, batch.items[batch.num_decode :])
+    return float(np.dot(rates, (1, batch.num_decode, new, pairs, extends)))
 
 
 class Bystander:

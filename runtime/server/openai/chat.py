@@ -63,9 +63,9 @@ from ramet.runtime.server.sampling_fields import (
 )
 from ramet.runtime.server.sending import DONE, EventStream, Json, LastEvent, collected, event
 from ramet.runtime.server.served_model import LITTLE_BYTES, ServedModel, client_of
+from ramet.runtime.text.chat_template import THINK, ThinkingMarks
 from ramet.runtime.text.detokenizer import count_kept_tokens
 from ramet.runtime.text.stops import check_pattern
-from ramet.runtime.text.thinking import THINK, ThinkingMarks, thinking_marks
 from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.text.tool_style import ToolStyle, tool_style
 from ramet.runtime.types import RequestOptions
@@ -256,12 +256,12 @@ class ChatEndpoint:
     @cached_property
     def _marks(self) -> ThinkingMarks:
         """How this model marks its reasoning. Models without such a template may write the usual marks, too."""
-        return thinking_marks(self._tokenizer.chat_template.source) or THINK
+        return self._tokenizer.chat_template.thinking or THINK
 
     @cached_property
     def thinks(self) -> bool:
         """Whether the model's chat template marks reasoning."""
-        return thinking_marks(self._tokenizer.chat_template.source) is not None
+        return self._tokenizer.chat_template.thinking is not None
 
     def _free_reasoning(self, budget: int | None) -> FreeReasoning:
         """Return the reasoning that the prompt has opened. `budget`: its most tokens."""

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Literal
 
+from ramet.runtime.text.chat_template import THINK, ThinkingMarks
 from ramet.runtime.text.detokenizer import Detokenizer
-from ramet.runtime.text.thinking import THINK, ThinkingMarks
 
 Position = Literal["before", "inside", "behind"]
 

@@ -37,11 +37,16 @@ def put(cache: RadixCache, tokens: TokenIds, cache_salt: str = "") -> list[int]:
     cache.lock(match.node)
     page_ids = cache.allocate(-(-(len(tokens) - match.num_tokens) // P))
     assert page_ids is not None
-    inserted = cache.insert(match.node, tokens[match.num_tokens :], page_ids)
-    cache.pool.free(inserted.duplicates)
+    node, duplicates = cache.insert(match.node, tokens[match.num_tokens :], page_ids)
+    pages = pages_of(node)
+    cache.pool.free(duplicates)
     cache.unlock(match.node)
     check_cache(cache)
-    return match.page_ids + inserted.page_ids
+    return pages
+
+
+def pages_of(node: RadixNode) -> list[int]:
+    return [page for part in node.path() for page in part.page_ids]
 
 
 def found(match: PrefixMatch) -> tuple[int, int]:
@@ -95,7 +100,7 @@ def put_quick(cache: RadixCache, tokens: TokenIds) -> None:
     cache.lock(match.node)
     page_ids = cache.allocate(-(-(len(tokens) - match.num_tokens) // P))
     assert page_ids is not None
-    cache.pool.free(cache.insert(match.node, tokens[match.num_tokens :], page_ids).duplicates)
+    cache.pool.free(cache.insert(match.node, tokens[match.num_tokens :], page_ids)[1])
     cache.unlock(match.node)
 
 
@@ -106,9 +111,9 @@ def test_inserting_what_is_there_returns_the_given_pages_as_duplicates() -> None
     cache.lock(root)
     given = pool.allocate(3)
     assert given is not None
-    inserted = cache.insert(root, ids(*range(10)), given)
-    assert inserted.duplicates == given
-    assert inserted.page_ids == pages[:2]
+    node, duplicates = cache.insert(root, ids(*range(10)), given)
+    assert duplicates == given
+    assert pages_of(node) == pages[:2]
     pool.free(given)
     cache.unlock(root)
     check_cache(cache)
@@ -259,7 +264,7 @@ def test_a_running_sequence_shares_what_it_has_and_goes_on_in_its_last_page() ->
     node = cache.retake_tail(tail)
     assert node.end == 4
     check_cache(cache, [pages[1:]])
-    assert cache.insert(node, ids(4, 5, 6, 7), pages[1:]).duplicates == []
+    assert cache.insert(node, ids(4, 5, 6, 7), pages[1:])[1] == []
     cache.unlock(node)
     check_cache(cache)
     assert cache.match_length(ids(*range(8))) == 8
@@ -427,9 +432,9 @@ class TreeAgainstModel(RuleBasedStateMachine):
         if keep and path.num_written > first * P:
             kept = -(-path.num_written // P)
             tokens = path.tokens[first * P : path.num_written]
-            inserted = self.cache.insert(path.node, tokens, path.page_ids[first:kept])
-            self.pool.free(inserted.duplicates)
-            self.model.check(path.salt, path.tokens, path.page_ids[:first] + inserted.page_ids, inserted.node.end)
+            node, duplicates = self.cache.insert(path.node, tokens, path.page_ids[first:kept])
+            self.pool.free(duplicates)
+            self.model.check(path.salt, path.tokens, pages_of(node), node.end)
         self.pool.free(path.page_ids[kept:])
         self.cache.unlock(path.node)
 

@@ -31,7 +31,7 @@ def put(cache: RadixCache, tokens: TokenIds) -> None:
     cache.lock(match.node)
     page_ids = cache.allocate(-(-(len(tokens) - match.num_tokens) // P))
     if page_ids is not None:
-        cache.pool.free(cache.insert(match.node, tokens[match.num_tokens :], page_ids).duplicates)
+        cache.pool.free(cache.insert(match.node, tokens[match.num_tokens :], page_ids)[1])
     cache.unlock(match.node)
 
 

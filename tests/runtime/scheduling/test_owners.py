@@ -7,7 +7,7 @@ import random
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from ramet.runtime.scheduling.priority import OrderConfig, OwnerService, ProgramService, Waiting, WaitingQueue
+from ramet.runtime.scheduling.priority import OwnerService, ProgramService, Waiting, WaitingQueue
 from ramet.runtime.testing.simulation import SimulatedEngine, assert_idle_and_whole, make_request, make_simulation
 from ramet.runtime.types import Sequence
 
@@ -18,7 +18,7 @@ def waiting(number: int, owner: str, *, queued_s: float = 0.0, priority: int = 0
 
 def test_the_owner_with_the_least_service_goes_first_whatever_others_ask_for() -> None:
     owners = OwnerService()
-    queue = WaitingQueue(OrderConfig(), ProgramService(), owners)
+    queue = WaitingQueue(ProgramService(), owners)
     for owner in ("big", "small"):
         owners.enter(owner)
     owners.add("big", 100)
@@ -33,7 +33,7 @@ def test_the_owner_with_the_least_service_goes_first_whatever_others_ask_for() -
 
 def test_owners_with_equal_service_go_in_order_of_arrival() -> None:
     owners = OwnerService()
-    queue = WaitingQueue(OrderConfig(), ProgramService(), owners)
+    queue = WaitingQueue(ProgramService(), owners)
     for number, owner in enumerate("abc"):
         owners.enter(owner)
         queue.push(waiting(number, owner, queued_s=3.0 - number))

@@ -1,7 +1,15 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.runtime.scheduling.priority import OrderConfig, OwnerService, ProgramService, Waiting, WaitingQueue
+from ramet.runtime.scheduling.priority import (
+    MAX_CREDIT_S,
+    MAX_PENALTY_S,
+    PRIORITY_STEP_S,
+    OwnerService,
+    ProgramService,
+    Waiting,
+    WaitingQueue,
+)
 from ramet.runtime.testing.simulation import make_request
 from ramet.runtime.types import Sequence
 
@@ -19,14 +27,14 @@ def drain(queue: WaitingQueue) -> list[int]:
 
 
 def test_arrival_decides_among_equals_and_ties_keep_their_order() -> None:
-    queue = WaitingQueue(OrderConfig(), ProgramService(), OwnerService())
+    queue = WaitingQueue(ProgramService(), OwnerService())
     for number, queued_s in enumerate((3.0, 1.0, 1.0, 2.0)):
         queue.push(waiting(number, queued_s))
     assert drain(queue) == [1, 2, 3, 0]
 
 
 def test_a_removed_request_is_passed_over() -> None:
-    queue = WaitingQueue(OrderConfig(), ProgramService(), OwnerService())
+    queue = WaitingQueue(ProgramService(), OwnerService())
     first, second = waiting(0, 0.0), waiting(1, 1.0)
     queue.push(first)
     queue.push(second)
@@ -36,7 +44,7 @@ def test_a_removed_request_is_passed_over() -> None:
 
 def test_service_attained_while_waiting_counts_when_it_is_looked_at() -> None:
     service = ProgramService()
-    queue = WaitingQueue(OrderConfig(), service, OwnerService())
+    queue = WaitingQueue(service, OwnerService())
     queue.push(waiting(0, 0.0, program="p"))
     queue.push(waiting(1, 0.5, program="q"))
     service.add("p", 100_000)
@@ -54,9 +62,8 @@ def test_programs_used_long_ago_are_forgotten() -> None:
     st.lists(st.tuples(st.floats(0, 100), st.floats(0, 1), st.integers(0, 1_000_000), st.integers(-1, 1)), max_size=40)
 )
 def test_nobody_is_overtaken_by_a_much_later_arrival(arrivals: list[tuple[float, float, int, int]]) -> None:
-    config = OrderConfig()
     service = ProgramService()
-    queue = WaitingQueue(config, service, OwnerService())
+    queue = WaitingQueue(service, OwnerService())
     entries = []
     for number, (queued_s, cached, attained, priority) in enumerate(arrivals):
         service.add(f"p{number}", attained)
@@ -66,5 +73,5 @@ def test_nobody_is_overtaken_by_a_much_later_arrival(arrivals: list[tuple[float,
     for index, later in enumerate(order):
         for earlier in order[:index]:
             difference = later.sequence.request.priority - earlier.sequence.request.priority
-            bound = config.max_credit_s + config.max_penalty_s + max(0, difference) * config.priority_step_s
+            bound = MAX_CREDIT_S + MAX_PENALTY_S + max(0, difference) * PRIORITY_STEP_S
             assert earlier.queued_s <= later.queued_s + bound + 1e-6

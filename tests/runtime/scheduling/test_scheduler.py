@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ramet.errors import CacheIntegrityError, ContextOverflow, InvalidRequest, Overloaded
-from ramet.runtime.scheduling.priority import OrderConfig
+from ramet.runtime.scheduling.priority import MAX_CREDIT_S
 from ramet.runtime.testing.simulation import (
     STOP,
     SimulatedEngine,
@@ -511,7 +511,7 @@ def test_a_cached_prefix_goes_first_among_equals() -> None:
 
 def test_hot_traffic_overtakes_a_cold_request_for_no_longer_than_its_credit() -> None:
     clock = [0.0]
-    engine = make_simulation(max_running=2, clock=clock, order=OrderConfig(max_credit_s=2.0, max_penalty_s=0.0))
+    engine = make_simulation(max_running=2, clock=clock)
     run_all(engine, [make_request("warm", range(20), 2)])
     hot = [engine.scheduler.add(make_request(f"h{i}", range(20), 4)) for i in range(4)]
     cold = engine.scheduler.add(make_request("cold", range(50, 70), 4))
@@ -522,7 +522,7 @@ def test_hot_traffic_overtakes_a_cold_request_for_no_longer_than_its_credit() ->
         arrivals[sequence] = clock[0]
         engine.step()
     overtaking = [arrivals[s] for s in arrivals if s.first_scheduled_s is not None]
-    assert max(overtaking) <= 2.0 + 1e-9
+    assert max(overtaking) <= MAX_CREDIT_S + 1e-9
     assert max(overtaking) > 0.0, "a cached prefix is worth something"
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramet.runtime.scheduling.step_costs import StepCosts, StepShape, num_pairs, num_scored
+from ramet.runtime.scheduling.step_costs import StepCosts, num_pairs, num_scored, step_amounts
 from ramet.runtime.testing.simulation import (
     SimulatedEngine,
     assert_idle_and_whole,
@@ -35,9 +35,9 @@ class Machine:
         self.rng = random.Random(0)
 
     def step_s(self, batch: Batch) -> float:
-        shape = StepShape.of(batch.num_decode, batch.items[batch.num_decode :])
-        amounts = shape.num_decode, shape.num_new, shape.num_pairs, shape.num_extends, shape.num_scored
-        seconds = self.fixed + sum(rate * amount for rate, amount in zip(self.rates, amounts, strict=True))
+        _, *amounts, _ = step_amounts(batch.num_decode, batch.items[batch.num_decode :])
+        parts = zip(self.rates, (batch.num_decode, *amounts), strict=True)
+        seconds = self.fixed + sum(rate * amount for rate, amount in parts)
         return seconds * self.rng.uniform(1 - self.noise, 1 + self.noise)
 
 
@@ -210,7 +210,7 @@ def batch_of(num_decode: int, extends: list[tuple[int, int]]) -> Batch:
 
 
 def predicted(costs: StepCosts, batch: Batch) -> float:
-    return costs.seconds(StepShape.of(batch.num_decode, batch.items[batch.num_decode :]))
+    return costs.seconds(step_amounts(batch.num_decode, batch.items[batch.num_decode :]))
 
 
 @pytest.mark.parametrize("machine", [SMALL_CPU, LARGE_CPU, GPU, ODD], ids=["small CPU", "large CPU", "GPU", "odd"])
