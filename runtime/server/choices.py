@@ -341,33 +341,25 @@ def choice_id(answer_id: str, number: int) -> str:
     return answer_id if number == 0 else f"{answer_id}-{number}"
 
 
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """The engine's id of a request that scores a job's prompt, from its token `first` >= 1 on."""
-
-    request_id: str
-    job: Job
-    first: int
+def scoring(request_id: str, job: Job, first: int) -> Submit:
+    """The request that scores a job's prompt, from its token `first` >= 1 on. Nothing is generated."""
+    params = SamplingParams(max_tokens=1, logprobs=job.sampling.logprobs)
+    options = replace(job.options, score_from=first)
+    return Submit(request_id, list(job.prompt_ids), params, None, options, job.client)
 
 
-async def scored(proxy: EngineProxy | Replicas, wanted: Sequence[Scoring]) -> list[Output]:
-    """Compute prompts, and the log-probabilities of their tokens: with those that a job's `sampling.logprobs` asks for.
+async def scored(proxy: EngineProxy | Replicas, wanted: Sequence[Submit]) -> list[Output]:
+    """Compute prompts by requests of `scoring`. Afterwards the prompts are in the cache.
 
-    Nothing is generated. Afterwards the prompts are in the cache. Raises: as `EngineProxy.submit`, and the error of the
-    first that fails.
+    Raises: as `EngineProxy.submit`, and the error of the first that fails.
     """
     outputs: list[Output] = []
     for start in range(0, len(wanted), MAX_SCORED_TOGETHER):
         streams: list[OutputStream] = []
         try:
-            for one in wanted[start : start + MAX_SCORED_TOGETHER]:
-                options = replace(one.job.options, score_from=one.first)
-                params = SamplingParams(max_tokens=1, logprobs=one.job.sampling.logprobs)
-                command = Submit(one.request_id, list(one.job.prompt_ids), params, None, options, one.job.client)
+            for command in wanted[start : start + MAX_SCORED_TOGETHER]:
                 streams.append(proxy.submit(command, is_whole=True))
             outputs += [await stream.collect() for stream in streams]
-        except InvalidRequest as error:
-            raise name_prompt(error, wanted[start].job.prompt_field) from None
         finally:
             for stream in streams:
                 stream.close()

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.lang.graph.volatile import SHOWN, volatile
+from ramet.runtime.server.sending import AnswerStruct
 from ramet.runtime.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 32
@@ -25,20 +26,16 @@ _MAX_DIFFERENT = 4 * SHOWN  # tokens behind the place where two prompts differ: 
 Nearest = tuple[int, NDArray[np.int32]]  # the length of the common prefix, and tokens of the other prompt after it
 
 
-@dataclass(frozen=True, slots=True)
-class Departure:
-    """Where a prompt leaves the nearest recent one.
+class FirstDifference(AnswerStruct):
+    """Where a prompt left the nearest recent one. `message`: its index; null if the place is in none, as in the tools.
 
-    `num_same`: tokens in common. `message`: the index of the message with the difference; None if it stands elsewhere,
-    as in the tools. After `before`, the prompt has `text`. The other prompt's text is not told: it may be somebody
-    else's. `kind`: what the difference looks like, as a phrase (see lang/graph/volatile.py); None if it looks like
-    nothing in particular.
+    After `before`, the prompt has `text`. `kind`: what both prompts have there: a date, a time, an id, a number, a
+    reordered key; null if it looks like none of them.
     """
 
-    num_same: int
     message: int | None
     before: str
-    text: str
+    text: str  # the other prompt's is not told: it may be somebody else's
     kind: str | None
 
 
@@ -75,7 +72,7 @@ class PromptLog:
 
     def explain(
         self, ids: Sequence[int], nearest: Nearest, messages: Sequence[Mapping[str, Any]]
-    ) -> Departure:  # Any: JSON
+    ) -> FirstDifference:  # Any: JSON
         """Say where a prompt left the nearest one. O(prompt); call it on the pool."""
         num_same, others = nearest
         text = self.tokenizer.decode(ids)
@@ -85,7 +82,7 @@ class PromptLog:
         other = other[len(self.tokenizer.decode(ids[max(0, num_same - 8) : num_same]).rstrip("\ufffd")) :][:SHOWN]
         found = volatile(before, text[start : start + 4 * SHOWN], other)
         kind = None if found is None else found.kind
-        return Departure(num_same, _message_at(text, start, messages), before, after, kind)
+        return FirstDifference(_message_at(text, start, messages), before, after, kind)
 
 
 def _num_same(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:

@@ -58,14 +58,21 @@ class Endpoint:
         return inspect.getdoc(self.handler) or ""
 
 
-class _Application:
-    """The ASGI application of an endpoint: reads the body, encodes the answer, and turns exceptions into answers."""
+class _EndpointRoute(Route):
+    """The route of an endpoint: reads the body, encodes the answer, and turns exceptions into answers.
+
+    It has one method. HEAD is answered as GET, without the body, unless that could be a stream.
+    """
 
     def __init__(self, endpoint: Endpoint, served: ServedModel) -> None:
-        self._endpoint = endpoint
+        super().__init__(endpoint.path, endpoint.handler, methods=[endpoint.method])
+        has_head = endpoint.method == "GET" and not endpoint.has_stream and endpoint.media_type is None
+        self.methods = {endpoint.method, "HEAD"} if has_head else {endpoint.method}
+        self.app = self._answer
+        self._row = endpoint
         self._served = served
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             response = await self._response(Request(scope, receive))
         except ClientDisconnect:
@@ -76,7 +83,7 @@ class _Application:
         await response(scope, receive, send)
 
     async def _response(self, request: Request) -> Response:
-        endpoint = self._endpoint
+        endpoint = self._row
         if endpoint.method not in _READING:
             _check_type(request)
         if endpoint.body is None:
@@ -106,20 +113,11 @@ def _check_type(request: Request) -> None:
         )
 
 
-class _ExactRoute(Route):
-    """A route of one method. HEAD is answered as GET, without the body, unless that could be a stream."""
-
-    def __init__(self, application: _Application, endpoint: Endpoint) -> None:
-        super().__init__(endpoint.path, application, methods=[endpoint.method])
-        has_head = endpoint.method == "GET" and not endpoint.has_stream and endpoint.media_type is None
-        self.methods = {endpoint.method, "HEAD"} if has_head else {endpoint.method}
-
-
 def make_app(
     endpoints: Sequence[Endpoint], served: ServedModel, lifespan: Lifespan[Starlette] | None = None
 ) -> Starlette:
     """Make the application of these endpoints, in this order."""
-    routes = [_ExactRoute(_Application(endpoint, served), endpoint) for endpoint in endpoints]
+    routes = [_EndpointRoute(endpoint, served) for endpoint in endpoints]
 
     async def no_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

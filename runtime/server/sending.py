@@ -44,6 +44,13 @@ def event(data: Any, name: str | None = None, event_id: int | None = None) -> by
     return head + b"data: " + _encoder.encode(data) + b"\n\n"
 
 
+async def named_events(events: AsyncGenerator[Json, None]) -> AsyncGenerator[bytes, None]:
+    """Server-sent events of JSON objects, each with its type as its name."""
+    async with contextlib.aclosing(events):
+        async for written in events:
+            yield event(written, written["type"])
+
+
 class LastEvent(bytes):
     """The last event of a stream. It is sent together with the stream's end, so the client gets both sooner."""
 

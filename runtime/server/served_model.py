@@ -35,7 +35,7 @@ Explain = Callable[[Graph, str, TokenizerTarget], dict[str, Any]]  # Any: JSON
 class ServedModel:
     """One model on one server. `pool`: threads for tokenising and rendering, so the event loop never blocks.
 
-    `misses`: how many prompts left a recent one by a date, an id, ... (see Departure). `bytes_held`: the requests and
+    `misses`: how many prompts left a recent one, by the kind of their FirstDifference. `bytes_held`: the requests and
     programs that are in flight. `configured_context_length`: the context that the engine will have after its start.
     """
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from ramet.runtime.server.openai.bodies import ToolName
 from ramet.runtime.server.sending import Json
 from ramet.runtime.server.validation import Echoed, Strict
 from ramet.runtime.types import MAX_INT32
@@ -62,7 +63,7 @@ class OwnTool(Echoed):
     """A tool that the client runs."""
 
     type: Literal["custom"] | None = None
-    name: str = Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")
+    name: ToolName
     description: str | None = None
     input_schema: Json
     strict: bool | None = None
@@ -115,10 +116,6 @@ class OutputConfig(Strict):
     task_budget: Json | None = None
 
 
-class Metadata(Echoed):
-    user_id: str | None = None
-
-
 class CountBody(Strict):
     """`POST /v1/messages/count_tokens`."""
 
@@ -149,7 +146,7 @@ class MessagesBody(CountBody):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_k: int | None = Field(default=None, ge=0, le=MAX_INT32)
     top_p: float | None = Field(default=None, ge=0, le=1)
-    metadata: Metadata | None = None
+    metadata: Json | None = Field(default=None, description="a label, without effect")
     service_tier: Literal["auto", "standard_only"] | None = None
     container: None = None
     inference_geo: str | None = None

@@ -21,7 +21,7 @@ from ramet.runtime.server.anthropic.translation import chat_body
 from ramet.runtime.server.openai.bodies import ChatBody
 from ramet.runtime.server.openai.chat import ChatAnswer, ChatEndpoint
 from ramet.runtime.server.routing import Endpoint
-from ramet.runtime.server.sending import EventStream, Json, collected, event
+from ramet.runtime.server.sending import EventStream, Json, collected, named_events
 from ramet.runtime.server.served_model import ServedModel
 
 _TAG = "Anthropic"
@@ -42,7 +42,7 @@ class MessagesEndpoints:
         writer = MessageWriter(message)
         events = self._events(answer, writer, body)
         if body.stream:
-            return EventStream(_encoded(events), answer.close)
+            return EventStream(named_events(events), answer.close)
         await collected(request, events)
         return message
 
@@ -86,12 +86,6 @@ def _stop_reason(finish_reason: str, sequence: str | None) -> StopReason:
         return "stop_sequence"
     reasons: dict[str, StopReason] = {"length": "max_tokens", "tool_calls": "tool_use"}
     return reasons.get(finish_reason, "end_turn")
-
-
-async def _encoded(events: AsyncGenerator[Json, None]) -> AsyncGenerator[bytes, None]:
-    async with contextlib.aclosing(events):
-        async for written in events:
-            yield event(written, written["type"])
 
 
 def anthropic_endpoints(served: ServedModel, chat: ChatEndpoint) -> list[Endpoint]:

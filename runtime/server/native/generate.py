@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.runtime.server.choices import Job, Scoring, choice_id, close_all, heals, merged, scored, submit_all
+from ramet.runtime.server.choices import Job, choice_id, close_all, heals, merged, scored, scoring, submit_all
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.link.protocol import Output
-from ramet.runtime.server.logprobs import finite, token_text
+from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.native.bodies import MAX_PROMPTS, GenerateBody
-from ramet.runtime.server.openai.answers import ClosedByBudget
+from ramet.runtime.server.openai.answers import ClosedByBudget, finite, token_text
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sending import DONE, AnswerStruct, EventStream, LastEvent, collected, event
 from ramet.runtime.server.served_model import ServedModel, client_of
@@ -175,11 +174,11 @@ class GenerateEndpoint:
             Output(name, len(job.prompt_ids), 0, 0, finish_reason="length") for name, job in zip(ids, jobs, strict=True)
         ]
         wants_scores, first = bool(body.return_logprob) and start >= 0, max(start, 1)
-        wanted: dict[int, Scoring] = {}
+        wanted: dict[int, Submit] = {}
         for index, job in enumerate(jobs):
             count = len(job.prompt_ids)
             if (wants_scores and first < count) or (not is_generated and count > 1):
-                wanted[index] = Scoring(f"{ids[index]}-score", job, min(first, count - 1))
+                wanted[index] = scoring(f"{ids[index]}-score", job, min(first, count - 1))
         for index, output in zip(wanted, await scored(self._served.proxy, list(wanted.values())), strict=True):
             output.id, output.text, output.token_ids, output.finish_reason = ids[index], "", [], "length"
             if not wants_scores or first >= len(jobs[index].prompt_ids):
@@ -215,7 +214,12 @@ class GenerateAnswer:
         self._computed = computed
         self._logprob_start = logprob_start
         self._sums: list[Output | None] = [None] * len(jobs)
-        self._composed = [_Composed.of(job) for job in jobs]
+        self._composed = [
+            job.constraint.source if job.constraint is not None and job.constraint.kind == "grammar" else None
+            for job in jobs
+        ]
+        self._texts = [""] * len(jobs)  # of those under a composed grammar
+        self._captures: dict[int, dict[str, Any] | None] = {}  # Any: JSON; of ended ones
         self._is_cumulative = body.cumulative or not body.stream
 
     @property
@@ -227,11 +231,11 @@ class GenerateAnswer:
 
     async def take(self, index: int, output: Output) -> None:
         """Take an increment of an answer. With the last one, the named parts of its text are read."""
-        composed = self._composed[index]
-        if composed is not None:
-            composed.text += output.text
+        source = self._composed[index]
+        if source is not None:
+            self._texts[index] += output.text
             if output.finish_reason is not None:
-                await self._served.off_loop(composed.read)
+                self._captures[index] = await self._served.off_loop(_captures, source, self._texts[index])
         known = self._sums[index]
         if known is None or not self._is_cumulative:
             self._sums[index] = output
@@ -269,8 +273,7 @@ class GenerateAnswer:
             meta.e2e_latency, meta.queue_time = output.timings["total_s"], output.timings["queue_s"]
         if self._body.return_logprob:
             self._add_logprobs(meta, index, output, is_whole=is_whole)
-        composed = self._composed[index]
-        captures = UNSET if composed is None or output.finish_reason is None else composed.captures
+        captures = self._captures.get(index, UNSET)
         return Generated(text=output.text, output_ids=output.token_ids, meta_info=meta, captures=captures)
 
     def _add_logprobs(self, meta: GeneratedMeta, index: int, output: Output, *, is_whole: bool) -> None:
@@ -291,23 +294,12 @@ class GenerateAnswer:
         return None if logprob is None else finite(logprob), token, text
 
 
-@dataclass(slots=True)
-class _Composed:
-    """A text under a composed grammar so far, and the values of its named parts once it is read: None if it was cut."""
-
-    source: str
-    text: str = ""
-    captures: dict[str, Any] | None = None  # Any: JSON
-
-    @classmethod
-    def of(cls, job: Job) -> _Composed | None:
-        constraint = job.constraint
-        return None if constraint is None or constraint.kind != "grammar" else cls(constraint.source)
-
-    def read(self) -> None:
-        """Read the named parts. Takes long for a long text."""
-        with contextlib.suppress(ValueError):  # the text was cut off, as its finish reason says
-            self.captures = captured_values(self.source, self.text)
+def _captures(source: str, text: str) -> dict[str, Any] | None:  # Any: JSON
+    """The values of a text's parts that its composed grammar names; None if it was cut. Takes long for a long text."""
+    try:
+        return captured_values(source, text)
+    except ValueError:  # as its finish reason says
+        return None
 
 
 def _finish(output: Output) -> GeneratedFinish | None:

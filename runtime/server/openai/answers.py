@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
 from ramet.runtime.server.link.protocol import Output
-from ramet.runtime.server.logprobs import finite, token_bytes, token_text
+from ramet.runtime.server.prompt_log import FirstDifference
+from ramet.runtime.server.sampling_fields import StreamOptions
 from ramet.runtime.server.sending import AnswerStruct, Json
 from ramet.runtime.text.tokenizer import Tokenizer
 
@@ -19,19 +20,7 @@ _CLOSED = (
 # A field of every API's usage; of several answers, one is enough.
 ClosedByBudget = Annotated[Literal[True], Meta(description=_CLOSED)] | UnsetType
 FinishName = Literal["stop", "length", "tool_calls", "abort", "error"]
-
-
-class FirstDifference(AnswerStruct):
-    """Where a prompt left the nearest recent one. `message`: its index; null if the place is in none, as in the tools.
-
-    After `before`, the prompt has `text`. `kind`: what both prompts have there: a date, a time, an id, a number, a
-    reordered key; null if it looks like none of them.
-    """
-
-    message: int | None
-    before: str
-    text: str
-    kind: str | None
+_LOWEST = -9999.0  # OpenAI's value for a probability of zero; JSON has no infinity
 
 
 class PromptMiss(AnswerStruct):
@@ -224,6 +213,31 @@ def usage_of(outputs: Iterable[Output], prompts: Iterable[Output], reasoning_tok
         completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning_tokens),
         closed_by_budget=True if any(output.was_closed for output in answers) else UNSET,
     )
+
+
+def chunk_usage(options: StreamOptions | None, usage: Callable[[], TokenUsage]) -> TokenUsage | UnsetType | None:
+    """The usage of a chunk that is not the last one. `usage`: makes that of the answer so far."""
+    if options is not None and options.continuous_usage_stats:
+        return usage()
+    return None if options is not None and options.include_usage else UNSET
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, _LOWEST)
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """A token's bytes; for a special token, its spelling."""
+    return tokenizer.token_bytes[token] or tokenizer.decode([token]).encode()
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    r"""A token as text. Bytes that are not valid text are written in OpenAI's form: `bytes:\xe2\x82`."""
+    data = token_bytes(tokenizer, token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def chat_logprobs(tokenizer: Tokenizer, output: Output) -> list[ChatLogprob]:

@@ -14,6 +14,7 @@ from ramet.runtime.server.sending import Json
 from ramet.runtime.server.validation import OnlyTrue, Strict
 from ramet.runtime.types import MAX_INT32
 
+ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -84,7 +85,7 @@ class ChatMessage(Strict):
 class FunctionDefinition(Strict):
     """Arguments match the schema with or without `strict`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")
+    name: ToolName
     description: str | None = None
     parameters: Json | None = None
     strict: bool | None = None
@@ -124,12 +125,8 @@ class AllowedTools(Strict):
     allowed_tools: AllowedFunctions
 
 
-class TextFormat(Strict):
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Strict):
-    type: Literal["json_object"]
+class PlainFormat(Strict):
+    type: Literal["text", "json_object"]
 
 
 class SchemaFormat(JsonFormFields):
@@ -158,9 +155,7 @@ class StructuralTagFormat(Strict):
     format: Json | None = None
 
 
-ResponseFormat = Annotated[
-    TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat, Field(discriminator="type")
-]
+ResponseFormat = Annotated[PlainFormat | JsonSchemaFormat | StructuralTagFormat, Field(discriminator="type")]
 
 
 class ChatBody(SamplingFields):

@@ -29,19 +29,19 @@ from ramet.runtime.server.openai.answers import (
     ChatLogprob,
     ChatLogprobs,
     FinishName,
-    FirstDifference,
     HistoryUsage,
     PromptMiss,
     TokenUsage,
     chat_logprobs,
+    chunk_usage,
     usage_of,
 )
 from ramet.runtime.server.openai.bodies import (
     AllowedTools,
     ChatBody,
-    JsonObjectFormat,
     JsonSchemaFormat,
     NamedTool,
+    PlainFormat,
     StructuralTagFormat,
 )
 from ramet.runtime.server.openai.conversations import ChatPrompt, Conversations
@@ -52,7 +52,7 @@ from ramet.runtime.server.openai.reasoning import (
     position_after,
 )
 from ramet.runtime.server.openai.tool_calls import AnswerReader
-from ramet.runtime.server.prompt_log import Nearest
+from ramet.runtime.server.prompt_log import FirstDifference, Nearest
 from ramet.runtime.server.sampling_fields import (
     JsonFormFields,
     check_size,
@@ -363,8 +363,8 @@ def _max_tokens(body: ChatBody) -> int | None:
 def _schema(body: ChatBody) -> object:
     """The JSON schema of response_format, or None."""
     asked = body.response_format
-    if isinstance(asked, JsonObjectFormat):
-        return {"type": "object"}
+    if isinstance(asked, PlainFormat):
+        return None if asked.type == "text" else {"type": "object"}
     if isinstance(asked, JsonSchemaFormat):
         schema = asked.json_schema.json_schema
         if schema is None:
@@ -544,12 +544,7 @@ class ChatAnswer:
                 choice.incomplete = progress.last.incomplete
         if body.return_token_ids and not is_first:
             choice.token_ids = token_ids or []
-        usage: TokenUsage | UnsetType | None = UNSET
-        if body.stream_options is not None:
-            if body.stream_options.continuous_usage_stats:
-                usage = self.usage()
-            elif body.stream_options.include_usage:
-                usage = None
+        usage = chunk_usage(body.stream_options, self.usage)
         has_prompt = body.return_token_ids and is_first
         return self._event([choice], list(self._plan.job.prompt_ids) if has_prompt else UNSET, usage)
 
@@ -596,9 +591,8 @@ class ChatAnswer:
         if nearest is not None:
             prompts, ids = self._served.prompts, self._plan.job.prompt_ids
             messages = [message.plain() for message in self._plan.body.messages]
-            found = await self._served.compute(len(ids), prompts.explain, ids, nearest, messages)
-            self._served.misses[found.kind or "other"] += 1
-            self._miss = FirstDifference(found.message, found.before, found.text, found.kind)
+            self._miss = await self._served.compute(len(ids), prompts.explain, ids, nearest, messages)
+            self._served.misses[self._miss.kind or "other"] += 1
         for index in indices:
             progress = self.progress[index]
             reader = progress.reader

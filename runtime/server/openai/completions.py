@@ -13,10 +13,9 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.runtime.server.choices import Job, Scoring, close_all, heals, merged, scored, submit_all
+from ramet.runtime.server.choices import Job, close_all, heals, merged, scored, scoring, submit_all
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output
-from ramet.runtime.server.logprobs import finite, token_bytes, token_text
 from ramet.runtime.server.openai.answers import (
     Completion,
     CompletionChoice,
@@ -25,6 +24,10 @@ from ramet.runtime.server.openai.answers import (
     CompletionLogprobs,
     FinishName,
     TokenUsage,
+    chunk_usage,
+    finite,
+    token_bytes,
+    token_text,
     usage_of,
 )
 from ramet.runtime.server.openai.bodies import CompletionBody
@@ -36,14 +39,6 @@ from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.types import RequestOptions
 
 DEFAULT_MAX_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionPrompt:
-    """A prompt. `text`: the text that `echo` returns, if requested: the caller's own if the prompt was text."""
-
-    ids: Sequence[int]
-    text: str
 
 
 @dataclass(slots=True)
@@ -115,8 +110,9 @@ class CompletionEndpoint:
         is_healed = heals(
             body.token_healing, constraint, is_text=not _is_ids(body), has_logprobs=body.logprobs is not None
         )
-        jobs = [replace(shared, prompt_ids=prompt.ids, heals=is_healed) for prompt in prompts]
-        answer = CompletionAnswer(served, body, prompts, jobs, num, is_generated=max_tokens > 0)
+        jobs = [replace(shared, prompt_ids=ids, heals=is_healed) for ids, _ in prompts]
+        texts = [text for _, text in prompts]
+        answer = CompletionAnswer(served, body, jobs, texts, num, is_generated=max_tokens > 0)
         if body.stream:
             return EventStream(answer.events(answer.outputs()), answer.close, DONE)
         for index, output in await collected(request, answer.outputs()):
@@ -153,19 +149,22 @@ def _given_prompts(body: CompletionBody) -> Sequence[str | list[int]]:
     return cast(Sequence[str | list[int]], [given] if isinstance(given[0], int) else given)
 
 
-def _prompts(served: ServedModel, body: CompletionBody, given: Sequence[str | list[int]]) -> list[CompletionPrompt]:
+def _prompts(
+    served: ServedModel, body: CompletionBody, given: Sequence[str | list[int]]
+) -> list[tuple[Sequence[int], str]]:
+    """The tokens of each prompt, and the text that `echo` returns: the caller's own if the prompt was text."""
     tokenizer = served.tokenizer
     prompts = []
     for item in given:
         if isinstance(item, str):
             ids = tokenizer.encode(item, add_special=body.add_special_tokens is not False, parse_special=True)
-            prompts.append(CompletionPrompt(served.one_of_many(ids), item))
+            prompts.append((served.one_of_many(ids), item))
         else:
             size = tokenizer.vocab_size
             if item and not 0 <= min(item) <= max(item) < size:
                 wrong = next(token for token in item if not 0 <= token < size)
                 raise HttpError(400, f"prompt has token {wrong}, but the vocabulary has {size:,}", param="prompt")
-            prompts.append(CompletionPrompt(served.one_of_many(item), tokenizer.decode(item) if body.echo else ""))
+            prompts.append((served.one_of_many(item), tokenizer.decode(item) if body.echo else ""))
     return prompts
 
 
@@ -176,22 +175,24 @@ class CompletionAnswer:
         self,
         served: ServedModel,
         body: CompletionBody,
-        prompts: Sequence[CompletionPrompt],
         jobs: Sequence[Job],
+        texts: Sequence[str],
         num: int,
         *,
         is_generated: bool,
     ) -> None:
+        """`jobs`, `texts`: of each prompt, and what `echo` returns of it. `num`: answers to each."""
         self._served = served
         self._body = body
-        self._prompts = prompts
+        self._prompts = jobs
+        self._prompt_texts = texts
         self._num = num
         self._created = int(time.time())
         self._jobs = [(job, index) for job in jobs for index in range(num)]
         self._is_generated = is_generated
         self._id = served.proxy.new_id("cmpl")
         self._choices = submit_all(served.proxy, self._jobs, self._id) if is_generated else []
-        count = len(prompts) * num
+        count = len(self._jobs)
         self._texts: list[list[str]] = [[] for _ in range(count)]
         self._ids: list[list[int]] = [[] for _ in range(count)]
         self._lasts: list[Output | None] = [None] * count
@@ -219,12 +220,13 @@ class CompletionAnswer:
 
     async def _echoed(self) -> list[Output]:
         """The prompts as increments. The first token of each has no score."""
-        outputs = [Output(self._id, len(p.ids), 0, 0, text=p.text, token_ids=list(p.ids)) for p in self._prompts]
+        outputs = [
+            Output(self._id, len(job.prompt_ids), 0, 0, text=text, token_ids=list(job.prompt_ids))
+            for job, text in zip(self._prompts, self._prompt_texts, strict=True)
+        ]
         if self._body.logprobs is not None:
-            long = [number for number, prompt in enumerate(self._prompts) if len(prompt.ids) > 1]
-            jobs = [self._jobs[number * self._num][0] for number in long]
-            ids = [f"{self._id}-score-{number}" for number in long]
-            wanted = [Scoring(name, job, 1) for name, job in zip(ids, jobs, strict=True)]
+            long = [number for number, job in enumerate(self._prompts) if len(job.prompt_ids) > 1]
+            wanted = [scoring(f"{self._id}-score-{number}", self._prompts[number], 1) for number in long]
             for number, found in zip(long, await scored(self._served.proxy, wanted), strict=True):
                 outputs[number].prompt_logprobs = found.prompt_logprobs
                 outputs[number].prompt_tops = found.prompt_tops
@@ -272,12 +274,7 @@ class CompletionAnswer:
                 yield data if num_open else LastEvent(data + self._usage_event())
 
     def _chunk(self, index: int, text: str, *, is_first: bool) -> CompletionChunk:
-        options = self._body.stream_options
-        usage: TokenUsage | UnsetType | None = UNSET
-        if options is not None and options.continuous_usage_stats:
-            usage = self._usage()
-        elif options is not None and options.include_usage:
-            usage = None
+        usage = chunk_usage(self._body.stream_options, self._usage)
         chunk = self._event([self._choice(index, text, has_prompt=is_first)], usage)
         self._ids[index] = []
         return chunk
@@ -310,7 +307,7 @@ class CompletionAnswer:
             matched_stop=UNSET if last.finish_reason is None else last.stop_match,
             incomplete=UNSET if last.incomplete is None else last.incomplete,
             token_ids=self._ids[index] if has_ids else UNSET,
-            prompt_token_ids=list(self._prompts[index // self._num].ids) if has_ids and has_prompt else UNSET,
+            prompt_token_ids=list(self._prompts[index // self._num].prompt_ids) if has_ids and has_prompt else UNSET,
         )
 
     def _whole_choice(self, index: int, text: str) -> CompletionChoice:

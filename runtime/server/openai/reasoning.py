@@ -6,7 +6,6 @@ The result does not depend on how the text is cut into pieces. White space aroun
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from enum import Enum
 from typing import Literal
 
 from ramet.runtime.text.chat_template import THINK, ThinkingMarks
@@ -23,16 +22,6 @@ def position_after(prompt: str, marks: ThinkingMarks = THINK) -> Position:
     return "behind" if end.endswith(marks.close) else "before"
 
 
-class _Part(Enum):
-    START = 0  # white space, or the beginning of the opening tag
-    REASONING = 1
-    AFTER = 2  # white space after the closing tag
-    CONTENT = 3
-
-
-_FIRST_PARTS = {"before": _Part.START, "inside": _Part.REASONING, "behind": _Part.CONTENT}
-
-
 class ReasoningSplitter:
     """Reads one answer. `push` and `finish` return the (reasoning, content) that is certain by then."""
 
@@ -40,38 +29,39 @@ class ReasoningSplitter:
 
     def __init__(self, position: Position = "before", marks: ThinkingMarks = THINK) -> None:
         self._open, self._close = marks.open, marks.close
-        self._part = _FIRST_PARTS[position]
+        # "before": white space, or the beginning of the opening tag. "between": white space after the closing tag.
+        self._part: Position | Literal["between"] = position
         self._held = ""
         self._has_reasoning = False
 
     @property
     def is_reasoning(self) -> bool:
-        return self._part is _Part.REASONING
+        return self._part == "inside"
 
     @property
     def is_undecided(self) -> bool:
         """True while the text is only white space and the beginning of a tag."""
-        return self._part is _Part.START
+        return self._part == "before"
 
     def push(self, text: str) -> tuple[str, str]:
-        if self._part is _Part.CONTENT:
+        if self._part == "behind":
             return "", text
         reasoning = ""
         held = self._held + text
-        if self._part is _Part.START:
+        if self._part == "before":
             begun = held.lstrip()
             if len(begun) < len(self._open) and self._open.startswith(begun):
                 self._held = held
                 return "", ""
             if not begun.startswith(self._open):
-                self._part, self._held = _Part.CONTENT, ""
+                self._part, self._held = "behind", ""
                 return "", held
-            self._part, held = _Part.REASONING, begun[len(self._open) :]
-        if self._part is _Part.REASONING:
+            self._part, held = "inside", begun[len(self._open) :]
+        if self._part == "inside":
             before, tag, held = held.partition(self._close)
             if tag:
                 reasoning = before.rstrip()
-                self._part = _Part.AFTER
+                self._part = "between"
             else:
                 border = len(before[: len(before) - _overlap(before, self._close)].rstrip())
                 reasoning, held = before[:border], before[border:]
@@ -79,10 +69,10 @@ class ReasoningSplitter:
                 reasoning = reasoning.lstrip()
                 self._has_reasoning = bool(reasoning)
                 held = held if self._has_reasoning or tag else held.lstrip()
-        if self._part is _Part.AFTER:
+        if self._part == "between":
             held = held.lstrip()
             if held:
-                self._part, self._held = _Part.CONTENT, ""
+                self._part, self._held = "behind", ""
                 return reasoning, held
         self._held = held
         return reasoning, ""
@@ -90,7 +80,7 @@ class ReasoningSplitter:
     def finish(self) -> tuple[str, str]:
         """Return the text held back, after the end of the answer."""
         held, self._held = self._held, ""
-        return (held, "") if self._part is _Part.REASONING else ("", held)
+        return (held, "") if self._part == "inside" else ("", held)
 
 
 def _overlap(text: str, close: str) -> int:

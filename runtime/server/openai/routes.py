@@ -1,16 +1,112 @@
-"""The endpoints of OpenAI's API."""
+"""The endpoints of OpenAI's API: chats, completions, `/v1/models`, `/v1/tokenize` and `/v1/detokenize`."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+from starlette.requests import Request
+
+from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.openai.answers import ChatCompletion, Completion
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from ramet.runtime.server.openai.chat import ChatEndpoint
 from ramet.runtime.server.openai.completions import CompletionEndpoint
-from ramet.runtime.server.openai.models import DecodedText, ModelCard, ModelEndpoints, ModelList, TokenIds
 from ramet.runtime.server.routing import Endpoint
+from ramet.runtime.server.sending import AnswerStruct
 from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.text.chat_encoding import encode_marked, render_marked
 
 _TAG = "OpenAI"
+
+
+class ModelCard(AnswerStruct):
+    """`max_model_len`: the context in tokens."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int | None
+
+
+class ModelList(AnswerStruct):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenIds(AnswerStruct):
+    tokens: list[int]
+    count: int
+    max_model_len: int | None
+
+
+class DecodedText(AnswerStruct):
+    text: str
+
+
+class ModelEndpoints:
+    """Endpoints for the served model and its tokenizer."""
+
+    def __init__(self, served: ServedModel, chat: ChatEndpoint) -> None:
+        self._served = served
+        self._chat = chat
+
+    async def models(self, request: Request) -> ModelList:
+        """List the served model."""
+        return ModelList(object="list", data=[self._card()])
+
+    async def model(self, request: Request) -> ModelCard:
+        """Describe the served model, by its name."""
+        self._served.check_name(request.path_params["model_id"])
+        return self._card()
+
+    async def tokenize(self, request: Request, body: TokenizeBody) -> TokenIds:
+        """Return the token ids of a text, or of a conversation rendered by the chat template."""
+        self._served.check_name(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise HttpError(400, "give either prompt or messages", param="prompt")
+        for name, value in (("tools", body.tools), ("chat_template_kwargs", body.chat_template_kwargs)):
+            if value is not None and body.messages is None:
+                raise HttpError(400, f"{name} is only allowed with messages", param=name)
+        tokens = await self._served.off_loop(self._tokens, body)
+        return TokenIds(tokens=tokens, count=len(tokens), max_model_len=self._served.context_length)
+
+    async def detokenize(self, request: Request, body: DetokenizeBody) -> DecodedText:
+        """Return the text of token ids."""
+        self._served.check_name(body.model)
+        size = self._served.tokenizer.vocab_size
+        wrong = next((token for token in body.tokens if not 0 <= token < size), None)
+        if wrong is not None:
+            raise HttpError(400, f"token {wrong} is outside the vocabulary of {size:,} tokens", param="tokens")
+        return DecodedText(text=await self._served.off_loop(self._served.tokenizer.decode, body.tokens))
+
+    def _tokens(self, body: TokenizeBody) -> list[int]:
+        tokenizer = self._served.tokenizer
+        if body.prompt is not None:
+            return tokenizer.encode(body.prompt, add_special=body.add_special_tokens, parse_special=True)
+        messages = [message.plain() for message in body.messages or ()]
+        adapted, tools = self._chat.style.adapt(messages, [tool.plain() for tool in body.tools or ()])
+        text = render_marked(
+            tokenizer,
+            adapted,
+            add_generation_prompt=body.add_generation_prompt,
+            tools=tools,
+            variables=body.chat_template_kwargs,
+        )
+        return encode_marked(tokenizer, text)
+
+    def _card(self) -> ModelCard:
+        return ModelCard(
+            id=self._served.name,
+            object="model",
+            created=int(self._served.started_s),
+            owned_by="ramet",
+            root=self._served.name,
+            parent=None,
+            max_model_len=self._served.context_length,
+        )
 
 
 def openai_endpoints(served: ServedModel, chat: ChatEndpoint) -> list[Endpoint]:

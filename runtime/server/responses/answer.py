@@ -9,34 +9,32 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET
 
-from ramet.runtime.server.openai.answers import ChatLogprob, ClosedByBudget, Count, PromptMiss, TokenUsage
+from ramet.runtime.server.openai.answers import (
+    ChatLogprob,
+    ClosedByBudget,
+    CompletionTokensDetails,
+    Count,
+    PromptTokensDetails,
+    TokenUsage,
+)
 from ramet.runtime.server.responses.bodies import ResponsesBody
-from ramet.runtime.server.responses.translation import INPUT, Functions, OfferedName, sealed
+from ramet.runtime.server.responses.translation import INPUT, Functions, sealed
 from ramet.runtime.server.sending import AnswerStruct, Json
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 ENDED = frozenset({"completed", "incomplete", "failed", "cancelled"})
 
 
-class InputTokensDetails(AnswerStruct):
-    cached_tokens: Annotated[int, Meta(ge=0, description="tokens of the prompt that were not computed again")]
-    ramet: PromptMiss | UnsetType = UNSET
-
-
-class OutputTokensDetails(AnswerStruct):
-    reasoning_tokens: Count
-
-
 class ResponseUsage(AnswerStruct):
     input_tokens: Count
-    input_tokens_details: InputTokensDetails
+    input_tokens_details: PromptTokensDetails
     output_tokens: Count
-    output_tokens_details: OutputTokensDetails
+    output_tokens_details: CompletionTokensDetails
     total_tokens: Count
     closed_by_budget: ClosedByBudget = UNSET
 
@@ -91,11 +89,9 @@ class ResponseObject(AnswerStruct, kw_only=True):
 def response_usage(usage: TokenUsage) -> ResponseUsage:
     return ResponseUsage(
         input_tokens=usage.prompt_tokens,
-        input_tokens_details=InputTokensDetails(
-            cached_tokens=usage.prompt_tokens_details.cached_tokens, ramet=usage.prompt_tokens_details.ramet
-        ),
+        input_tokens_details=usage.prompt_tokens_details,
         output_tokens=usage.completion_tokens,
-        output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.completion_tokens_details.reasoning_tokens),
+        output_tokens_details=usage.completion_tokens_details,
         total_tokens=usage.total_tokens,
         closed_by_budget=usage.closed_by_budget,
     )
@@ -273,16 +269,17 @@ class ResponseWriter:
         events: list[Json] = []
         function = call.get("function", {})
         if "id" in call:
-            offered = self._functions.offered.get(function["name"], OfferedName(function["name"], None, False))
+            offered = self._functions.get(function["name"])
+            is_custom = offered is not None and offered.is_custom
             item: Json = {
-                "id": _new_id("ctc" if offered.is_custom else "fc"),
-                "type": "custom_tool_call" if offered.is_custom else "function_call",
+                "id": _new_id("ctc" if is_custom else "fc"),
+                "type": "custom_tool_call" if is_custom else "function_call",
                 "status": "in_progress",
                 "call_id": call["id"],
-                "name": offered.name,
-                "input" if offered.is_custom else "arguments": "",
+                "name": function["name"] if offered is None else offered.name,
+                "input" if is_custom else "arguments": "",
             }
-            if offered.namespace is not None:
+            if offered is not None and offered.namespace is not None:
                 item["namespace"] = offered.namespace
             events = self._open(item)
         text = function.get("arguments", "")

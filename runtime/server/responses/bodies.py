@@ -10,13 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from ramet.runtime.server.openai.bodies import ReasoningEffort
+from ramet.runtime.server.openai.bodies import PlainFormat, ReasoningEffort, ToolName
 from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, OpenAiValues
 from ramet.runtime.server.sending import Json
 from ramet.runtime.server.validation import Echoed, OnlyFalse, Strict
 from ramet.runtime.types import MAX_INT32
-
-ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 
 
 class TextContent(Echoed):
@@ -171,10 +169,6 @@ class ChosenTools(Strict):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: list[ChosenTool] = Field(min_length=1, max_length=1024)
-
-
-class PlainFormat(Strict):
-    type: Literal["text", "json_object"]
 
 
 class TextSchema(Strict):

@@ -22,7 +22,7 @@ from ramet.runtime.server.responses.bodies import Item, MessageItem, ResponsesBo
 from ramet.runtime.server.responses.store import BackgroundRun, ResponseStore, StoredResponse
 from ramet.runtime.server.responses.translation import chat_body, functions_of
 from ramet.runtime.server.routing import Endpoint
-from ramet.runtime.server.sending import AnswerStruct, EventStream, Json, collected, event
+from ramet.runtime.server.sending import AnswerStruct, EventStream, Json, collected, named_events
 from ramet.runtime.server.served_model import ServedModel, key_name
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class ResponsesEndpoints:
         if body.background:
             return self._in_background(answer, writer, stored, streams=bool(body.stream))
         if body.stream:
-            return EventStream(self._encoded(self._events(answer, writer, stored)), answer.close)
+            return EventStream(named_events(self._events(answer, writer, stored)), answer.close)
         await collected(request, self._events(answer, writer, stored))
         return response
 
@@ -97,7 +97,7 @@ class ResponsesEndpoints:
         after = request.query_params.get("starting_after", "-1")
         if not after.removeprefix("-").isdigit():
             raise HttpError(400, f"starting_after is {after!r}, but must be a number", param="starting_after")
-        return EventStream(self._encoded(stored.run.read(max(int(after) + 1, 0))), lambda: None)
+        return EventStream(named_events(stored.run.read(max(int(after) + 1, 0))), lambda: None)
 
     async def delete(self, request: Request) -> DeletedResponse:
         """Forget a stored response. One that still runs is cancelled."""
@@ -222,12 +222,7 @@ class ResponsesEndpoints:
             task.cancel()
 
         run.abort = abort
-        return EventStream(self._encoded(run.read(0)), lambda: None) if streams else stored.response
-
-    async def _encoded(self, events: AsyncGenerator[Json, None]) -> AsyncGenerator[bytes, None]:
-        async with contextlib.aclosing(events):
-            async for written in events:
-                yield event(written, written["type"])
+        return EventStream(named_events(run.read(0)), lambda: None) if streams else stored.response
 
 
 def _user(text: str) -> Item:

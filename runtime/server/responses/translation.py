@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ramet.runtime.server.errors import HttpError
@@ -17,7 +17,6 @@ from ramet.runtime.server.openai.bodies import (
     ChatMessage,
     FunctionDefinition,
     FunctionName,
-    JsonObjectFormat,
     JsonSchemaFormat,
     NamedTool,
     ResponseFormat,
@@ -35,7 +34,6 @@ from ramet.runtime.server.responses.bodies import (
     Item,
     MessageItem,
     NamespaceTool,
-    PlainFormat,
     ReasoningItem,
     ReferenceItem,
     ResponsesBody,
@@ -49,20 +47,16 @@ _SEALED = "ramet1."  # begins reasoning that a client carries for us
 
 
 @dataclass(frozen=True, slots=True)
-class OfferedName:
-    """A tool as its client knows it."""
+class OfferedTool:
+    """A tool as its client knows it, and the function that the model is offered for it."""
 
     name: str
     namespace: str | None
     is_custom: bool
+    function: FunctionDefinition
 
 
-@dataclass(frozen=True, slots=True)
-class Functions:
-    """The tools of a request as functions. `offered`: by the function's name, which names its namespace, too."""
-
-    definitions: list[ToolDefinition] = field(default_factory=list)
-    offered: dict[str, OfferedName] = field(default_factory=dict)
+Functions = dict[str, OfferedTool]  # by the function's name, which names its namespace, too
 
 
 def function_name(name: str, namespace: str | None) -> str:
@@ -72,7 +66,7 @@ def function_name(name: str, namespace: str | None) -> str:
 
 def functions_of(body: ResponsesBody) -> Functions:
     """Return the tools that the model is offered. Raises HttpError for a tool that is offered twice."""
-    functions = Functions()
+    functions: Functions = {}
     for index, tool in enumerate(body.tools or ()):
         if isinstance(tool, NamespaceTool):
             for inner in tool.tools:
@@ -84,14 +78,13 @@ def functions_of(body: ResponsesBody) -> Functions:
 
 def _offer(functions: Functions, tool: FunctionTool | CustomTool, namespace: str | None, where: str) -> None:
     name = function_name(tool.name, namespace)
-    if name in functions.offered:
+    if name in functions:
         raise HttpError(400, f"{where} has the name {name!r}, which another tool has; names must differ", param=where)
     is_custom = isinstance(tool, CustomTool)
-    functions.offered[name] = OfferedName(tool.name, namespace, is_custom)
     parameters = _input_schema(tool, where) if isinstance(tool, CustomTool) else tool.parameters
     strict = True if isinstance(tool, CustomTool) else tool.strict
     definition = FunctionDefinition(name=name, description=tool.description, parameters=parameters, strict=strict)
-    functions.definitions.append(ToolDefinition(type="function", function=definition))
+    functions[name] = OfferedTool(tool.name, namespace, is_custom, definition)
 
 
 def _input_schema(tool: CustomTool, where: str) -> Json:
@@ -117,7 +110,7 @@ def chat_body(body: ResponsesBody, items: Sequence[Item], functions: Functions) 
         max_tokens=body.max_output_tokens,
         logprobs=True if wants_logprobs else None,
         top_logprobs=body.top_logprobs,
-        tools=functions.definitions or None,
+        tools=[ToolDefinition(type="function", function=tool.function) for tool in functions.values()] or None,
         tool_choice=_tool_choice(body, functions),
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=_response_format(body),
@@ -204,7 +197,7 @@ def _tool_choice(
     choice = body.tool_choice
     if choice is None or isinstance(choice, str):
         # Only tools that nobody runs here were offered, so the model may call none of them.
-        return None if not functions.definitions and choice == "auto" else choice
+        return None if not functions and choice == "auto" else choice
     if isinstance(choice, ChosenTools):
         tools = [_named(tool, functions) for tool in choice.tools]
         return AllowedTools(type="allowed_tools", allowed_tools=AllowedFunctions(mode=choice.mode, tools=tools))
@@ -213,8 +206,8 @@ def _tool_choice(
 
 def _named(tool: ChosenTool, functions: Functions) -> NamedTool:
     name = function_name(tool.name, tool.namespace)
-    if name not in functions.offered:
-        names = ", ".join(functions.offered) or "none"
+    if name not in functions:
+        names = ", ".join(functions) or "none"
         raise HttpError(400, f"tool_choice names {name!r}; the tools are {names}", param="tool_choice")
     return NamedTool(type="function", function=FunctionName(name=name))
 
@@ -226,6 +219,4 @@ def _response_format(body: ResponsesBody) -> ResponseFormat | None:
             name=asked.name, description=asked.description, schema=asked.json_schema, strict=asked.strict
         )
         return JsonSchemaFormat(type="json_schema", json_schema=schema)
-    if isinstance(asked, PlainFormat) and asked.type == "json_object":
-        return JsonObjectFormat(type="json_object")
-    return None
+    return asked
