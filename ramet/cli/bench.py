@@ -21,9 +21,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ramet.cli.chat_models import ChatModel, Reply, Settings, open_model
+from ramet.cli.chat_models import ChatModel, Reply, open_model
 from ramet.cli.flags import add_flags, given_values
 from ramet.errors import ConfigError
+from ramet.lang.graph.sampling import Sampling
 
 _WORDS = (
     "river stone cloud paper light garden winter summer table window music letter bridge market harbor forest silver "
@@ -99,11 +100,11 @@ def prompts_of(load: Load) -> list[str]:
 
 def measure(model: ChatModel, load: Load) -> dict[str, Any]:  # Any: numbers and texts
     """Send one prompt to warm up, then the load; times in milliseconds."""
-    settings = Settings(max_tokens=load.output_tokens, temperature=0.0, top_p=1.0)
+    sampling = Sampling(max_tokens=load.output_tokens, temperature=0.0, top_p=1.0)
 
     def one(prompt: str) -> Reply:
         reply = Reply()
-        for _ in model.complete(prompt, settings, reply):
+        for _ in model.complete(prompt, sampling, reply):
             pass
         return reply
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -15,11 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 
-from ramet.cli.chat_models import ChatModel, Reply, Settings, open_model
+from ramet.cli.chat_models import ChatModel, Reply, open_model
 from ramet.cli.flags import add_flags, given_values
 from ramet.errors import InvalidRequest, RametError
+from ramet.lang.graph.sampling import Sampling
 
 HELP = """\
 /system TEXT   say who the model is (begins anew); without TEXT: show it
@@ -58,7 +59,12 @@ def run_chat(arguments: argparse.Namespace) -> int:
     """Converse until the input ends."""
     from ramet.runtime.engine.config import EngineConfig
 
-    settings = Settings(arguments.max_tokens, arguments.temperature, arguments.top_p, arguments.sampling_seed)
+    sampling = Sampling(
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.sampling_seed,
+    )
     key = arguments.api_key or os.environ.get("RAMET_API_KEY", "").split(",")[0] or None
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     is_terminal = sys.stdin.isatty()
@@ -66,7 +72,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         on_stage = None if status is None else status.update
         model = open_model(arguments.model, arguments.url, key, given_values(arguments, EngineConfig), on_stage)
     with contextlib.closing(model):
-        chat = Chat(model, settings, notes, system=arguments.system, quiet=arguments.quiet)
+        chat = Chat(model, sampling, notes, system=arguments.system, quiet=arguments.quiet)
         if is_terminal:
             notes.print(f"[bold]{model.name}[/]  [dim]/help for commands, Ctrl-D to end[/]")
             chat.converse(_typed_lines())
@@ -81,10 +87,10 @@ class Chat:
     """A conversation and its commands. Owner: the command's thread."""
 
     def __init__(
-        self, model: ChatModel, settings: Settings, notes: Console, *, system: str | None = None, quiet: bool = False
+        self, model: ChatModel, sampling: Sampling, notes: Console, *, system: str | None = None, quiet: bool = False
     ) -> None:
         self.model = model
-        self.settings = settings
+        self.sampling = sampling
         self.messages: list[dict[str, Any]] = []  # Any: JSON
         self._notes = notes
         self._quiet = quiet
@@ -114,7 +120,7 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         reply = Reply()
         try:
-            with contextlib.closing(self.model.chat(self.messages, self.settings, reply)) as pieces:
+            with contextlib.closing(self.model.chat(self.messages, self.sampling, reply)) as pieces:
                 self._print(pieces)
         except KeyboardInterrupt:
             reply.finish_reason = "stopped"
@@ -192,10 +198,10 @@ class Chat:
             if name not in kinds:
                 raise InvalidRequest(f"there is no setting {name!r}; there are {', '.join(kinds)}")
             try:
-                self.settings = dataclasses.replace(self.settings, **{name: kinds[name](value)})
+                self.sampling = msgspec.structs.replace(self.sampling, **{name: kinds[name](value)})
             except ValueError:
                 raise InvalidRequest(f"{name} is a number, not {value!r}") from None
-        shown = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(self.settings).items())
+        shown = ", ".join(f"{key} {value}" for key, value in self.sampling.said().items())
         self._notes.print(shown)
 
     def _save(self, file: str) -> None:

@@ -13,26 +13,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
+import msgspec
 
 from ramet.errors import ConfigError, EngineStopped, InvalidRequest
 from ramet.lang.backends.http_loop import refusal_of
 from ramet.lang.backends.sse import DONE, events_of
+from ramet.lang.graph.sampling import Sampling
 
 if TYPE_CHECKING:
     from ramet.runtime.engine.engine import Engine
 
 Json = dict[str, Any]  # Any: JSON
 Pieces = Generator[tuple[str, str], None, None]  # (reasoning, text) as they come; closing it aborts the request
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The sampling values of every answer."""
-
-    max_tokens: int = 1024
-    temperature: float = 0.7
-    top_p: float = 0.95
-    seed: int | None = None
 
 
 @dataclass(slots=True)
@@ -64,9 +56,9 @@ class ChatModel(Protocol):
 
     name: str
 
-    def chat(self, messages: Sequence[Json], settings: Settings, reply: Reply) -> Pieces: ...
+    def chat(self, messages: Sequence[Json], sampling: Sampling, reply: Reply) -> Pieces: ...
 
-    def complete(self, prompt: str, settings: Settings, reply: Reply) -> Pieces: ...
+    def complete(self, prompt: str, sampling: Sampling, reply: Reply) -> Pieces: ...
 
     def close(self) -> None: ...
 
@@ -82,23 +74,23 @@ class LocalModel:
         self._conversations = Conversations(self._engine.tokenizer)
         self.name = model or self._engine.model.name
 
-    def chat(self, messages: Sequence[Json], settings: Settings, reply: Reply) -> Pieces:
+    def chat(self, messages: Sequence[Json], sampling: Sampling, reply: Reply) -> Pieces:
         from ramet.runtime.server.openai.reasoning import ReasoningSplitter, position_after
 
         prompt = self._conversations.prompt(list(messages))
         splitter = ReasoningSplitter(position_after(prompt.end))
         stops = self._engine.chat_template.stop_strings
         ids: list[int] = []
-        with contextlib.closing(self._stream(prompt.ids, settings, reply, ids, stops)) as pieces:
+        with contextlib.closing(self._stream(prompt.ids, sampling, reply, ids, stops)) as pieces:
             for piece in pieces:
                 yield self._said(reply, *splitter.push(piece))
         yield self._said(reply, *splitter.finish())
         if reply.finish_reason == "stop":
             self._conversations.remember(prompt, {"role": "assistant", "content": reply.text}, ids)
 
-    def complete(self, prompt: str, settings: Settings, reply: Reply) -> Pieces:
+    def complete(self, prompt: str, sampling: Sampling, reply: Reply) -> Pieces:
         ids = self._engine.tokenizer.encode(prompt, add_special=True)
-        with contextlib.closing(self._stream(ids, settings, reply, [], ())) as pieces:
+        with contextlib.closing(self._stream(ids, sampling, reply, [], ())) as pieces:
             for piece in pieces:
                 yield self._said(reply, "", piece)
 
@@ -108,19 +100,12 @@ class LocalModel:
         return reasoning, text
 
     def _stream(
-        self, prompt_ids: list[int], settings: Settings, reply: Reply, ids: list[int], stops: tuple[str, ...]
+        self, prompt_ids: list[int], sampling: Sampling, reply: Reply, ids: list[int], stops: tuple[str, ...]
     ) -> Generator[str, None, None]:
-        from ramet.runtime.types import SamplingParams
-
-        room = self._engine.context_length - len(prompt_ids)
-        sampling = SamplingParams(
-            max_tokens=max(1, min(settings.max_tokens, room)),
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
-            stop=stops,
-        )
-        handle = self._engine.submit(prompt_ids, sampling)
+        room = max(1, self._engine.context_length - len(prompt_ids))
+        limit = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        params = msgspec.structs.replace(sampling, max_tokens=limit, stop=stops).params()
+        handle = self._engine.submit(prompt_ids, params)
         try:
             for output in handle:
                 reply.note()
@@ -162,8 +147,8 @@ class RemoteModel:
             raise ConfigError(f"{url} answers {answer.status_code}: {_message(answer.content)}")
         self.name = model or str(answer.json()["data"][0]["id"])
 
-    def chat(self, messages: Sequence[Json], settings: Settings, reply: Reply) -> Pieces:
-        body = {"messages": list(messages), **self._fields(settings)}
+    def chat(self, messages: Sequence[Json], sampling: Sampling, reply: Reply) -> Pieces:
+        body = {"messages": list(messages), **self._fields(sampling)}
         for chunk in self._chunks("/chat/completions", body, reply):
             for choice in chunk["choices"]:
                 reasoning = choice["delta"].get("reasoning_content") or ""
@@ -175,24 +160,16 @@ class RemoteModel:
                     reply.text += text
                     yield reasoning, text
 
-    def complete(self, prompt: str, settings: Settings, reply: Reply) -> Pieces:
-        for chunk in self._chunks("/completions", {"prompt": prompt, **self._fields(settings)}, reply):
+    def complete(self, prompt: str, sampling: Sampling, reply: Reply) -> Pieces:
+        for chunk in self._chunks("/completions", {"prompt": prompt, **self._fields(sampling)}, reply):
             for choice in chunk["choices"]:
                 reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
                 reply.note()
                 reply.text += choice["text"]
                 yield "", choice["text"]
 
-    def _fields(self, settings: Settings) -> Json:
-        fields: Json = {
-            "model": self.name,
-            "max_tokens": settings.max_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        return fields if settings.seed is None else {**fields, "seed": settings.seed}
+    def _fields(self, sampling: Sampling) -> Json:
+        return {"model": self.name, **sampling.said(), "stream": True, "stream_options": {"include_usage": True}}
 
     def _chunks(self, path: str, body: Json, reply: Reply) -> Iterator[Json]:
         try:

@@ -10,7 +10,6 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from typing import NoReturn
 
@@ -33,14 +32,6 @@ from ramet.runtime.engine.openmp_waits import limit_spinning
 
 Arguments = argparse.Namespace
 _LONGEST_USAGE = 6  # lines
-
-
-@dataclass(frozen=True, slots=True)
-class _Command:
-    name: str
-    summary: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[Arguments], int]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,10 +89,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ramet", description="Run LLM programs that share their prefixes.")
     parser.add_argument("--version", action="version", version=f"ramet {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for command in _COMMANDS:
-        sub = commands.add_parser(command.name, help=command.summary, description=command.summary)
-        command.add_arguments(sub)
-        sub.set_defaults(run=command.run, parser=sub)
+    for name, (summary, add_arguments, run) in _COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary)
+        add_arguments(sub)
+        sub.set_defaults(run=run, parser=sub)
     return parser
 
 
@@ -144,17 +135,18 @@ def _version() -> str:
         return "not installed"
 
 
-_COMMANDS: tuple[_Command, ...] = (
-    _Command("pull", "Fetch a model into the cache.", add_pull, run_pull),
-    _Command("serve", "Serve a model over HTTP.", add_serve, run_serve),
-    _Command("scale", "Change the number of a server's engines.", add_scale, run_scale),
-    _Command("keys", "Keep a server's file of API keys.", add_keys, run_keys),
-    _Command("chat", "Talk with a model.", add_chat, run_chat),
-    _Command("bench", "Measure a server or a model.", add_bench, run_bench),
-    _Command("grammar", "Check what a schema or grammar enforces.", add_grammar, run_grammar),
-    _Command("run", "Run a program of a Python file.", add_run, run_run),
-    _Command("explain", "Show what a program will cost.", add_explain, run_explain),
-    _Command("size", "Show what fits on which GPUs.", add_size, run_size),
-    _Command("doctor", "Show what Ramet finds on this machine.", add_doctor, run_doctor),
-    _Command("completion", "Print a shell's completion script.", add_completion, run_completion),
-)
+# By name: a summary, the function that declares its arguments, and the one that does it.
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Arguments], int]]] = {
+    "pull": ("Fetch a model into the cache.", add_pull, run_pull),
+    "serve": ("Serve a model over HTTP.", add_serve, run_serve),
+    "scale": ("Change the number of a server's engines.", add_scale, run_scale),
+    "keys": ("Keep a server's file of API keys.", add_keys, run_keys),
+    "chat": ("Talk with a model.", add_chat, run_chat),
+    "bench": ("Measure a server or a model.", add_bench, run_bench),
+    "grammar": ("Check what a schema or grammar enforces.", add_grammar, run_grammar),
+    "run": ("Run a program of a Python file.", add_run, run_run),
+    "explain": ("Show what a program will cost.", add_explain, run_explain),
+    "size": ("Show what fits on which GPUs.", add_size, run_size),
+    "doctor": ("Show what Ramet finds on this machine.", add_doctor, run_doctor),
+    "completion": ("Print a shell's completion script.", add_completion, run_completion),
+}

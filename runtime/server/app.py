@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -28,13 +27,10 @@ from ramet.runtime.models.description import describe_model
 from ramet.runtime.server.anthropic.routes import anthropic_endpoints
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.connections import PatientProtocol, bytes_of_heads
-from ramet.runtime.server.holding import Held
-from ramet.runtime.server.keys import KeyRing
 from ramet.runtime.server.limits import HttpLimits
 from ramet.runtime.server.link.protocol import Hello
 from ramet.runtime.server.link.proxy import EngineProxy, Listener
 from ramet.runtime.server.link.replicas import Replicas
-from ramet.runtime.server.metrics import RequestCollector, ServerMetrics
 from ramet.runtime.server.native.generate import generate_endpoints
 from ramet.runtime.server.native.status import status_endpoints
 from ramet.runtime.server.openai.chat import ChatEndpoint
@@ -58,9 +54,8 @@ KEEP_ALIVE_S = (
 LAST_WORDS_S = 0.5  # time for sending errors to requests in flight after a second signal
 
 
-def create_app(served: ServedModel, metrics: ServerMetrics, tenants: Tenants | None = None) -> Starlette:
-    """Make the application. Its lifespan starts and stops the proxy. `tenants`: None for those of the configuration."""
-    tenants = tenants or Tenants(make_keys(served.config))
+def create_app(served: ServedModel) -> Starlette:
+    """Make the application. Its lifespan starts and stops the proxy."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -75,20 +70,14 @@ def create_app(served: ServedModel, metrics: ServerMetrics, tenants: Tenants | N
         *responses_endpoints(served, chat),
         *anthropic_endpoints(served, chat),
         *generate_endpoints(served),
-        *status_endpoints(served, metrics),
-        *program_endpoints(served, metrics.requests),
+        *status_endpoints(served),
+        *program_endpoints(served),
     ]
     app = make_app([*endpoints, *description_endpoints(endpoints)], served, lifespan)
     if served.config.cors_allow_origin:
         origins = list(served.config.cors_allow_origin)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(
-        HttpLimits,
-        config=served.config,
-        requests=metrics.requests,
-        bytes_held=served.bytes_held,
-        tenants=tenants,
-    )
+    app.add_middleware(HttpLimits, config=served.config, tenants=served.tenants)
     return app
 
 
@@ -101,11 +90,6 @@ def open_tokenizer(model: str | None) -> tuple[str, Tokenizer, int]:
     return model or path.stem, described.tokenizer, described.config.max_position_embeddings
 
 
-def make_keys(config: ServerConfig) -> KeyRing:
-    """The keys that a configuration names. Raises ConfigError for a wrong file of keys."""
-    return KeyRing(config.api_key, None if config.api_keys_file is None else Path(config.api_keys_file))
-
-
 def make_server(
     model: str | None,
     engine: dict[str, Any],
@@ -113,47 +97,37 @@ def make_server(
     *,
     log_level: str = "INFO",
     explain: Explain | None = None,
-    keys: KeyRing | None = None,
 ) -> tuple[Starlette, ServedModel]:  # Any: EngineConfig's fields
-    """Make the whole server except its socket. Raises ModelError and ConfigError before anything is started.
-
-    `keys`: those of `config`, for a caller that reads their file again.
-    """
+    """Make the whole server except its socket. Raises ModelError and ConfigError before anything is started."""
     wanted = EngineConfig.from_mapping(engine).context_length
     name, tokenizer, context_length = open_tokenizer(model)
-    requests = RequestCollector(compat=config.compat_metrics)
-    keys = keys or make_keys(config)
-    tenants = Tenants(keys)
-    held = Held(config.max_in_flight, "requests", "retry later")
+    tenants = Tenants(config)
 
     def make_proxy(replica: int | None = None, listener: Listener | None = None) -> EngineProxy:
         return EngineProxy(
             model,
             engine,
-            held=held,
             max_engine_failures=config.max_engine_failures,
             log_level=log_level,
             log_format=config.log_format,
-            watcher=requests,
             accounts=tenants,
             replica=replica,
             listener=listener,
         )
 
     proxy = make_proxy() if config.dp == 1 else Replicas(config.dp, make_proxy)
-    metrics = ServerMetrics(proxy, requests, tenants)
     tokenizer = BoundedTokenizer(tokenizer, wanted or context_length)
     served = ServedModel(
         config,
         proxy,
+        tenants,
         tokenizer,
         config.served_model_name or name,
         time.time(),
         explain,
         wanted or context_length,
-        requests.misses,
     )
-    return create_app(served, metrics, tenants), served
+    return create_app(served), served
 
 
 class Server(uvicorn.Server):
@@ -164,11 +138,8 @@ class Server(uvicorn.Server):
     it repeatedly. The server then ends, because only its operator can help.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, served: ServedModel, keys: KeyRing, on_ready: OnReady | None = None
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, served: ServedModel, on_ready: OnReady | None = None) -> None:
         super().__init__(config)
-        self._keys = keys
         self.failure: RametError | None = None
         self._served = served
         self._on_ready = on_ready
@@ -183,7 +154,7 @@ class Server(uvicorn.Server):
     def reload(self) -> None:
         """Read the file of keys and the certificate again. What is wrong is logged, and the old ones stay."""
         try:
-            num_names = self._keys.reload()
+            num_names = self._served.tenants.reload()
             if self.config.ssl is not None:
                 load_certificate(self.config.ssl, self._served.config)
         except ConfigError as error:
@@ -283,8 +254,8 @@ def serve(
 ) -> None:  # Any: EngineConfig's fields
     """Serve until a signal ends the server. Raises ConfigError and ModelError, also those of the engine process."""
     with bind(config) as listener:
-        keys, context = make_keys(config), tls_context(config)
-        app, served = make_server(model, engine, config, log_level=log_level, explain=explain, keys=keys)
+        context = tls_context(config)
+        app, served = make_server(model, engine, config, log_level=log_level, explain=explain)
         settings = uvicorn.Config(
             app,
             http=partial(PatientProtocol, heads=bytes_of_heads()),  # type: ignore[arg-type]  # it is only called
@@ -297,7 +268,7 @@ def serve(
         )
         settings.load()
         settings.ssl = context
-        server = Server(settings, served, keys, on_ready)
+        server = Server(settings, served, on_ready)
         # Objects that exist now live as long as the process. Full collections over them took a tenth of request time.
         gc.collect()
         gc.freeze()

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ramet.errors import Overloaded
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.holding import Held
+from ramet.runtime.server.tenants import Held
 
 HEAD_TIMEOUT_S = 75.0
 MAX_HEAD_BYTES = 64 << 10

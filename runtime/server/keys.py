@@ -1,22 +1,20 @@
-"""The API keys of a server: whose they are, and what each of their owners may use. Only digests of keys are kept.
+"""Files of API keys: whose they are, and what each of their owners may use. Only digests of keys are kept.
 
 A file of keys is JSON; `ramet keys` writes it:
 
     {"keys": [{"name": "alice", "sha256": ["9f86d0..."], "max_in_flight": 8, "tokens_per_minute": 60000}]}
 
 A name may have several keys, so that a new one works before the old one ends. Keys are drawn with 256 bits of chance,
-so a plain digest cannot be reversed by trying. Not here: counting what is used (`tenants`).
+so a plain digest cannot be reversed by trying. Not here: looking keys up, and counting what is used (`tenants`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -117,40 +115,3 @@ def new_key() -> str:
 
 def digest_of_key(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest()
-
-
-class KeyRing:
-    """The keys that a server accepts: those of its configuration, and those of a file that can be read again."""
-
-    def __init__(self, plain: Iterable[str] = (), path: Path | None = None) -> None:
-        """`plain`: keys without a name, which are called after their digests. Raises ConfigError for a wrong file."""
-        digests = [digest_of_key(key.encode()) for key in plain]
-        self._plain = [KeyEntry(name=f"key-{digest[:8]}", sha256=(digest,)) for digest in dict.fromkeys(digests)]
-        self._path = path
-        self._entries: list[tuple[str, KeyEntry]] = []
-        self._by_name: dict[str, KeyEntry] = {}
-        self.reload()
-
-    @property
-    def is_needed(self) -> bool:
-        """True if requests must bring a key: also where the file has none, so that nobody gets in by an empty one."""
-        return bool(self._plain) or self._path is not None
-
-    def reload(self) -> int:
-        """Read the file again. Returns the number of names. Raises ConfigError; the keys stay as they were then."""
-        entries = [*self._plain, *(() if self._path is None else read_keys(self._path).keys)]
-        self._entries = [(digest, entry) for entry in entries for digest in entry.sha256]
-        self._by_name = {entry.name: entry for entry in entries}
-        return len(self._by_name)
-
-    def find(self, key: bytes) -> KeyEntry | None:
-        """Return whose key this is. All are compared, in constant time: the time says nothing of which one it was."""
-        digest, found = digest_of_key(key), None
-        for known, entry in self._entries:
-            if hmac.compare_digest(digest, known):
-                found = entry
-        return found
-
-    def limits(self, name: str) -> KeyEntry | None:
-        """The limits of a name; None if there is no such name, or none any longer."""
-        return self._by_name.get(name)

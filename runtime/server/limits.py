@@ -19,10 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ramet.errors import EngineStopped
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.holding import Held
 from ramet.runtime.server.keys import digest_of_key
-from ramet.runtime.server.metrics import RequestCollector
-from ramet.runtime.server.tenants import Tenants, Used
+from ramet.runtime.server.tenants import Held, Tenants, Used
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +35,10 @@ ADMIN_PATHS = frozenset({"/flush_cache", "/reset_prefix_cache", "/abort_request"
 class HttpLimits:
     """The middleware. It puts the key's name and the connection into `scope["state"]["client"]`."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        config: ServerConfig,
-        requests: RequestCollector,
-        bytes_held: Held,
-        tenants: Tenants,
-    ) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, tenants: Tenants) -> None:
         self._app = app
-        self._bytes_held = bytes_held
-        self._keys = tenants.keys
         self._tenants = tenants
         self._config = config
-        self._requests = requests
         self._admin_key = None if config.admin_api_key is None else digest_of_key(config.admin_api_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,12 +55,12 @@ class HttpLimits:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._requests.note_response(status)
+                self._tenants.requests.note_response(status)
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
         limited = _LimitedBody(
-            receive, self._config.max_body_bytes, self._bytes_held, keeps_text=self._config.log_prompts
+            receive, self._config.max_body_bytes, self._tenants.bytes, keeps_text=self._config.log_prompts
         )
         client = scope.setdefault("state", {})["client"] = ("", _connection(scope) or request_id)
         try:
@@ -109,8 +97,8 @@ class HttpLimits:
         key = headers.get(b"x-api-key") or _bearer(headers.get(b"authorization", b""))
         if is_admin and self._admin_key is not None:
             allowed = hmac.compare_digest(digest_of_key(key), self._admin_key)
-        elif self._keys.is_needed:
-            entry = self._keys.find(key)
+        elif self._tenants.need_keys:
+            entry = self._tenants.find(key)
             allowed = entry is not None
             if entry is not None:
                 scope["state"]["client"] = (entry.name, scope["state"]["client"][1])

@@ -13,12 +13,12 @@ from collections import Counter as Tally
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ramet.runtime.engine.step_watch import PARTS
-from ramet.runtime.server.link.protocol import Output
+from ramet.runtime.server.link.protocol import Hello, Output
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.link.replicas import Replicas
 
@@ -94,8 +94,8 @@ class EnginesCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         merged: dict[str, Metric] = {}
         for replica, proxy in self._engines.engines():
-            one = EngineCollector(proxy, self._requests.hit_rates[replica], compat=self._requests.compat)
-            for family in one.collect():
+            hit_rate = self._requests.hit_rates[replica].value
+            for family in _engine_metrics(proxy, hit_rate, compat=self._requests.compat):
                 if replica is not None:
                     family.samples = [
                         sample._replace(labels={**sample.labels, "replica": str(replica)}) for sample in family.samples
@@ -113,89 +113,8 @@ class EnginesCollector(Collector):
             yield gauge("ramet_router_known_prefixes", text, self._engines.num_known_prefixes)
 
 
-class EngineCollector:
-    """One engine's own gauges and counters, as of its last heartbeat."""
-
-    def __init__(self, proxy: EngineProxy, hit_rate: CacheHitRate, *, compat: bool) -> None:
-        self._proxy = proxy
-        self._hit_rate = hit_rate
-        self._compat = compat
-
-    def collect(self) -> Iterator[Family]:
-        stats, counters = self._proxy.stats, self._proxy.counters
-        yield gauge("ramet_engine_up", "1 while the engine is ready", float(self._proxy.hello is not None))
-        yield counter("ramet_engine_starts", "engine processes started", counters.num_starts)
-        yield counter("ramet_engine_crashes", "engine processes that ended on their own", counters.num_crashes)
-        yield counter("ramet_aborted_requests", "requests and programs aborted by clients", counters.num_aborts)
-        yield gauge("ramet_in_flight", "requests and programs between arrival and end", self._proxy.num_in_flight)
-        yield gauge("ramet_running_programs", "programs between arrival and end", self._proxy.num_programs)
-        if self._compat:
-            yield counter("sglang:num_aborted_requests", "requests aborted by clients", counters.num_aborts)
-        if stats:
-            yield from self._engine_metrics(stats)
-
-    def _engine_metrics(self, stats: dict[str, float]) -> Iterator[Family]:
-        pages = stats["num_pages"]
-        used = pages - stats["num_free_pages"] - stats["num_evictable_pages"]
-        usage = used / pages if pages else 0.0
-        running, waiting = stats["num_running"], stats["num_waiting"]
-        cached, computed = stats["num_cached_tokens"], stats["num_computed_tokens"]
-        yield gauge("ramet_running_requests", "sequences that run", running)
-        yield gauge("ramet_waiting_requests", "sequences that wait", waiting)
-        yield gauge("ramet_kv_pages", "pages of the KV pool", pages)
-        yield gauge("ramet_kv_free_pages", "pages that hold nothing", stats["num_free_pages"])
-        yield gauge(
-            "ramet_kv_evictable_pages", "pages that hold cached prefixes nobody uses", stats["num_evictable_pages"]
-        )
-        yield gauge("ramet_kv_usage_ratio", "share of the pages that running sequences hold", usage)
-        yield gauge(
-            "ramet_prefix_cache_hit_ratio", "cached share of the prompt tokens of the last minute", self._hit_rate.value
-        )
-        yield counter("ramet_prefix_cache_hit_tokens", "prompt tokens taken from the cache", cached)
-        yield counter("ramet_prefix_cache_query_tokens", "prompt tokens looked up in the cache", cached + computed)
-        yield counter("ramet_computed_tokens", "prompt tokens computed", computed)
-        yield counter("ramet_decoded_tokens", "tokens computed by decode steps", stats["num_decoded_tokens"])
-        yield counter("ramet_engine_steps", "steps of the engine", stats["num_steps"])
-        yield gauge(
-            "ramet_grammar_waiting_requests", "sequences that wait for their grammar", stats["num_waiting_for_grammar"]
-        )
-        yield gauge("ramet_longest_step_seconds", "the longest step since the engine started", stats["longest_step_s"])
-        parts = GaugeMetricFamily("ramet_longest_step_part_seconds", "the longest part of any step", labels=["part"])
-        for part in PARTS:
-            parts.add_metric([part], stats[f"longest_step_{part}_s"])
-        yield parts
-        yield counter("ramet_long_steps", "steps that took 100 ms or more", stats["num_long_steps"])
-        yield counter("ramet_preemptions", "sequences sent back to the queue for memory", stats["num_preemptions"])
-        same = {
-            "num_running_reqs": ("sequences that run", running),
-            "num_queue_reqs": ("sequences that wait", waiting),
-            "token_usage": ("share of the pages that running sequences hold", usage),
-            "cache_hit_rate": ("cached share of the prompt tokens of the last minute", self._hit_rate.value),
-        }
-        for name, (text, value) in same.items():
-            yield gauge(f"sglang_{name}", text, value)
-            if self._compat:
-                yield gauge(f"sglang:{name}", text, value)
-        if self._compat:
-            yield from self._other_spellings(stats, used, usage)
-
-    def _other_spellings(self, stats: dict[str, float], used: float, usage: float) -> Iterator[Family]:
-        hello = self._proxy.hello
-        cached, computed = stats["num_cached_tokens"], stats["num_computed_tokens"]
-        num_kv_tokens = 0 if hello is None else hello.num_kv_tokens
-        yield gauge("sglang:max_total_num_tokens", "token positions of the KV pool", num_kv_tokens)
-        yield gauge("sglang:num_used_tokens", "token positions that running sequences hold", usage * num_kv_tokens)
-        yield counter("sglang:cached_tokens", "prompt tokens taken from the cache", cached)
-        yield gauge("vllm:num_requests_running", "sequences that run", stats["num_running"])
-        yield gauge("vllm:num_requests_waiting", "sequences that wait", stats["num_waiting"])
-        yield gauge("vllm:kv_cache_usage_perc", "share of the pages that running sequences hold", usage)
-        yield counter("vllm:prefix_cache_hits", "prompt tokens taken from the cache", cached)
-        yield counter("vllm:prefix_cache_queries", "prompt tokens looked up in the cache", cached + computed)
-        yield counter("vllm:num_preemptions", "sequences sent back to the queue", stats["num_preemptions"])
-
-
 class RequestCollector(Collector):
-    """The HTTP process's counts of requests, programs and responses. It is a proxy's `Watcher`."""
+    """The HTTP process's counts of requests, programs and responses."""
 
     def __init__(self, *, compat: bool = False) -> None:
         self.compat = compat
@@ -272,12 +191,6 @@ class RequestCollector(Collector):
             rest_s = timings["total_s"] - timings["first_token_s"]
             self.per_token.observe(rest_s / (output.completion_tokens - 1))
 
-    def note_gap(self, seconds: float) -> None:
-        self.gap.observe(seconds)
-
-    def note_heartbeat(self, stats: dict[str, float], replica: int | None = None) -> None:
-        self.hit_rates[replica].note_heartbeat(stats)
-
     def note_response(self, status: int) -> None:
         self.by_status[str(status)] += 1
 
@@ -285,19 +198,12 @@ class RequestCollector(Collector):
         self.by_outcome[outcome] += 1
 
 
-class ServerMetrics:
-    """All metrics of one server, in a registry of its own."""
-
-    def __init__(self, engines: EngineProxy | Replicas, requests: RequestCollector, *others: Collector) -> None:
-        """`requests`: the watcher of the proxies. `others`: more metrics."""
-        self.requests = requests
-        self._registry = CollectorRegistry()
-        for collector in (EnginesCollector(engines, requests), requests, *others):
-            self._registry.register(collector)
-
-    def exposition(self) -> bytes:
-        """The metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+def make_registry(engines: EngineProxy | Replicas, requests: RequestCollector, *others: Collector) -> CollectorRegistry:
+    """All metrics of one server."""
+    registry = CollectorRegistry()
+    for collector in (EnginesCollector(engines, requests), requests, *others):
+        registry.register(collector)
+    return registry
 
 
 def gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
@@ -313,3 +219,76 @@ def labelled(name: str, text: str, label: str, counts: Tally[str]) -> CounterMet
     for value, count in sorted(counts.items()):
         family.add_metric([value], count)
     return family
+
+
+def _engine_metrics(proxy: EngineProxy, hit_rate: float, *, compat: bool) -> Iterator[Family]:
+    """One engine's own gauges and counters, as of its last heartbeat."""
+    stats, counters = proxy.stats, proxy.counters
+    yield gauge("ramet_engine_up", "1 while the engine is ready", float(proxy.hello is not None))
+    yield counter("ramet_engine_starts", "engine processes started", counters.num_starts)
+    yield counter("ramet_engine_crashes", "engine processes that ended on their own", counters.num_crashes)
+    yield counter("ramet_aborted_requests", "requests and programs aborted by clients", counters.num_aborts)
+    yield gauge("ramet_in_flight", "requests and programs between arrival and end", proxy.num_in_flight)
+    yield gauge("ramet_running_programs", "programs between arrival and end", proxy.num_programs)
+    if compat:
+        yield counter("sglang:num_aborted_requests", "requests aborted by clients", counters.num_aborts)
+    if stats:
+        yield from _heartbeat_metrics(proxy, stats, hit_rate, compat=compat)
+
+
+def _heartbeat_metrics(
+    proxy: EngineProxy, stats: dict[str, float], hit_rate: float, *, compat: bool
+) -> Iterator[Family]:
+    pages = stats["num_pages"]
+    used = pages - stats["num_free_pages"] - stats["num_evictable_pages"]
+    usage = used / pages if pages else 0.0
+    running, waiting = stats["num_running"], stats["num_waiting"]
+    cached, computed = stats["num_cached_tokens"], stats["num_computed_tokens"]
+    yield gauge("ramet_running_requests", "sequences that run", running)
+    yield gauge("ramet_waiting_requests", "sequences that wait", waiting)
+    yield gauge("ramet_kv_pages", "pages of the KV pool", pages)
+    yield gauge("ramet_kv_free_pages", "pages that hold nothing", stats["num_free_pages"])
+    yield gauge("ramet_kv_evictable_pages", "pages that hold cached prefixes nobody uses", stats["num_evictable_pages"])
+    yield gauge("ramet_kv_usage_ratio", "share of the pages that running sequences hold", usage)
+    yield gauge("ramet_prefix_cache_hit_ratio", "cached share of the prompt tokens of the last minute", hit_rate)
+    yield counter("ramet_prefix_cache_hit_tokens", "prompt tokens taken from the cache", cached)
+    yield counter("ramet_prefix_cache_query_tokens", "prompt tokens looked up in the cache", cached + computed)
+    yield counter("ramet_computed_tokens", "prompt tokens computed", computed)
+    yield counter("ramet_decoded_tokens", "tokens computed by decode steps", stats["num_decoded_tokens"])
+    yield counter("ramet_engine_steps", "steps of the engine", stats["num_steps"])
+    yield gauge(
+        "ramet_grammar_waiting_requests", "sequences that wait for their grammar", stats["num_waiting_for_grammar"]
+    )
+    yield gauge("ramet_longest_step_seconds", "the longest step since the engine started", stats["longest_step_s"])
+    parts = GaugeMetricFamily("ramet_longest_step_part_seconds", "the longest part of any step", labels=["part"])
+    for part in PARTS:
+        parts.add_metric([part], stats[f"longest_step_{part}_s"])
+    yield parts
+    yield counter("ramet_long_steps", "steps that took 100 ms or more", stats["num_long_steps"])
+    yield counter("ramet_preemptions", "sequences sent back to the queue for memory", stats["num_preemptions"])
+    same = {
+        "num_running_reqs": ("sequences that run", running),
+        "num_queue_reqs": ("sequences that wait", waiting),
+        "token_usage": ("share of the pages that running sequences hold", usage),
+        "cache_hit_rate": ("cached share of the prompt tokens of the last minute", hit_rate),
+    }
+    for name, (text, value) in same.items():
+        yield gauge(f"sglang_{name}", text, value)
+        if compat:
+            yield gauge(f"sglang:{name}", text, value)
+    if compat:
+        yield from _other_spellings(proxy.hello, stats, usage)
+
+
+def _other_spellings(hello: Hello | None, stats: dict[str, float], usage: float) -> Iterator[Family]:
+    cached, computed = stats["num_cached_tokens"], stats["num_computed_tokens"]
+    num_kv_tokens = 0 if hello is None else hello.num_kv_tokens
+    yield gauge("sglang:max_total_num_tokens", "token positions of the KV pool", num_kv_tokens)
+    yield gauge("sglang:num_used_tokens", "token positions that running sequences hold", usage * num_kv_tokens)
+    yield counter("sglang:cached_tokens", "prompt tokens taken from the cache", cached)
+    yield gauge("vllm:num_requests_running", "sequences that run", stats["num_running"])
+    yield gauge("vllm:num_requests_waiting", "sequences that wait", stats["num_waiting"])
+    yield gauge("vllm:kv_cache_usage_perc", "share of the pages that running sequences hold", usage)
+    yield counter("vllm:prefix_cache_hits", "prompt tokens taken from the cache", cached)
+    yield counter("vllm:prefix_cache_queries", "prompt tokens looked up in the cache", cached + computed)
+    yield counter("vllm:num_preemptions", "sequences sent back to the queue", stats["num_preemptions"])

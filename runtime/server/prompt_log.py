@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ramet.lang.graph.volatile import SHOWN, volatile
-from ramet.runtime.server.sending import AnswerStruct
 from ramet.runtime.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 32
@@ -26,7 +26,7 @@ _MAX_DIFFERENT = 4 * SHOWN  # tokens behind the place where two prompts differ: 
 Nearest = tuple[int, NDArray[np.int32]]  # the length of the common prefix, and tokens of the other prompt after it
 
 
-class FirstDifference(AnswerStruct):
+class FirstDifference(msgspec.Struct, forbid_unknown_fields=True):
     """Where a prompt left the nearest recent one. `message`: its index; null if the place is in none, as in the tools.
 
     After `before`, the prompt has `text`. `kind`: what both prompts have there: a date, a time, an id, a number, a

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ from ramet.lang.graph.ir import Graph
 from ramet.runtime.programs.target import TokenizerTarget
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.holding import Held
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.link.replicas import Replicas
 from ramet.runtime.server.prompt_log import PromptLog
+from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -35,26 +34,22 @@ Explain = Callable[[Graph, str, TokenizerTarget], dict[str, Any]]  # Any: JSON
 class ServedModel:
     """One model on one server. `pool`: threads for tokenising and rendering, so the event loop never blocks.
 
-    `misses`: how many prompts left a recent one, by the kind of their FirstDifference. `bytes_held`: the requests and
-    programs that are in flight. `configured_context_length`: the context that the engine will have after its start.
+    `configured_context_length`: the context that the engine will have after its start.
     """
 
     config: ServerConfig
     proxy: EngineProxy | Replicas
+    tenants: Tenants
     tokenizer: Tokenizer
     name: str
     started_s: float  # time.time()
     explain: Explain | None = None
     configured_context_length: int | None = None
-    misses: Counter[str] = field(default_factory=Counter)
-    bytes_held: Held = field(init=False)
     prompts: PromptLog = field(init=False)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="ramet-text"))
 
     def __post_init__(self) -> None:
         self.prompts = PromptLog(self.tokenizer)
-        way_out = "retry later, or raise --max-in-flight-bytes"
-        self.bytes_held = Held(self.config.bytes_in_flight, "bytes of requests", way_out)
 
     @property
     def context_length(self) -> int | None:

@@ -16,10 +16,11 @@ import pytest
 from rich.console import Console
 
 from ramet.cli.chat import Chat, figures
-from ramet.cli.chat_models import LocalModel, Reply, Settings
+from ramet.cli.chat_models import LocalModel, Reply
 from ramet.cli.completion import SHELLS, completion_script
 from ramet.cli.main import main, make_parser
 from ramet.errors import InvalidRequest
+from ramet.lang.graph.sampling import Sampling
 
 TINY = ["tiny-random", "--device", "cpu", "--num-kv-tokens", "2048"]
 FEW = ["--max-tokens", "6", "--temperature", "0"]
@@ -33,8 +34,8 @@ def model() -> Iterator[LocalModel]:
 
 def chat_of(model: LocalModel, **fields: Any) -> tuple[Chat, io.StringIO]:
     notes = io.StringIO()
-    settings = Settings(max_tokens=6, temperature=0.0, top_p=1.0)
-    return Chat(model, settings, Console(file=notes, width=200), **fields), notes
+    sampling = Sampling(max_tokens=6, temperature=0.0, top_p=1.0)
+    return Chat(model, sampling, Console(file=notes, width=200), **fields), notes
 
 
 def test_what_is_piped_in_is_one_message_and_only_the_answer_is_on_stdout(
@@ -81,7 +82,7 @@ def test_commands_change_the_conversation(model: LocalModel, tmp_path: Path) -> 
     file = tmp_path / "talk.json"
     chat.converse(iter(["Hi", "", f"/save {file}", "/undo", "/set max_tokens 3", "/help", "/system"]))
     assert chat.messages == [{"role": "system", "content": "Be brief."}]
-    assert chat.settings.max_tokens == 3
+    assert chat.sampling.max_tokens == 3
     for shown in ("saved 3 messages", "max_tokens 3", "/retry", "Be brief."):
         assert shown in notes.getvalue()
     chat.converse(iter([f"/load {file}", "/retry", "/quit", "never asked"]))

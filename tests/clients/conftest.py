@@ -22,8 +22,8 @@ from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.process import EngineServer
 from ramet.runtime.server.link.protocol import Command, Hello, Report
 from ramet.runtime.server.link.proxy import EngineProxy
-from ramet.runtime.server.metrics import RequestCollector, ServerMetrics
 from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import RequestOutput, Usage
 
@@ -83,8 +83,8 @@ class ServedScript(ScriptedEngine):
 class ScriptedProxy(EngineProxy):
     """A proxy whose engine is in this process."""
 
-    def __init__(self, engine: ServedScript, watcher: RequestCollector) -> None:
-        super().__init__(None, {}, watcher=watcher)
+    def __init__(self, engine: ServedScript, tenants: Tenants) -> None:
+        super().__init__(None, {}, accounts=tenants)
         self._engine = engine
 
     async def start(self) -> None:
@@ -110,12 +110,12 @@ class Scripted:
 
 
 def serve_script() -> Iterator[Scripted]:
-    engine, requests = ServedScript(), RequestCollector()
-    proxy = ScriptedProxy(engine, requests)
-    served = ServedModel(ServerConfig(), proxy, engine.tokenizer, "scripted", time.time(), misses=requests.misses)
+    engine, tenants = ServedScript(), Tenants(ServerConfig())
+    proxy = ScriptedProxy(engine, tenants)
+    served = ServedModel(ServerConfig(), proxy, tenants, engine.tokenizer, "scripted", time.time())
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    app = create_app(served, ServerMetrics(proxy, requests))
+    app = create_app(served)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()

@@ -28,8 +28,8 @@ from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.process import EngineServer
 from ramet.runtime.server.link.protocol import Command, Hello, Report, command_decoder, report_decoder
 from ramet.runtime.server.link.proxy import EngineProxy
-from ramet.runtime.server.metrics import RequestCollector, ServerMetrics
 from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
@@ -37,8 +37,8 @@ from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 class LocalProxy(EngineProxy):
     """The engine on this process's threads; commands and reports are encoded and decoded as on their way to another."""
 
-    def __init__(self, engine: Any) -> None:  # Any: an Engine or a ScriptedEngine
-        super().__init__(None, {})
+    def __init__(self, engine: Any, tenants: Tenants) -> None:  # Any: an Engine or a ScriptedEngine
+        super().__init__(None, {}, accounts=tenants)
         self.engine = engine
 
     async def start(self) -> None:
@@ -74,6 +74,7 @@ class Served:
     url: str
     engine: Any
     proxy: LocalProxy
+    tenants: Tenants
     loop: asyncio.AbstractEventLoop
     client: httpx.Client
 
@@ -84,11 +85,10 @@ def serve_engine(engine: Any, **config: Any) -> Iterator[Served]:  # Any: an eng
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    proxy = LocalProxy(engine)
-    served = ServedModel(
-        ServerConfig(port=port, drain_s=0.0, **config), proxy, engine.tokenizer, "test", 0.0, explain_on_server
-    )
-    app = create_app(served, ServerMetrics(proxy, RequestCollector()))
+    settings = ServerConfig(port=port, drain_s=0.0, **config)
+    tenants = Tenants(settings)
+    proxy = LocalProxy(engine, tenants)
+    app = create_app(ServedModel(settings, proxy, tenants, engine.tokenizer, "test", 0.0, explain_on_server))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     loops: list[asyncio.AbstractEventLoop] = []
@@ -108,7 +108,7 @@ def serve_engine(engine: Any, **config: Any) -> Iterator[Served]:  # Any: an eng
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
-            yield Served(url, engine, proxy, loops[0], client)
+            yield Served(url, engine, proxy, tenants, loops[0], client)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -23,16 +23,13 @@ class TextBlock(Echoed):
 
 
 class ThinkingBlock(Echoed):
-    """Thinking of an earlier answer. `signature` is ours or another server's: it is not looked at."""
+    """Thinking of an earlier answer. `signature` is ours or another server's: it is not looked at.
 
-    type: Literal["thinking"]
-    thinking: str
+    Redacted thinking, which only its own server can read, is left out.
+    """
 
-
-class RedactedBlock(Echoed):
-    """Thinking that only its own server can read; it is left out."""
-
-    type: Literal["redacted_thinking"]
+    type: Literal["thinking", "redacted_thinking"]
+    thinking: str = ""
 
 
 class ToolUseBlock(Echoed):
@@ -49,9 +46,7 @@ class ToolResultBlock(Echoed):
     is_error: bool | None = None
 
 
-Block = Annotated[
-    TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
-]
+Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
 
 
 class Message(Strict):

@@ -23,10 +23,9 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
-from ramet.errors import EngineStopped, InvalidRequest, Overloaded, RametError
+from ramet.errors import EngineStopped, InvalidRequest, RametError
 from ramet.lang.graph.events import Usage
 from ramet.runtime.engine.openmp_waits import limit_spinning
-from ramet.runtime.server.holding import Held
 from ramet.runtime.server.link.logs import LogFormat
 from ramet.runtime.server.link.protocol import (
     Abort,
@@ -57,6 +56,7 @@ from ramet.runtime.server.link.streams import OutputStream, ProgramStream
 logger = logging.getLogger(__name__)
 
 _RESTART_PAUSES_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # pause before the n-th restart in a row after early ends
+_NOBODY = ("",)  # the client of a request whose reader has left
 # Hears of the life of one engine among several, on the proxy's event loop: a process is ready, with an empty cache; its
 # cache has changed; it has ended (None), and what is in flight ends after this call.
 Listener = Callable[[Hello | CacheReport | None], None]
@@ -72,24 +72,14 @@ class ProxyCounters:
     num_aborts: int = 0
 
 
-class Watcher(Protocol):
-    """Counts a proxy's reports. Called on the proxy's event loop."""
-
-    def note_finish(self, output: Output) -> None:
-        """Count the last increment of a request."""
-
-    def note_gap(self, seconds: float) -> None:
-        """Record the time between two increments of a request."""
-
-    def note_heartbeat(self, stats: dict[str, float], replica: int | None = None) -> None:
-        """Record an engine's counters."""
-
-
 class Accounts(Protocol):
-    """Counts what each key's requests use. `client`: a request's, of which the first part is its key's name."""
+    """Admits requests and counts what they use. Called on the proxy's event loop.
+
+    `client`: a request's, of which the first part is its key's name.
+    """
 
     def enter(self, name: str, num_requests: int, num_tokens: int) -> None:
-        """Count requests with so many prompt tokens. Raises Overloaded if they pass one of the key's limits."""
+        """Count requests with so many prompt tokens. Raises Overloaded, and counts nothing, if they pass a limit."""
 
     def begin(self, name: str, num_tokens: int) -> None:
         """Note that a request with so many prompt tokens waits no longer."""
@@ -105,6 +95,12 @@ class Accounts(Protocol):
 
     def note_node(self, client: tuple[str, ...], usage: Usage, finish_reason: str) -> None:
         """Count what a program's node has used."""
+
+    def note_gap(self, seconds: float) -> None:
+        """Record the time between two increments of a request."""
+
+    def note_heartbeat(self, stats: dict[str, float], replica: int | None = None) -> None:
+        """Record an engine's counters."""
 
 
 @dataclass(slots=True)
@@ -144,18 +140,16 @@ class EngineProxy:
         model: str | None,
         config: dict[str, Any],
         *,
-        held: Held | None = None,
         max_engine_failures: int = 5,
         log_level: str = "INFO",
         log_format: LogFormat = "text",
-        watcher: Watcher | None = None,
         accounts: Accounts | None = None,
         replica: int | None = None,
         listener: Listener | None = None,
     ) -> None:  # Any: fields of EngineConfig, checked in the engine process
-        """`held`: the requests in flight and their limit; several proxies may share it. Default: own, of 10,000.
+        """`max_engine_failures`: number of engine processes in a row that may end early; see `wait_given_up`.
 
-        `max_engine_failures`: number of engine processes in a row that may end early; see `wait_given_up`.
+        `accounts`: of one proxy, or of several together; None admits everything and counts nothing.
         `replica`, `listener`: of one engine among several (`replicas`).
         """
         self._model = model
@@ -163,11 +157,9 @@ class EngineProxy:
         self._config = config
         self._log_level = log_level
         self._log_format = log_format
-        self.held = held or Held(10_000, "requests", "retry later")
         self._accounts = accounts
         self._in_flight: dict[str, _InFlight] = {}
         self.counters = ProxyCounters()
-        self._watcher = watcher
         self._replica = replica
         self._listener = listener
         self._folder = tempfile.TemporaryDirectory(prefix="ramet-")
@@ -347,15 +339,9 @@ class EngineProxy:
         """Send the command of new requests, if there is room for them."""
         self._check_ready()
         check_unused([stream.id for stream in streams], self._in_flight)
-        client = command.client or ("",)
-        name, number = client[0], len(streams)
-        self.held.take(name, number)
-        try:
-            if self._accounts is not None:
-                self._accounts.enter(name, number, num_tokens)
-        except Overloaded:
-            self.held.give(name, number)
-            raise
+        client = command.client or _NOBODY
+        if self._accounts is not None:
+            self._accounts.enter(client[0], len(streams), num_tokens)
         for stream in streams:
             self._in_flight[stream.id] = _InFlight(client, num_tokens, stream)
         try:
@@ -374,7 +360,6 @@ class EngineProxy:
     def _leave(self, request_id: str) -> None:
         """Forget a request that has ended, or that nobody waits for any longer."""
         request = self._in_flight.pop(request_id)
-        self.held.give(request.name)
         if self._accounts is not None:
             self._begin(request)
             self._accounts.leave(request.name)
@@ -417,16 +402,14 @@ class EngineProxy:
 
     def _take(self, report: Report) -> None:
         if isinstance(report, Output):
-            if report.finish_reason is not None and self._watcher is not None:
-                self._watcher.note_finish(report)
             request = self._in_flight.get(report.id)
+            self._count(request, report)
             if request is not None and isinstance(request.stream, OutputStream):
-                self._count(request, report)
                 if report.finish_reason is not None:
                     self._leave(report.id)
                 gap_s = request.stream.push(report)
-                if gap_s is not None and report.token_ids and self._watcher is not None:
-                    self._watcher.note_gap(gap_s)
+                if gap_s is not None and report.token_ids and self._accounts is not None:
+                    self._accounts.note_gap(gap_s)
         elif isinstance(report, ProgramEvent | ProgramEnd):
             request = self._in_flight.get(report.id)
             if request is not None and isinstance(request.stream, ProgramStream):
@@ -462,21 +445,22 @@ class EngineProxy:
             assert isinstance(report, StartFailed)
             self._state.failure = report.error.to_exception()
 
-    def _count(self, request: _InFlight, output: Output) -> None:
-        """Count an increment for the key of its request."""
+    def _count(self, request: _InFlight | None, output: Output) -> None:
+        """Count an increment for the key of its request. `request`: None if its reader has left."""
         if self._accounts is None:
             return
-        self._begin(request)
-        if output.token_ids:
-            self._accounts.note_tokens(request.name, len(output.token_ids))
+        if request is not None:
+            self._begin(request)
+            if output.token_ids:
+                self._accounts.note_tokens(request.name, len(output.token_ids))
         if output.finish_reason is not None:
-            self._accounts.note_finish(request.client, output)
+            self._accounts.note_finish(_NOBODY if request is None else request.client, output)
 
     def _note_heartbeat(self, stats: dict[str, float]) -> None:
         state, now_s = self._state, time.monotonic()
         state.stats, state.heard_s = stats, now_s
-        if self._watcher is not None:
-            self._watcher.note_heartbeat(stats, self._replica)
+        if self._accounts is not None:
+            self._accounts.note_heartbeat(stats, self._replica)
         if stats["num_steps"] != state.num_steps or not (stats["num_running"] or stats["num_waiting"]):
             state.num_steps, state.progressed_s = stats["num_steps"], now_s
 

@@ -128,7 +128,7 @@ class Replicas:
     ) -> None:
         """make_proxy: makes the proxy of the replica with this number, which reports to the listener.
 
-        All proxies should have the same `held`: the limit is then that of all replicas together.
+        All proxies should have the same accounts: limits are then those of all replicas together.
         """
         if not 1 <= count <= MAX_REPLICAS:
             raise ConfigError(f"dp is {count} but must be in [1, {MAX_REPLICAS}]")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
+from prometheus_client import generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,7 +16,7 @@ from ramet.errors import ConfigError
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Submit
 from ramet.runtime.server.link.replicas import Replicas
-from ramet.runtime.server.metrics import ServerMetrics
+from ramet.runtime.server.metrics import make_registry
 from ramet.runtime.server.native.bodies import AbortBody, AppendBody, ScaleBody
 from ramet.runtime.server.openapi import VERSION
 from ramet.runtime.server.routing import Endpoint
@@ -83,9 +84,9 @@ class Aborted(AnswerStruct):
 class StatusEndpoints:
     """Endpoints for operators and load balancers."""
 
-    def __init__(self, served: ServedModel, metrics: ServerMetrics) -> None:
+    def __init__(self, served: ServedModel) -> None:
         self._served = served
-        self._metrics = metrics
+        self._registry = make_registry(served.proxy, served.tenants.requests, served.tenants)
 
     async def health(self, request: Request) -> Response:
         """200 while the engine answers and makes progress; 503 with the reason otherwise."""
@@ -177,7 +178,7 @@ class StatusEndpoints:
 
     async def metrics(self, request: Request) -> Response:
         """Return the metrics in Prometheus' text format."""
-        return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _shown_config(served: ServedModel) -> dict[str, Any]:  # Any: the fields' own types
@@ -186,9 +187,9 @@ def _shown_config(served: ServedModel) -> dict[str, Any]:  # Any: the fields' ow
     return {name: value for name, value in fields.items() if "api_key" not in name or isinstance(value, bool)}
 
 
-def status_endpoints(served: ServedModel, metrics: ServerMetrics) -> list[Endpoint]:
+def status_endpoints(served: ServedModel) -> list[Endpoint]:
     """The endpoints about the server itself."""
-    status = StatusEndpoints(served, metrics)
+    status = StatusEndpoints(served)
     model_info = Endpoint("GET", "/get_model_info", status.model_info, answer=ModelInfo, errors=(503,))
     server_info = Endpoint("GET", "/get_server_info", status.server_info, answer=ServerInfo)
     flush_cache = Endpoint("POST", "/flush_cache", status.flush_cache, answer=FlushedCache, errors=(503,))

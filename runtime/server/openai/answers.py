@@ -124,30 +124,6 @@ class ChatCompletion(AnswerStruct):
     metadata: dict[str, str] | UnsetType = UNSET
 
 
-class ChatChunkChoice(AnswerStruct):
-    """A chunk's addition to one choice. The last chunk has `finish_reason` and `matched_stop`."""
-
-    index: int
-    delta: Json
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishName | None
-    matched_stop: str | int | UnsetType | None = UNSET
-    incomplete: str | UnsetType = UNSET
-    token_ids: list[int] | UnsetType = UNSET
-
-
-class ChatChunk(AnswerStruct):
-    """One event of a stream. `usage` is null if only the last chunk has it."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    usage: TokenUsage | UnsetType | None = UNSET
-
-
 class CompletionLogprobs(AnswerStruct):
     """Each list has one entry for each token. `text_offset`: the token's offset in the text."""
 
@@ -157,34 +133,15 @@ class CompletionLogprobs(AnswerStruct):
     text_offset: list[int]
 
 
-class CompletionChunkChoice(AnswerStruct, kw_only=True):
-    """A chunk's addition to one choice. The last chunk has `finish_reason` and `matched_stop`."""
-
+class CompletionChoice(AnswerStruct):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: FinishName | None
-    matched_stop: str | int | UnsetType | None = UNSET
+    finish_reason: FinishName
+    matched_stop: str | int | None
     incomplete: str | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
-
-
-class CompletionChoice(CompletionChunkChoice, kw_only=True):
-    """One choice of a whole answer."""
-
-    finish_reason: FinishName
-
-
-class CompletionChunk(AnswerStruct):
-    """One event of a stream. `usage` is null if only the last chunk has it."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[CompletionChunkChoice]
-    usage: TokenUsage | UnsetType | None = UNSET
 
 
 class Completion(AnswerStruct):
@@ -215,11 +172,11 @@ def usage_of(outputs: Iterable[Output], prompts: Iterable[Output], reasoning_tok
     )
 
 
-def chunk_usage(options: StreamOptions | None, usage: Callable[[], TokenUsage]) -> TokenUsage | UnsetType | None:
-    """The usage of a chunk that is not the last one. `usage`: makes that of the answer so far."""
+def chunk_usage(options: StreamOptions | None, usage: Callable[[], TokenUsage]) -> Json:
+    """The field `usage` of a chunk before the last one, if it has one. `usage`: makes that of the answer so far."""
     if options is not None and options.continuous_usage_stats:
-        return usage()
-    return None if options is not None and options.include_usage else UNSET
+        return {"usage": usage()}
+    return {"usage": None} if options is not None and options.include_usage else {}
 
 
 def finite(logprob: float) -> float:

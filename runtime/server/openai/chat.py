@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,8 +23,6 @@ from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.openai.answers import (
     AnswerMessage,
     ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
     ChatCompletion,
     ChatLogprob,
     ChatLogprobs,
@@ -492,9 +490,9 @@ class ChatAnswer:
                     await self.remember([index])
         options = self._plan.body.stream_options
         if options is not None and options.include_usage:
-            yield LastEvent(event(self._event([], usage=self.usage())))
+            yield LastEvent(event(self._event([], {"usage": self.usage()})))
 
-    def _chunks(self, index: int, output: Output) -> list[ChatChunk]:
+    def _chunks(self, index: int, output: Output) -> list[Json]:
         """The chunks that an increment adds to a stream. Its tokens belong to the first delta that they complete."""
         ids: list[int] | None = output.token_ids
         chunks = []
@@ -507,21 +505,10 @@ class ChatAnswer:
             chunks.append(self._chunk(index, {}, ids))
         return chunks
 
-    def _event(
-        self,
-        choices: list[ChatChunkChoice],
-        prompt_token_ids: list[int] | UnsetType = UNSET,
-        usage: TokenUsage | UnsetType | None = UNSET,
-    ) -> ChatChunk:
-        return ChatChunk(
-            self.id,
-            "chat.completion.chunk",
-            self.created_s,
-            self._served.name,
-            choices,
-            prompt_token_ids,
-            usage,
-        )
+    def _event(self, choices: list[Json], more: Json) -> Json:
+        """One event of the stream."""
+        head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created_s, "model": self._served.name}
+        return {**head, "choices": choices, **more}
 
     def _chunk(
         self,
@@ -531,22 +518,23 @@ class ChatAnswer:
         *,
         is_first: bool = False,
         is_last: bool = False,
-    ) -> ChatChunk:
+    ) -> Json:
         progress, body = self.progress[index], self._plan.body
-        choice = ChatChunkChoice(index, delta, None, None)
+        choice: Json = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         if progress.logprobs and not is_first:
-            choice.logprobs = ChatLogprobs(content=progress.logprobs, refusal=None)
+            choice["logprobs"] = ChatLogprobs(content=progress.logprobs, refusal=None)
             progress.logprobs = []
-        if is_last:
-            choice.finish_reason = progress.finish_reason
-            choice.matched_stop = progress.last.stop_match if progress.last is not None else None
-            if progress.last is not None and progress.last.incomplete is not None:
-                choice.incomplete = progress.last.incomplete
-        if body.return_token_ids and not is_first:
-            choice.token_ids = token_ids or []
-        usage = chunk_usage(body.stream_options, self.usage)
-        has_prompt = body.return_token_ids and is_first
-        return self._event([choice], list(self._plan.job.prompt_ids) if has_prompt else UNSET, usage)
+        if is_last and progress.last is not None:
+            choice["finish_reason"] = progress.finish_reason
+            choice["matched_stop"] = progress.last.stop_match
+            if progress.last.incomplete is not None:
+                choice["incomplete"] = progress.last.incomplete
+        more = chunk_usage(body.stream_options, self.usage)
+        if body.return_token_ids and is_first:
+            more["prompt_token_ids"] = list(self._plan.job.prompt_ids)
+        elif body.return_token_ids:
+            choice["token_ids"] = token_ids or []
+        return self._event([choice], more)
 
     def _whole_choice(self, index: int, progress: Progress) -> ChatChoice:
         reader, body = progress.reader, self._plan.body
@@ -592,7 +580,7 @@ class ChatAnswer:
             prompts, ids = self._served.prompts, self._plan.job.prompt_ids
             messages = [message.plain() for message in self._plan.body.messages]
             self._miss = await self._served.compute(len(ids), prompts.explain, ids, nearest, messages)
-            self._served.misses[self._miss.kind or "other"] += 1
+            self._served.tenants.requests.misses[self._miss.kind or "other"] += 1
         for index in indices:
             progress = self.progress[index]
             reader = progress.reader

@@ -8,8 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,10 +18,7 @@ from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.openai.answers import (
     Completion,
     CompletionChoice,
-    CompletionChunk,
-    CompletionChunkChoice,
     CompletionLogprobs,
-    FinishName,
     TokenUsage,
     chunk_usage,
     finite,
@@ -32,7 +28,7 @@ from ramet.runtime.server.openai.answers import (
 )
 from ramet.runtime.server.openai.bodies import CompletionBody
 from ramet.runtime.server.sampling_fields import asks_constraint, constraint_of, sampling_params
-from ramet.runtime.server.sending import DONE, EventStream, LastEvent, collected, event
+from ramet.runtime.server.sending import DONE, EventStream, Json, LastEvent, collected, event
 from ramet.runtime.server.served_model import ServedModel, client_of
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.tokenizer import Tokenizer
@@ -255,7 +251,9 @@ class CompletionAnswer:
             object="text_completion",
             created=self._created,
             model=self._served.name,
-            choices=[self._whole_choice(index, "".join(texts)) for index, texts in enumerate(self._texts)],
+            choices=[
+                CompletionChoice(**self._choice(index, "".join(texts))) for index, texts in enumerate(self._texts)
+            ],
             usage=self._usage(),
             metadata=UNSET if metadata is None else metadata,
         )
@@ -273,47 +271,41 @@ class CompletionAnswer:
                 num_open -= output.finish_reason is not None
                 yield data if num_open else LastEvent(data + self._usage_event())
 
-    def _chunk(self, index: int, text: str, *, is_first: bool) -> CompletionChunk:
-        usage = chunk_usage(self._body.stream_options, self._usage)
-        chunk = self._event([self._choice(index, text, has_prompt=is_first)], usage)
+    def _chunk(self, index: int, text: str, *, is_first: bool) -> Json:
+        """One event of the stream."""
+        choice = self._choice(index, text, has_prompt=is_first)
         self._ids[index] = []
-        return chunk
+        return self._event([choice], chunk_usage(self._body.stream_options, self._usage))
 
     def _usage_event(self) -> bytes:
         options = self._body.stream_options
         if options is None or not options.include_usage:
             return b""
-        return event(self._event([], self._usage()))
+        return event(self._event([], {"usage": self._usage()}))
 
-    def _event(self, choices: list[CompletionChunkChoice], usage: TokenUsage | UnsetType | None) -> CompletionChunk:
-        return CompletionChunk(
-            id=self._id,
-            object="text_completion",
-            created=self._created,
-            model=self._served.name,
-            choices=choices,
-            usage=usage,
-        )
+    def _event(self, choices: list[Json], usage: Json) -> Json:
+        head = {"id": self._id, "object": "text_completion", "created": self._created, "model": self._served.name}
+        return {**head, "choices": choices, **usage}
 
-    def _choice(self, index: int, text: str, *, has_prompt: bool = True) -> CompletionChunkChoice:
+    def _choice(self, index: int, text: str, *, has_prompt: bool = True) -> Json:
+        """The fields of a CompletionChoice. In a chunk that is not the last one, those of the end are missing."""
         last, logprobs = self._lasts[index], self._logprobs[index]
         assert last is not None
-        has_ids = bool(self._body.return_token_ids)
-        return CompletionChunkChoice(
-            index=index,
-            text=text,
-            logprobs=None if logprobs is None else logprobs.take(),
-            finish_reason=cast(FinishName | None, last.finish_reason),
-            matched_stop=UNSET if last.finish_reason is None else last.stop_match,
-            incomplete=UNSET if last.incomplete is None else last.incomplete,
-            token_ids=self._ids[index] if has_ids else UNSET,
-            prompt_token_ids=list(self._prompts[index // self._num].prompt_ids) if has_ids and has_prompt else UNSET,
-        )
-
-    def _whole_choice(self, index: int, text: str) -> CompletionChoice:
-        choice = self._choice(index, text)
-        assert choice.finish_reason is not None
-        return CompletionChoice(**msgspec.structs.asdict(choice))
+        choice = {
+            "index": index,
+            "text": text,
+            "logprobs": None if logprobs is None else logprobs.take(),
+            "finish_reason": last.finish_reason,
+        }
+        if last.finish_reason is not None:
+            choice["matched_stop"] = last.stop_match
+        if last.incomplete is not None:
+            choice["incomplete"] = last.incomplete
+        if self._body.return_token_ids:
+            choice["token_ids"] = self._ids[index]
+            if has_prompt:
+                choice["prompt_token_ids"] = list(self._prompts[index // self._num].prompt_ids)
+        return choice
 
     def _usage(self) -> TokenUsage:
         outputs = [last for last in self._lasts if last is not None]

@@ -29,7 +29,6 @@ from ramet.lang.graph.ir import Graph, ToolCall
 from ramet.runtime.programs.target import TokenizerTarget
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import StartProgram
-from ramet.runtime.server.metrics import RequestCollector
 from ramet.runtime.server.programs.store import (
     ProgramStatus,
     ProgramStore,
@@ -104,9 +103,9 @@ class CancelBody(Strict):
 class ProgramEndpoints:
     """Starts, shows, extends and cancels programs, and takes answers to their tool calls."""
 
-    def __init__(self, served: ServedModel, requests: RequestCollector) -> None:
+    def __init__(self, served: ServedModel) -> None:
         self._served = served
-        self._store = ProgramStore(served, requests)
+        self._store = ProgramStore(served)
 
     async def run(self, request: Request, body: ProgramBody) -> Response | ProgramStatus:
         """Run a graph once, or once for each row of arguments."""
@@ -251,9 +250,9 @@ async def _events(store: ProgramStore, program: StoredProgram, after: int) -> As
     yield event({"id": program.id, "status": program.status, "rows": rows}, "end")
 
 
-def program_endpoints(served: ServedModel, requests: RequestCollector) -> list[Endpoint]:
+def program_endpoints(served: ServedModel) -> list[Endpoint]:
     """The endpoints under /v1/programs."""
-    programs = ProgramEndpoints(served, requests)
+    programs = ProgramEndpoints(served)
     path = "/v1/programs/{program_id}"
     return [
         Endpoint(

@@ -20,7 +20,6 @@ from ramet.errors import InvalidProgram, RametError
 from ramet.lang.graph.ir import Argument, Graph, GraphIndex, NodeEvent, ToolCall
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import CancelNodes, ExtendProgram, ProvideTool, StartProgram, row_id
-from ramet.runtime.server.metrics import RequestCollector
 from ramet.runtime.server.sending import AnswerStruct
 from ramet.runtime.server.served_model import ServedModel
 
@@ -143,9 +142,8 @@ def event_json(event: NodeEvent) -> dict[str, Any]:  # Any: JSON
 class ProgramStore:
     """The programs of one server. Owner: one event loop."""
 
-    def __init__(self, served: ServedModel, requests: RequestCollector) -> None:
+    def __init__(self, served: ServedModel) -> None:
         self._served = served
-        self._requests = requests
         self._programs: OrderedDict[str, StoredProgram] = OrderedDict()
         self._by_key: dict[tuple[str, str], str] = {}
 
@@ -196,11 +194,11 @@ class ProgramStore:
             message = f"the program's {len(rows):,} rows have {num_bytes:,} bytes with the graph's texts"
             message += f"; the limit is {limit:,}: send fewer rows at once, or raise --max-in-flight-bytes"
             raise HttpError(413, message, param="rows")
-        self._served.bytes_held.take(owner, num_bytes)
+        self._served.tenants.bytes.take(owner, num_bytes)
         try:
             streams = self._served.proxy.start_program(command)
         except RametError:
-            self._served.bytes_held.give(owner, num_bytes)
+            self._served.tenants.bytes.give(owner, num_bytes)
             raise
         program = StoredProgram(
             program_id, owner, digest, grace_s, command.text_events, index, command.is_open, num_bytes
@@ -326,14 +324,14 @@ class ProgramStore:
             row.fail(type(error).__name__, str(error))
         if row.status == "running":
             row.status = "done"
-        self._requests.note_program(row.status)
+        self._served.tenants.requests.note_program(row.status)
         # Followers are woken when this task is done, and not before.
         asyncio.get_running_loop().call_soon(self._note_end, program)
 
     def _note_end(self, program: StoredProgram) -> None:
         """Note that a row has ended."""
         if program.is_over:
-            self._served.bytes_held.give(program.owner, program.num_bytes)
+            self._served.tenants.bytes.give(program.owner, program.num_bytes)
             program.num_bytes = 0
         program.wake()
 

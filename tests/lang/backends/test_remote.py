@@ -384,18 +384,18 @@ def test_a_busy_server_is_asked_again_when_it_says(
 
         def pause(error: RametError, failures: int) -> float | None:
             """The server has refused; it has room when it is asked again."""
-            served.proxy.held.limit = 100
+            served.tenants.in_flight.limit = 100
             pauses.append(retry_pause(error, failures))
             return pauses[-1]
 
         monkeypatch.setattr("ramet.lang.backends.remote.retry_pause", pause)
-        served.proxy.held.limit = 0
+        served.tenants.in_flight.limit = 0
         with Remote(served.url, max_retries=0) as impatient:
             error = chat.run("Ann", backend=impatient).error()
             assert error is not None
             assert isinstance(error.__cause__, Overloaded)
         pauses.clear()
-        served.proxy.held.limit = 0
+        served.tenants.in_flight.limit = 0
         with Remote(served.url) as patient:
             assert chat.run("Ann", backend=patient).error() is None
         assert pauses == [1.0], "Retry-After said one second"

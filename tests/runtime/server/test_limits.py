@@ -10,14 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import AsyncMock, Mock
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
 
 from ramet.runtime.server.config import ServerConfig
-from ramet.runtime.server.holding import Held
-from ramet.runtime.server.keys import KeyRing
 from ramet.runtime.server.limits import HttpLimits
 from ramet.runtime.server.tenants import Tenants
 
@@ -130,7 +128,7 @@ def test_an_answer_that_the_servers_end_cancels_is_a_clear_503() -> None:
         sent.append(message)
 
     async def scenario() -> None:
-        limits = HttpLimits(endless, ServerConfig(), Mock(), Held(1, "", ""), Tenants(KeyRing()))
+        limits = HttpLimits(endless, ServerConfig(), Tenants(ServerConfig()))
         scope = {"type": "http", "method": "GET", "path": "/health", "headers": []}
         task = asyncio.create_task(limits(scope, AsyncMock(), keep))
         await asyncio.sleep(0)

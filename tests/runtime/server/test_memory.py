@@ -20,7 +20,7 @@ from ramet.errors import Overloaded
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.connections import MAX_AHEAD, MAX_HEAD_BYTES, MAX_HEADERS
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.holding import Held
+from ramet.runtime.server.tenants import Held
 from ramet.runtime.server.validation import Strict, parsed
 
 Served = Any  # ServedProcess of conftest.py, which importlib mode cannot import by name

@@ -6,11 +6,12 @@ import re
 from typing import cast
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from ramet.runtime.engine.step_watch import StepWatch
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.link.proxy import EngineProxy, ProxyCounters
-from ramet.runtime.server.metrics import Histogram, RequestCollector, ServerMetrics
+from ramet.runtime.server.metrics import CacheHitRate, Histogram, RequestCollector, make_registry
 
 STATS = {
     "num_pages": 100.0,
@@ -43,17 +44,17 @@ class FakeProxy:
         return [(None, self)]
 
 
-def make(*, compat: bool = False) -> tuple[FakeProxy, ServerMetrics]:
-    proxy = FakeProxy()
-    return proxy, ServerMetrics(cast(EngineProxy, proxy), RequestCollector(compat=compat))
+def make(*, compat: bool = False) -> tuple[RequestCollector, CollectorRegistry]:
+    requests = RequestCollector(compat=compat)
+    return requests, make_registry(cast(EngineProxy, FakeProxy()), requests)
 
 
-def names(metrics: ServerMetrics) -> set[str]:
-    return set(re.findall(r"^# TYPE (\S+)", metrics.exposition().decode(), re.MULTILINE))
+def names(metrics: CollectorRegistry) -> set[str]:
+    return set(re.findall(r"^# TYPE (\S+)", generate_latest(metrics).decode(), re.MULTILINE))
 
 
-def value(metrics: ServerMetrics, name: str) -> float:
-    found = re.search(rf"^{re.escape(name)} (\S+)$", metrics.exposition().decode(), re.MULTILINE)
+def value(metrics: CollectorRegistry, name: str) -> float:
+    found = re.search(rf"^{re.escape(name)} (\S+)$", generate_latest(metrics).decode(), re.MULTILINE)
     assert found, f"{name} is not exported"
     return float(found[1])
 
@@ -75,8 +76,8 @@ def test_the_five_names_of_deployment_guides_are_always_there() -> None:
 
 
 def test_the_spellings_of_sglang_and_vllm_come_with_a_flag_and_say_the_same() -> None:
-    _, metrics = make(compat=True)
-    metrics.requests.note_finish(finished())
+    requests, metrics = make(compat=True)
+    requests.note_finish(finished())
     shown = names(metrics)
     assert {f"sglang:{name}" for name in GUIDE_NAMES} <= shown
     pairs = {
@@ -102,11 +103,9 @@ def test_the_spellings_of_sglang_and_vllm_come_with_a_flag_and_say_the_same() ->
 
 
 def test_a_finished_request_is_counted_once_in_every_histogram() -> None:
-    _, metrics = make()
-    metrics.requests.note_finish(
-        finished(timings={"queue_s": 0.5, "first_token_s": 1.5, "total_s": 3.5, "grammar_s": 0.25})
-    )
-    metrics.requests.note_finish(finished(finish_reason="error", completion_tokens=0))
+    requests, metrics = make()
+    requests.note_finish(finished(timings={"queue_s": 0.5, "first_token_s": 1.5, "total_s": 3.5, "grammar_s": 0.25}))
+    requests.note_finish(finished(finish_reason="error", completion_tokens=0))
     assert value(metrics, "ramet_queue_time_seconds_sum") == 0.5
     assert value(metrics, "ramet_time_to_first_token_seconds_count") == 1
     assert value(metrics, "ramet_time_per_output_token_seconds_sum") == 0.5
@@ -128,13 +127,12 @@ def test_a_value_on_a_bound_belongs_to_that_bucket_and_buckets_add_up() -> None:
 
 def test_the_hit_rate_is_that_of_the_last_minute_and_survives_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gauge that every batch overwrites shows whatever came last: a health check makes it zero."""
-    _, metrics = make()
     now_s = 0.0
     monkeypatch.setattr("ramet.runtime.server.metrics.time.monotonic", lambda: now_s)
-    hit_rate = metrics.requests.hit_rates[None]
+    hit_rate = CacheHitRate()
 
     def beat(cached: float, computed: float) -> None:
-        metrics.requests.note_heartbeat({**STATS, "num_cached_tokens": cached, "num_computed_tokens": computed})
+        hit_rate.note_heartbeat({**STATS, "num_cached_tokens": cached, "num_computed_tokens": computed})
 
     beat(0, 0)
     now_s = 1.0

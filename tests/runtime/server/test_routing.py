@@ -18,6 +18,7 @@ from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.routing import Endpoint, make_app
 from ramet.runtime.server.sending import AnswerStruct
 from ramet.runtime.server.served_model import ServedModel
+from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.server.validation import Strict
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
@@ -56,7 +57,9 @@ ENDPOINTS = [
 
 
 def ask(method: str, path: str, content: bytes = b"four") -> httpx.Response:
-    served = ServedModel(ServerConfig(), cast(EngineProxy, None), ByteTokenizer(), "fake", time.time())
+    served = ServedModel(
+        ServerConfig(), cast(EngineProxy, None), Tenants(ServerConfig()), ByteTokenizer(), "fake", time.time()
+    )
     app = make_app(ENDPOINTS, served)
 
     async def send() -> httpx.Response:

@@ -14,7 +14,6 @@ import pytest
 
 from ramet.errors import ContextOverflow
 from ramet.runtime.server import limits as http_limits
-from ramet.runtime.server.app import make_keys
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.keys import digest_of_key
 from ramet.runtime.server.tenants import Tenants
@@ -45,11 +44,11 @@ def test_keys_are_hashed_and_every_one_is_compared_in_constant_time(monkeypatch:
         compared.append((a, b))
         return real(a, b)
 
-    monkeypatch.setattr("ramet.runtime.server.limits.hmac.compare_digest", compare)
+    monkeypatch.setattr("ramet.runtime.server.tenants.hmac.compare_digest", compare)
     config = ServerConfig(api_key=("first", "second", "third"), admin_api_key="admin")
-    ring = make_keys(config)
-    limits = http_limits.HttpLimits(None, config, None, None, Tenants(ring))  # type: ignore[arg-type]  # it only judges
-    kept = repr(vars(limits)).replace(repr(config), "") + repr(vars(ring))
+    tenants = Tenants(config)
+    limits = http_limits.HttpLimits(None, config, tenants)  # type: ignore[arg-type]  # it only judges
+    kept = repr(vars(limits)).replace(repr(config), "") + repr(vars(tenants))
     assert not [key for key in ("first", "second", "third") if repr(key) in kept], "a key is kept as it is"
     for key, is_let_in in (("first", True), ("third", True), ("fourth", False), ("", False), ("admin", False)):
         compared.clear()

@@ -24,7 +24,7 @@ from ramet.errors import ConfigError, Overloaded
 from ramet.lang.graph.events import Usage
 from ramet.runtime.server.app import tls_context
 from ramet.runtime.server.config import ServerConfig
-from ramet.runtime.server.keys import KeyEntry, KeyRing, digest_of_key, read_keys
+from ramet.runtime.server.keys import KeyEntry, digest_of_key, read_keys
 from ramet.runtime.server.link.protocol import Output
 from ramet.runtime.server.tenants import Tenants
 
@@ -48,7 +48,7 @@ def test_a_file_of_keys_has_no_keys_and_is_its_owners_alone(tmp_path: Path, caps
     text = path.read_text()
     assert not any(key in text for key in (first, second, third))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    ring = KeyRing(path=path)
+    ring = keys_of(path)
     assert [ring.find(key.encode()) for key in (first, second)] == [ring.limits("alice")] * 2
     assert ring.limits("alice") == KeyEntry(
         name="alice", sha256=(digest_of_key(first.encode()), digest_of_key(second.encode())), max_in_flight=3
@@ -72,6 +72,10 @@ def test_a_file_of_keys_has_no_keys_and_is_its_owners_alone(tmp_path: Path, caps
     assert main(["keys", "add", str(path), "bob", "--max-in-flight", "-1"]) == 1
 
 
+def keys_of(path: Path) -> Tenants:
+    return Tenants(ServerConfig(api_keys_file=str(path)))
+
+
 GOOD = "a" * 64
 
 
@@ -91,7 +95,7 @@ GOOD = "a" * 64
 def test_a_wrong_file_is_refused_and_what_was_read_stays(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "keys.json"
     path.write_text(json.dumps({"keys": [{"name": "before", "sha256": [digest_of_key(b"key")]}]}))
-    ring = KeyRing(path=path)
+    ring = keys_of(path)
     path.write_text(text)
     with pytest.raises(ConfigError, match=reason):
         ring.reload()
@@ -99,7 +103,7 @@ def test_a_wrong_file_is_refused_and_what_was_read_stays(tmp_path: Path, text: s
     assert entry is not None
     assert entry.name == "before"
     with pytest.raises(ConfigError, match=reason):
-        KeyRing(path=path)
+        keys_of(path)
     path.unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
         ring.reload()
@@ -108,24 +112,24 @@ def test_a_wrong_file_is_refused_and_what_was_read_stays(tmp_path: Path, text: s
 def test_a_file_without_keys_lets_nobody_in(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     path.write_text('{"keys": [{"name": "a"}]}')
-    ring = KeyRing(path=path)
-    assert ring.is_needed
+    ring = keys_of(path)
+    assert ring.need_keys
     assert ring.find(b"") is None
-    assert not KeyRing().is_needed
+    assert not Tenants(ServerConfig()).need_keys
 
 
 # -- limits ----------------------------------------------------------------------------------------------------------
 
 
-def ring_of(tmp_path: Path, **limits: int) -> KeyRing:
+def config_of(tmp_path: Path, **limits: int) -> ServerConfig:
     path = tmp_path / "keys.json"
     path.write_text(json.dumps({"keys": [{"name": "a", "sha256": [GOOD], **limits}, {"name": "b"}]}))
-    return KeyRing(path=path)
+    return ServerConfig(api_keys_file=str(path))
 
 
 def test_each_limit_is_refused_by_name_until_it_is_kept_again(tmp_path: Path) -> None:
     clock = [0.0]
-    tenants = Tenants(ring_of(tmp_path, max_in_flight=3, max_queued_tokens=100), lambda: clock[0])
+    tenants = Tenants(config_of(tmp_path, max_in_flight=3, max_queued_tokens=100), lambda: clock[0])
     tenants.enter("a", 2, 90)
     tenants.enter("b", 50, 5000)
     with pytest.raises(Overloaded, match="max_queued_tokens of the key 'a'"):
@@ -140,7 +144,7 @@ def test_each_limit_is_refused_by_name_until_it_is_kept_again(tmp_path: Path) ->
 
 def test_tokens_beyond_those_of_a_minute_are_owed_and_paid_back(tmp_path: Path) -> None:
     clock = [0.0]
-    tenants = Tenants(ring_of(tmp_path, tokens_per_minute=60), lambda: clock[0])
+    tenants = Tenants(config_of(tmp_path, tokens_per_minute=60), lambda: clock[0])
     tenants.enter("a", 1, 50)
     tenants.note_tokens("a", 70)
     for now_s, wait_s in ((0.0, 61), (30.0, 31), (59.0, 2)):
@@ -157,9 +161,8 @@ def test_tokens_beyond_those_of_a_minute_are_owed_and_paid_back(tmp_path: Path) 
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 100)), max_size=60), st.integers(60, 6000))
 def test_nobody_uses_more_than_its_rate_and_one_request(uses: list[tuple[float, int]], per_minute: int) -> None:
     clock = [0.0]
-    ring = KeyRing()
-    ring.limits = lambda name: KeyEntry(name="a", tokens_per_minute=per_minute)  # type: ignore[method-assign]
-    tenants, used = Tenants(ring, lambda: clock[0]), 0
+    tenants, used = Tenants(ServerConfig(), lambda: clock[0]), 0
+    tenants.limits = lambda name: KeyEntry(name="a", tokens_per_minute=per_minute)  # type: ignore[method-assign]
     for wait_s, num_tokens in uses:
         clock[0] += wait_s
         try:
@@ -172,7 +175,7 @@ def test_nobody_uses_more_than_its_rate_and_one_request(uses: list[tuple[float, 
 
 
 def test_usage_is_counted_by_name_and_summed_up_for_the_log(tmp_path: Path) -> None:
-    tenants = Tenants(ring_of(tmp_path))
+    tenants = Tenants(config_of(tmp_path))
     client = ("a", "1.2.3.4:5")
     tenants.open(client)
     timings = {"queue_s": 0.5, "first_token_s": 1.0, "total_s": 2.0}

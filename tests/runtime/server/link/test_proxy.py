@@ -18,9 +18,10 @@ import pytest
 from ramet.errors import EmptyPrompt, EngineStopped, InvalidProgram, InvalidSampling, ModelNotFound, Overloaded
 from ramet.lang.graph.ir import Constraint, Generate, Graph, Sampling, Text
 from ramet.runtime.models.catalog import TINY_MODEL
-from ramet.runtime.server.holding import Held
+from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.protocol import Heartbeat, Hello, Settings, StartProgram, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
+from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.types import RequestOptions, SamplingParams
 
 CONFIG = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu"}
@@ -34,7 +35,7 @@ def submit(proxy: EngineProxy, prompt: bytes = b"hello", **more: object) -> Subm
 
 def run(scenario: Scenario, model: str = TINY_MODEL) -> None:
     async def main() -> None:
-        proxy = EngineProxy(model, CONFIG, held=Held(50, "requests", "retry later"))
+        proxy = EngineProxy(model, CONFIG, accounts=Tenants(ServerConfig(max_in_flight=50)))
         await proxy.start()
         try:
             await scenario(proxy)

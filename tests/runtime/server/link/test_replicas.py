@@ -17,21 +17,22 @@ from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.loading import config_of_replica
 from ramet.runtime.models.catalog import TINY_MODEL
-from ramet.runtime.server.holding import Held
+from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.protocol import CacheReport, ExtendProgram, StartProgram, Submit
 from ramet.runtime.server.link.proxy import EngineProxy, Listener
 from ramet.runtime.server.link.replicas import Replicas
+from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.types import SamplingParams
 
 CONFIG = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu", "num_threads": 1}
 Scenario = Callable[[Replicas], Awaitable[None]]
 
 
-def run(scenario: Scenario, count: int = 2, model: str = TINY_MODEL, max_in_flight: int = 10_000) -> None:
-    held = Held(max_in_flight, "requests", "retry later")
+def run(scenario: Scenario, count: int = 2, model: str = TINY_MODEL, max_in_flight: int = 100) -> None:
+    tenants = Tenants(ServerConfig(max_in_flight=max_in_flight))
 
     def make_proxy(replica: int, listener: Listener) -> EngineProxy:
-        return EngineProxy(model, CONFIG, held=held, replica=replica, listener=listener, log_level="ERROR")
+        return EngineProxy(model, CONFIG, accounts=tenants, replica=replica, listener=listener, log_level="ERROR")
 
     async def main() -> None:
         replicas = Replicas(count, make_proxy)

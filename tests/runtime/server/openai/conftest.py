@@ -16,11 +16,9 @@ import pytest
 
 from ramet.runtime.server.anthropic.routes import anthropic_endpoints
 from ramet.runtime.server.config import ServerConfig
-from ramet.runtime.server.keys import KeyRing
 from ramet.runtime.server.limits import HttpLimits
 from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
-from ramet.runtime.server.metrics import RequestCollector
 from ramet.runtime.server.openai.chat import ChatEndpoint
 from ramet.runtime.server.openai.routes import openai_endpoints
 from ramet.runtime.server.responses.routes import responses_endpoints
@@ -124,8 +122,8 @@ class Client:
         self.tokenizer: Any = tokenizer or ByteTokenizer()
         if template is not None:
             self.tokenizer.chat_template = ChatTemplate(template)
-        proxy = cast(EngineProxy, self.engine)
-        self.served = ServedModel(ServerConfig(**config), proxy, self.tokenizer, "fake", time.time())
+        proxy, settings = cast(EngineProxy, self.engine), ServerConfig(**config)
+        self.served = ServedModel(settings, proxy, Tenants(settings), self.tokenizer, "fake", time.time())
         chat = ChatEndpoint(self.served)
         endpoints = [
             *openai_endpoints(self.served, chat),
@@ -133,9 +131,7 @@ class Client:
             *anthropic_endpoints(self.served, chat),
         ]
         app = make_app(endpoints, self.served)
-        self.app: Any = HttpLimits(
-            app, self.served.config, RequestCollector(), self.served.bytes_held, Tenants(KeyRing())
-        )
+        self.app: Any = HttpLimits(app, settings, self.served.tenants)
 
     def request(self, path: str, body: Any, method: str = "POST") -> httpx.Response:
         async def send() -> httpx.Response:

@@ -86,7 +86,7 @@ def test_usage_says_where_a_prompt_left_what_is_cached(client: Client, path: str
     assert found["before"].endswith("Today is 2026-11-")
     assert found["text"].startswith("30. Be short")
     assert misses[1]["hit"] == 0
-    assert client.served.misses == {"a date": 1}
+    assert client.served.tenants.requests.misses == {"a date": 1}
 
 
 def test_a_conversation_that_goes_on_leaves_nothing(client: Client) -> None:
