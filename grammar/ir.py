@@ -141,6 +141,10 @@ Whitespace = Literal[
 ]
 
 
+Order = Literal["declared", "any"]
+AdditionalProperties = Literal["closed", "schema"]
+
+
 @dataclass(frozen=True, slots=True)
 class JsonOptions:
     """The options of turning a JSON schema into a language. The defaults keep the letter of the schema.
@@ -159,8 +163,8 @@ class JsonOptions:
     """
 
     whitespace: Whitespace = "model"
-    order: Literal["any", "declared"] = "any"
-    additional_properties: Literal["schema", "closed"] = "schema"
+    order: Order = "any"
+    additional_properties: AdditionalProperties = "schema"
     integers: Literal["any", "plain"] = "any"
     strict: bool = False
     on_unsupported: Literal["error", "validate"] = "error"
@@ -175,8 +179,8 @@ class JsonOptions:
 
 _KNOWN_VALUES: Mapping[str, tuple[Any, ...]] = {
     "whitespace": get_args(Whitespace),
-    "order": ("any", "declared"),
-    "additional_properties": ("schema", "closed"),
+    "order": get_args(Order),
+    "additional_properties": get_args(AdditionalProperties),
     "integers": ("any", "plain"),
     "strict": (False, True),
     "on_unsupported": ("error", "validate"),

@@ -28,7 +28,7 @@ ROOMS = {
     "runtime.server": "config link * openai responses anthropic native programs app",
 }
 # What one folder may import of another; `lazy` means inside functions only.
-ACROSS = {"runtime": ("grammar", "kernels", "lang.graph"), "lang": ("grammar.service.python_types",)}
+ACROSS = {"runtime": ("grammar", "kernels", "lang.graph"), "lang": ("grammar.service.python_types", "grammar.ir")}
 ACROSS_LAZY = {"lang": ("runtime",)}
 CORE = "types cache.page_pool cache.radix_cache scheduling.scheduler engine.core steps.inputs"
 OVERRIDES = "handle_exit"  # methods that a library calls

@@ -30,6 +30,7 @@ from ramet.grammar.machine.frame import (
     UNKNOWN,
     Frame,
     FrameTable,
+    OneWayFrame,
     leaves_unread,
     target,
 )
@@ -56,16 +57,6 @@ class Limits:
     max_mask_bytes: int = 1 << 26
 
 
-class Done(Frame):
-    """The text is complete: nothing may follow."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.table = machine.table(np.full((1, 1), REFUSE, dtype=np.int32), np.zeros(256, dtype=np.uint8), 0, None)
-
-    def resolve(self, exit_index: int) -> int:
-        raise AssertionError(exit_index)
-
-
 class Machine:
     """All tables, all instances, and the targets of their exits. Not thread-safe: the owner locks.
 
@@ -85,7 +76,9 @@ class Machine:
         self.class_maps: dict[bytes, int] = {}
         self._closing_lengths: dict[int, int] = {}
         self._closing_steps: dict[int, tuple[bytes, int]] = {}
-        self.done = self.add(Done(self))
+        nothing = self.table(np.full((1, 1), REFUSE, dtype=np.int32), np.zeros(256, dtype=np.uint8), 0, None)
+        self.done = self.add(OneWayFrame(nothing, DEAD))
+        """The instance where the text is complete, and nothing may follow."""
 
     @property
     def num_bytes(self) -> int:

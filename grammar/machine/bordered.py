@@ -24,17 +24,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar.machine import bitmask
+from ramet.grammar.machine.compiled_grammar import CompiledGrammar
 from ramet.grammar.machine.ends import refused_by_first_byte
 from ramet.grammar.machine.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from ramet.grammar.machine.compiled_grammar import CompiledGrammar
 
 MAX_AFTER = 64  # bytes of the following text that are looked at
 _MAX_ROWS = 32  # mask rows that a bordered grammar keeps

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,17 +16,14 @@ from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.canonical import CanonicalTokens
 from ramet.grammar.machine.ends import end_tokens
 from ramet.grammar.machine.frame import DEAD, LOCAL_BITS, LOCAL_MASK, target
-from ramet.grammar.machine.grammar import DeviceTables
+from ramet.grammar.machine.grammar import DeviceTables, Grammar
 from ramet.grammar.machine.mask_rows import MaskRows
 from ramet.grammar.machine.masks import MaskMaker
 from ramet.grammar.machine.walker import ACCEPTED, GOES_ON, REFUSED
 
-if TYPE_CHECKING:
-    from ramet.grammar.machine.bordered import Bordered
-
 _QUOTE = ord('"')
 _MAX_KEPT = 1 << 15  # number of answers of each kind that a grammar keeps
-_MAX_BETWEEN = 16  # bordered grammars that a grammar keeps
+_MAX_DERIVED = 16  # grammars made of one that it keeps
 _MAX_ANSWERS_ON = 1 << 10  # prefixes for which `goes_on` keeps its answer
 _MAX_KEPT_ENDS = 64  # number of distinct rows of end tokens that a grammar keeps
 _MAX_CLOSING = 16  # bytes of a closing text, some of which a token may hold
@@ -67,8 +63,8 @@ class CompiledGrammar:
         self._forced: dict[int, tuple[int, ...]] = {}
         self._completions: dict[int, list[int]] = {}
         self._num_completed = 0  # number of tokens in the completions kept
-        self._between: OrderedDict[tuple[bytes, bytes, bytes], Bordered] = OrderedDict()
-        self._between_lock = threading.Lock()  # held for a moment only
+        self._derived: OrderedDict[Hashable, Grammar] = OrderedDict()
+        self._derived_lock = threading.Lock()  # held for a moment only
         self._goes_on: dict[bytes, bool] = {}
         self._complete: dict[int, bool] = {}
         self._ends: dict[int, NDArray[np.int32] | None] = {}
@@ -227,21 +223,17 @@ class CompiledGrammar:
         with time_limit(machine.limits.max_time_s):
             return end_tokens(self.vocabulary, allowed, read)
 
-    # --- between known texts
+    # --- other grammars that are made of this one
 
-    def between(self, before: bytes, after: bytes, lead: bytes = b"") -> Bordered:
-        """Return the grammar of values between two known texts. Equal texts give one object, if it was used lately."""
-        from ramet.grammar.machine.bordered import Bordered  # it is made of this class
-
-        key = (before, after, lead)
-        with self._between_lock:
-            found = self._between.get(key)
+    def derived(self, key: Hashable, make: Callable[[], Grammar]) -> Grammar:
+        """Return the grammar that was made of this one under a key, or make it. The last 16 used are kept."""
+        with self._derived_lock:
+            found = self._derived.get(key)
             if found is None:
-                found = Bordered(self, self.vocabulary, before=before, after=after, lead=lead)
-                self._between[key] = found
-                if len(self._between) > _MAX_BETWEEN:
-                    self._between.popitem(last=False)
-            self._between.move_to_end(key)
+                found = self._derived[key] = make()
+                if len(self._derived) > _MAX_DERIVED:
+                    self._derived.popitem(last=False)
+            self._derived.move_to_end(key)
         return found
 
     def known_to_go_on(self, before: bytes) -> bool | None:

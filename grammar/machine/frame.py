@@ -175,6 +175,20 @@ class Frame(ABC):
         return None
 
 
+class OneWayFrame(Frame):
+    """A stretch of text that leads to the target `to`, however it is left."""
+
+    def __init__(self, table: FrameTable, to: int) -> None:
+        self.table = table
+        self.to = to
+
+    def resolve(self, exit_index: int) -> int:
+        return self.to
+
+    def closing_exit(self, local: int) -> int:
+        return 0
+
+
 def leaves_unread(table: FrameTable, local: int, exit_index: int) -> bool:
     """Tell whether an exit can be taken in this state without reading a byte."""
     if table.end_exits is not None and int(table.end_exits[local]) == exit_index:

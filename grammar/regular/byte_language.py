@@ -15,7 +15,7 @@ from ramet.errors import GrammarTooLarge
 from ramet.grammar import ir
 from ramet.grammar.machine.automaton import Limits, Machine
 from ramet.grammar.machine.compiled_grammar import CompiledGrammar
-from ramet.grammar.machine.frame import DEAD, Frame, compress_rows, target
+from ramet.grammar.machine.frame import DEAD, OneWayFrame, compress_rows, target
 from ramet.grammar.machine.vocabulary import Vocabulary
 
 MAX_BYTES = 1 << 29
@@ -77,24 +77,9 @@ class ByteAutomaton:
         return bool(self.accepting[state])
 
 
-class _WholeText(Frame):
-    """The automaton as a frame. Its one exit is the end of the text."""
-
-    def __init__(self, machine: Machine, automaton: ByteAutomaton) -> None:
-        ends = np.where(automaton.accepting, 0, -1).astype(np.int32)
-        self.machine = machine
-        self.table = machine.table(automaton.rows, automaton.byte_class, 1, ends)
-
-    def resolve(self, exit_index: int) -> int:
-        assert exit_index == 0, exit_index
-        return target(self.machine.done)
-
-    def closing_exit(self, local: int) -> int:
-        return 0
-
-
 def compile_automaton(automaton: ByteAutomaton, vocabulary: Vocabulary, limits: Limits) -> CompiledGrammar:
     """Return the automaton as a compiled grammar. Raises: GrammarError if no text matches."""
     machine = Machine(vocabulary, limits)
-    start = target(machine.add(_WholeText(machine, automaton))) if automaton.accepting.any() else DEAD
-    return CompiledGrammar(machine, start)
+    ends = np.where(automaton.accepting, 0, -1).astype(np.int32)
+    frame = OneWayFrame(machine.table(automaton.rows, automaton.byte_class, 1, ends), target(machine.done))
+    return CompiledGrammar(machine, target(machine.add(frame)) if automaton.accepting.any() else DEAD)

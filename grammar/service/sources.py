@@ -40,7 +40,7 @@ from ramet.grammar.text.choices import choices
 from ramet.grammar.text.regex import parse_regex
 from ramet.grammar.text.substring import substring_of
 from ramet.grammar.tools.composed import Composed
-from ramet.grammar.tools.structural_tag import StructuralTag, structural_text
+from ramet.grammar.tools.structural_tag import structural_text
 from ramet.grammar.tools.text_with_values import TextWithValues, compile_with_values
 from ramet.grammar.tools.tool_set import ToolSet, tools_text
 
@@ -165,7 +165,7 @@ def _tools(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
 
 def _structural_tag(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     decoded = _decoded(source, InvalidGrammar, "the structural tag") if isinstance(source, str) else source
-    return structural_text(StructuralTag.of(decoded, ir.JsonOptions(**options)))
+    return structural_text(decoded, ir.JsonOptions(**options))
 
 
 def _grammar(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:

@@ -20,7 +20,6 @@ Source: the semantics are those of XGrammar's documentation of structural tags.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
@@ -37,45 +36,52 @@ MAX_TRIGGERS = 64
 _FIRST_SURROGATE = 0xD800  # surrogates, which are in no text, stand for what follows a trigger
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tag:
-    """A constrained part."""
-
-    begin: str
-    schema: ir.JsonSchema
-    end: str
+_Tag = tuple[str, ir.JsonSchema, str]  # what stands before a value, its schema, what stands after it
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StructuralTag:
-    """The parts that may stand in a text. at_least_one: one part must come. stop_after_first: the first one ends the
-    text.
+def structural_text(source: Any, options: ir.JsonOptions | None = None) -> TextWithValues:  # Any: JSON
+    """Return the texts that a structural tag allows, in either form. options: of all its schemas.
+
+    Raises: InvalidGrammar naming the error, also if two tags have the same beginning.
     """
+    fields, tags = _read(source)
+    triggers, switches = _checked(fields, tags)
+    at_least_one, stop_after_first = switches
+    made = [(begin, ir.JsonSchema(schema, options or ir.JsonOptions()), end) for begin, schema, end in tags]
+    rows, accepting, marked = _free_text(triggers)
+    builder = TextBuilder()
+    first = builder.add(rows, accepting & (not at_least_one))
+    if stop_after_first:
+        later = builder.new(is_end=True)
+    elif at_least_one:
+        later = builder.add(rows, accepting)
+    else:
+        later = first
+    for start in {first} if stop_after_first else {first, later}:
+        for trigger, state in zip(triggers, marked, strict=True):
+            for tag in made:
+                if tag[0].startswith(trigger):
+                    _add_tag(builder, builder.spell(start + state, tag[0][len(trigger) :]), tag, later)
+    if builder.is_ambiguous:
+        raise InvalidGrammar("the beginning of one tag begins another; end them apart, as in `<a>` and `<ab>`")
+    return builder.build(often=triggers[0])
 
-    triggers: tuple[str, ...]
-    tags: tuple[Tag, ...]
-    at_least_one: bool = False
-    stop_after_first: bool = False
 
-    @staticmethod
-    def of(source: Any, options: ir.JsonOptions | None = None) -> StructuralTag:  # Any: JSON
-        """Read either form. options: of all its schemas.
-
-        Raises: InvalidGrammar naming the error.
-        """
-        fields = _fields(source, "a structural tag", {"type", "triggers", "structures", "format"})
-        if fields.get("type", "structural_tag") != "structural_tag":
-            raise InvalidGrammar(f"the type of a structural tag is 'structural_tag', not {fields['type']!r}")
-        if "format" in fields:
-            return _of_format(fields["format"], options)
-        tags = [
-            _fields(tag, f"structures[{i}]", {"begin", "schema", "end"})
-            for i, tag in enumerate(_list(fields, "structures"))
-        ]
-        return _made(fields, [(tag.get("begin"), tag.get("schema"), tag.get("end")) for tag in tags], options)
+def _read(source: Any) -> tuple[Mapping[str, Any], list[tuple[Any, Any, Any]]]:
+    """Return the fields that say which parts may stand where, and the begin, schema and end of each part."""
+    fields = _fields(source, "a structural tag", {"type", "triggers", "structures", "format"})
+    if fields.get("type", "structural_tag") != "structural_tag":
+        raise InvalidGrammar(f"the type of a structural tag is 'structural_tag', not {fields['type']!r}")
+    if "format" in fields:
+        return _of_format(fields["format"])
+    tags = [
+        _fields(tag, f"structures[{i}]", {"begin", "schema", "end"})
+        for i, tag in enumerate(_list(fields, "structures"))
+    ]
+    return fields, [(tag.get("begin"), tag.get("schema"), tag.get("end")) for tag in tags]
 
 
-def _of_format(source: Any, options: ir.JsonOptions | None) -> StructuralTag:
+def _of_format(source: Any) -> tuple[Mapping[str, Any], list[tuple[Any, Any, Any]]]:
     if not isinstance(source, Mapping) or source.get("type") != "triggered_tags":
         kind = source.get("type") if isinstance(source, Mapping) else source
         raise InvalidGrammar(f"the format of a structural tag must be of type 'triggered_tags' here, not {kind!r}")
@@ -94,29 +100,27 @@ def _of_format(source: Any, options: ir.JsonOptions | None) -> StructuralTag:
                 tag.get("end"),
             )
         )
-    return _made(fields, tags, options)
+    return fields, tags
 
 
-def _made(
-    fields: Mapping[str, Any],
-    tags: Sequence[tuple[Any, Any, Any]],  # Any: JSON
-    options: ir.JsonOptions | None,
-) -> StructuralTag:
+def _checked(fields: Mapping[str, Any], tags: Sequence[tuple[Any, Any, Any]]) -> tuple[list[str], list[bool]]:
+    """Return the triggers, and whether one part must come, and the first one ends the text.
+
+    Raises: InvalidGrammar for wrong tags or triggers.
+    """
     triggers = _list(fields, "triggers")
     if not 1 <= len(triggers) <= MAX_TRIGGERS or not 1 <= len(tags) <= MAX_TAGS:
         raise InvalidGrammar(
             f"there are {len(triggers):,} triggers and {len(tags):,} tags; "
             f"1 to {MAX_TRIGGERS} triggers and 1 to {MAX_TAGS:,} tags are possible"
         )
-    made = []
     for begin, schema, end in tags:
         if not isinstance(begin, str) or not isinstance(end, str) or not isinstance(schema, dict | bool):
             raise InvalidGrammar("a tag has the texts `begin` and `end`, and a JSON schema between them")
         if not any(isinstance(trigger, str) and begin.startswith(trigger) for trigger in triggers):
             raise InvalidGrammar(f"no trigger is the beginning of {begin!r}")
-        made.append(Tag(begin, ir.JsonSchema(schema, options or ir.JsonOptions()), end))
     for trigger in triggers:
-        if not isinstance(trigger, str) or not trigger or not any(tag.begin.startswith(trigger) for tag in made):
+        if not isinstance(trigger, str) or not trigger or not any(begin.startswith(trigger) for begin, _, _ in tags):
             raise InvalidGrammar(f"the trigger {trigger!r} begins no tag")
     for one, other in permutations(triggers, 2):
         if one in other:
@@ -124,42 +128,19 @@ def _made(
     switches = [fields.get(name, False) for name in ("at_least_one", "stop_after_first")]
     if not all(isinstance(value, bool) for value in switches):
         raise InvalidGrammar("at_least_one and stop_after_first are true or false")
-    return StructuralTag(tuple(triggers), tuple(made), *switches)
+    return triggers, switches
 
 
-def structural_text(source: StructuralTag) -> TextWithValues:
-    """Return the texts that a structural tag allows.
-
-    Raises: InvalidGrammar if two tags have the same beginning.
-    """
-    rows, accepting, marked = _free_text(source.triggers)
-    builder = TextBuilder()
-    first = builder.add(rows, accepting & (not source.at_least_one))
-    if source.stop_after_first:
-        later = builder.new(is_end=True)
-    elif source.at_least_one:
-        later = builder.add(rows, accepting)
-    else:
-        later = first
-    for start in {first} if source.stop_after_first else {first, later}:
-        for trigger, state in zip(source.triggers, marked, strict=True):
-            for tag in source.tags:
-                if tag.begin.startswith(trigger):
-                    _add_tag(builder, builder.spell(start + state, tag.begin[len(trigger) :]), tag, later)
-    if builder.is_ambiguous:
-        raise InvalidGrammar("the beginning of one tag begins another; end them apart, as in `<a>` and `<ab>`")
-    return builder.build(often=source.triggers[0])
-
-
-def _add_tag(builder: TextBuilder, state: int, tag: Tag, later: int) -> None:
+def _add_tag(builder: TextBuilder, state: int, tag: _Tag, later: int) -> None:
     """Add the value of a tag, which begins in `state`, and the tag's end, which leads to the state `later`."""
+    begin, schema, end = tag
     if state in builder.gaps:
-        raise InvalidGrammar(f"two tags begin with {tag.begin!r}")
+        raise InvalidGrammar(f"two tags begin with {begin!r}")
     after = later
-    if tag.end:
+    if end:
         after = builder.new()
-        builder.lead(after, tag.end, later)
-    builder.put(state, Gap(tag.schema, after))
+        builder.lead(after, end, later)
+    builder.put(state, Gap(schema, after))
 
 
 def _free_text(triggers: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.bool_], list[int]]:

@@ -6,28 +6,14 @@ Not here: what each value means for an automaton (grammar/ir.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import msgspec
 
 from ramet.errors import InvalidRequest
-
-Whitespace: TypeAlias = Literal[
-    "model",
-    "compact",
-    "any",
-    "indent=0",
-    "indent=1",
-    "indent=2",
-    "indent=3",
-    "indent=4",
-    "indent=5",
-    "indent=6",
-    "indent=7",
-    "indent=8",
-]
-Order: TypeAlias = Literal["declared", "any"]
-AdditionalProperties: TypeAlias = Literal["closed", "schema"]
+from ramet.grammar.ir import AdditionalProperties as AdditionalProperties
+from ramet.grammar.ir import Order as Order
+from ramet.grammar.ir import Whitespace as Whitespace
 
 KNOWN: Mapping[str, tuple[str, ...]] = {
     "whitespace": get_args(Whitespace),

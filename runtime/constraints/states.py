@@ -56,14 +56,6 @@ class TakenRows:
 
 
 @dataclass(slots=True, eq=False)
-class _Purpose:
-    """What a work is for. finish: called on the engine's thread once it is done."""
-
-    sequence: Sequence
-    finish: Callable[[], None]
-
-
-@dataclass(slots=True, eq=False)
 class _OnDevice:
     """base: the arena's number of the grammar's state 0. has_ends: the request does not ignore the end of its text.
 
@@ -104,7 +96,6 @@ class GrammarStates:
         self._on_device: dict[Sequence, _OnDevice] = {}
         self._failures: dict[Sequence, Exception] = {}
         self._turns = Turns()
-        self._purposes: dict[GrammarWork, _Purpose] = {}
         self._works: dict[Sequence, GrammarWork] = {}
         self._joined: list[Sequence] = []
         self._rows = TakenRows()
@@ -224,14 +215,7 @@ class GrammarStates:
     def work(self, seconds: float, *, new_only: bool = False) -> None:
         """Let the works of grammars go on for about `seconds`. new_only: only those that have not begun yet."""
         for work in self._turns.give(seconds, to_unfinished=not new_only):
-            purpose = self._purposes.pop(work)
-            if purpose.sequence.is_finished:
-                continue
-            del self._works[purpose.sequence]
-            if work.error is not None:
-                self._failures[purpose.sequence] = work.error
-            else:
-                purpose.finish()
+            work.finish()
 
     def take_joined(self) -> list[Sequence]:
         """Return the new sequences that may be scheduled from now on."""
@@ -244,9 +228,16 @@ class GrammarStates:
         return rows
 
     def _begin(self, sequence: Sequence, do: Callable[[], None], finish: Callable[[], None]) -> None:
-        work = GrammarWork(sequence.request.grammar, do)
-        self._purposes[work] = _Purpose(sequence, finish)
-        self._works[sequence] = work
+        def go_on() -> None:
+            if sequence.is_finished:
+                return
+            del self._works[sequence]
+            if work.error is not None:
+                self._failures[sequence] = work.error
+            else:
+                finish()
+
+        work = self._works[sequence] = GrammarWork(sequence.request.grammar, do, go_on)
         self._turns.add(work)
 
     # --- a step

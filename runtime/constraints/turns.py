@@ -28,10 +28,13 @@ _MAX_THREADS = 64
 
 @dataclass(slots=True, eq=False)
 class GrammarWork:
-    """A piece of work. Works of one owner are done one after the other. error: set if `do` raised."""
+    """A piece of work. Works of one owner are done one after the other. finish: for the engine's thread, once the work
+    is done. error: set if `do` raised.
+    """
 
     owner: Hashable
     do: Callable[[], None]
+    finish: Callable[[], None] = lambda: None
     is_cancelled: bool = False
     error: Exception | None = None
 

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ramet import grammar as grammar_engine
@@ -111,7 +111,8 @@ class ProgramGrammars:
         if not (before or after or lead):
             return grammar
         if grammar is not None:
-            return grammar.between(before, after, lead)
+            made = partial(grammar_engine.Bordered, grammar, grammar.vocabulary, before=before, after=after, lead=lead)
+            return grammar.derived((before, after, lead), made)
         with self._lock:
             found = self._healed.get(before)
             if found is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,14 +27,7 @@ MAX_STATES = 2000  # states of the languages together; with more, one table is m
 MAX_DISTANCES = 1 << 26  # number of distances kept
 
 _INFINITE = 1 << 30
-
-
-class Condition(NamedTuple):
-    """A tag is satisfied by a text of low..high characters."""
-
-    tag: int
-    low: int
-    high: int | None
+Condition = tuple[int, int, int | None]  # a tag that a text of low..high characters satisfies: tag, low, high
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +97,7 @@ class BoundedStrings:
         for tag, group in enumerate(specs):
             for spec in group:
                 low, high = languages.bounds(spec)
-                parts.setdefault(spec._replace(low=0, high=None), []).append(Condition(tag, low, high))
+                parts.setdefault(spec._replace(low=0, high=None), []).append((tag, low, high))
         conditions = list(parts.values())
         labels: dict[tuple[Condition, ...], int] = {(): 0}
 
@@ -116,14 +108,14 @@ class BoundedStrings:
         automata = [languages.whole(spec) for spec in parts]
         self.dfa = dfas.product(automata, label, max_states=languages.max_states, name=languages.describe(specs))
         self.labels = list(labels)
-        self.tags = sorted({c.tag for label in self.labels for c in label})
+        self.tags = sorted({tag for label in self.labels for tag, _, _ in label})
         self.accepting = np.array(self.dfa.accepting)
         self.num_states = len(self.accepting)
         self.num_layers = max(1, min(64, MAX_CONTENT // self.num_states))
         content = strings.json_string_rows(self.dfa, [0 if a else -1 for a in self.dfa.accepting])
         self.rows, self.byte_class = compress_rows(content.rows)
         self.beyond = content.beyond
-        bounds = {b for c in self.labels for x in c for b in (x.low, 0 if x.high is None else x.high + 1)}
+        bounds = {b for c in self.labels for _, low, high in c for b in (low, 0 if high is None else high + 1)}
         self.last = max(bounds, default=0)
         """From this position on, lengths no longer matter."""
         self._starts, self._distances = self._measure(sorted(bounds | {0}), languages.describe(specs))

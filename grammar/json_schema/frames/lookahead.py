@@ -30,7 +30,7 @@ from ramet.grammar.json_schema.frames.tables import (
     open_object_rows,
     unread_rows,
 )
-from ramet.grammar.machine.frame import NEEDS_RUN, Frame, FrameTable, path_to_exit, target
+from ramet.grammar.machine.frame import NEEDS_RUN, Frame, FrameTable, OneWayFrame, path_to_exit, target
 
 MAX_TAGS = 2  # a value with more tags is its own twin: otherwise 2 ** tags sets of tags would have to be compared
 
@@ -47,19 +47,20 @@ class Somewhere(Context):
         return NEEDS_RUN
 
 
-class UnreadFrame(Frame):
-    """A text of which masks read at most the first byte. Tokens that go on into it are run."""
+def unread(compilation: Compilation, refused: bytes = b"") -> int:
+    """Return the target at a text of which masks read only the first byte, which may be any but the refused ones.
 
-    def __init__(self, compilation: Compilation, table: FrameTable) -> None:
-        self.table = table
-
-    def resolve(self, exit_index: int) -> int:
-        return NEEDS_RUN
+    Tokens that go on into it are run.
+    """
+    return _unread(compilation, compilation.constant_table(unread_rows, (refused,), 1))
 
 
-def unread(compilation: Compilation, refused: bytes = b"") -> FrameTable:
-    """Return the table of a text that may begin with any other bytes."""
-    return compilation.constant_table(unread_rows, (refused,), 1)
+def _unread(compilation: Compilation, table: FrameTable) -> int:
+    return target(compilation.frame(_made_unread, table))
+
+
+def _made_unread(compilation: Compilation, table: FrameTable) -> OneWayFrame:
+    return OneWayFrame(table, NEEDS_RUN)
 
 
 def any_key_table(compilation: Compilation) -> FrameTable:
@@ -157,6 +158,5 @@ class EndFrame(Frame):
         if end.item is not None:
             return compilation.value(end.item, self.inner, AT_VALUE if self.is_open else AFTER_COMMA)
         if end.starts is None:
-            return target(compilation.frame(UnreadFrame, compilation.once(any_key_table)))
-        refused = bytes(b for b in compilation.machine.vocabulary.key_starts if b not in end.starts)
-        return target(compilation.frame(UnreadFrame, unread(compilation, refused)))
+            return _unread(compilation, compilation.once(any_key_table))
+        return unread(compilation, bytes(b for b in compilation.machine.vocabulary.key_starts if b not in end.starts))

@@ -13,7 +13,7 @@ from ramet.grammar.json_schema.algebra import values as v
 from ramet.grammar.json_schema.algebra.values import Const, Expr, Strings, Values
 from ramet.grammar.json_schema.frames.compilation import Compilation, Context
 from ramet.grammar.json_schema.frames.lengths import BoundedStrings, Layers, bounded_strings
-from ramet.grammar.json_schema.frames.lookahead import Somewhere, UnreadFrame, unread
+from ramet.grammar.json_schema.frames.lookahead import Somewhere, unread
 from ramet.grammar.json_schema.frames.tables import (
     CHUNK,
     FALSE,
@@ -52,7 +52,7 @@ _ANY: TaggedStrings = ((v.ANY_STRINGS,),)
 def open_string(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
     """Return the target after the opening quote."""
     if isinstance(context, Somewhere):  # hardly any token begins before such a string and continues in it
-        return target(compilation.frame(UnreadFrame, unread(compilation)))
+        return unread(compilation)
     return _string(compilation, tuple([compilation.expressions.values(e).strings for e in exprs]), context)
 
 

@@ -217,7 +217,13 @@ def test_a_grammar_goes_on_after_a_token_if_longer_ones_hold_its_usual_beginning
     assert grammar.known_to_go_on(b" ") is None
     assert not grammar.goes_on(b" ")
     assert grammar.known_to_go_on(b" ") is False
-    assert grammar.between(b" ", b"") is grammar.between(b" ", b"")
+
+
+def test_grammars_made_of_one_are_kept_by_it() -> None:
+    grammar = compiled("c", make_vocabulary(0))
+    made = [grammar.derived(key % 20, lambda: Bordered(grammar, grammar.vocabulary, before=b" ")) for key in range(36)]
+    assert grammar.derived(15, lambda: made[0]) is made[35]
+    assert made[0] is not made[20], "only the last ones are kept"
 
 
 @pytest.mark.parametrize("pattern", ["[12]{1,3}", "a( a)*", "(ab)*", '"[ab]*"'])
@@ -225,8 +231,8 @@ def test_a_grammar_goes_on_after_a_token_if_longer_ones_hold_its_usual_beginning
 def test_a_lead_may_stand_before_the_value_and_changes_nothing_after_it(pattern: str, seed: int) -> None:
     vocabulary = make_vocabulary(seed)
     grammar = compiled(pattern, vocabulary)
-    plain, led = grammar.between(b"", b".b"), grammar.between(b"", b".b", b" ")
-    assert led is grammar.between(b"", b".b", b" ") is not plain
+    plain = Bordered(grammar, vocabulary, after=b".b")
+    led = Bordered(grammar, vocabulary, after=b".b", lead=b" ")
     assert led.is_accepting(0) == plain.is_accepting(0)
     assert len(led.shortest_completion(0)) <= led.completion_bound(0)
     for token, text in enumerate(vocabulary.token_bytes):
