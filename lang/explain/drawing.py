@@ -18,6 +18,7 @@ from ramet.lang.explain.html import to_html
 from ramet.lang.explain.mermaid import to_mermaid
 from ramet.lang.explain.svg import to_svg
 from ramet.lang.graph import ir
+from ramet.lang.graph.operations import path_text
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.passes.paths import Paths, interpret
 from ramet.lang.passes.target import Target, target_of
@@ -90,8 +91,7 @@ def _templates(graph: ir.Graph) -> list[str]:
         if isinstance(node, ir.Argument) and node.name in graph.arguments:
             given = graph.arguments[node.name]
             return ir.render((ref,), lambda _: ir.value_text(given), lambda _: given)
-        steps = "".join(f".{step}" for step in ref.path)
-        return f"⟨{node.label or f'node {ref.node}'}{steps}⟩"
+        return f"⟨{node.label or f'node {ref.node}'}{path_text(ref.path)}⟩"
 
     def text(node: ir.AnyNode) -> str:
         parts = [part for template in node.templates() for part in template] if node.run_by == "runner" else []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from ramet.errors import InvalidProgram
 from ramet.lang.graph import ir
 
 MAX_BYTES = 64  # of the following text that the engine looks at
@@ -68,7 +69,10 @@ def known_start(template: ir.Template, is_known: Callable[[ir.Ref], bool], text:
     for part in template:
         if (not isinstance(part, str) and not is_known(part)) or len(found) >= MAX_BYTES:
             break
-        found += part if isinstance(part, str) else text(part)
+        try:
+            found += part if isinstance(part, str) else text(part)
+        except InvalidProgram:  # the text's own node reports it
+            break
     return beginning(found)
 
 

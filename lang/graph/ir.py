@@ -26,12 +26,13 @@ from ramet.lang.graph.events import NodeEvent as NodeEvent
 from ramet.lang.graph.events import NodeResult as NodeResult
 from ramet.lang.graph.events import Usage as Usage
 from ramet.lang.graph.narrowing import Narrowing, narrowing
+from ramet.lang.graph.operations import Operation, Step, follow, path_problem, path_text
 from ramet.lang.graph.sampling import Sampling as Sampling
 from ramet.lang.graph.sampling import is_repeatable as is_repeatable
 from ramet.lang.graph.sampling import retry_sampling as retry_sampling
 from ramet.lang.graph.sampling import sampling_problem as sampling_problem
 
-VERSION = 1
+VERSION = 2  # 1 has no operations in paths; it is read, too
 MAX_RETRIES = 1000
 DEFAULT_SCORER: Final = "calibrated"  # of selections: choice_scores.py
 
@@ -41,13 +42,13 @@ JsonValue: TypeAlias = Any  # a JSON value; msgspec does not understand recursiv
 class Ref(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """The value of another node.
 
-    `path` leads into a structured value. A string at its end is inserted as it is, any other value as compact JSON.
-    `format` is a Python format specification, or "!r" for the value's repr. Without both, the generated text is
-    inserted unchanged.
+    `path` leads into a structured value. A string at its end is inserted as it is, any other value as compact JSON; but
+    the result of an operation (operations.py) as Python's `format()` writes it. `format` is a Python format
+    specification, or "!r" for the value's repr. Without both, the generated text is inserted unchanged.
     """
 
     node: int
-    path: tuple[str | int, ...] = ()
+    path: tuple[Step, ...] = ()
     format: str = ""
 
 
@@ -404,14 +405,17 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             graph = msgspec.json.decode(data, type=Graph)
         except msgspec.MsgspecError as error:
             version = _version(data)
-            if version not in (None, VERSION):
+            if version not in (None, *_READ):
                 raise InvalidProgram(_other_version(version)) from error
             raise InvalidProgram(f"not a program graph: {error}") from error
-        if graph.version != VERSION:
+        if graph.version not in _READ:
             raise InvalidProgram(_other_version(graph.version))
         if graph.first == 0:
             GraphIndex().add(graph)
         return graph
+
+
+_READ = (1, VERSION)
 
 
 def _version(data: bytes | str) -> JsonValue:
@@ -424,7 +428,7 @@ def _version(data: bytes | str) -> JsonValue:
 
 
 def _other_version(version: JsonValue) -> str:
-    return f"the graph has version {version}, but this Ramet reads version {VERSION}"
+    return f"the graph has version {version}, but this Ramet reads versions up to {VERSION}"
 
 
 def refs(node: AnyNode) -> Iterator[Ref]:
@@ -491,12 +495,16 @@ def _render_ref(ref: Ref, text_of: Callable[[int], str], value_of: Callable[[int
     value = value_of(ref.node)
     for step in ref.path:
         try:
-            value = value[step]
-        except (LookupError, TypeError) as error:
-            raise InvalidProgram(f"the value of node {ref.node} has no {step!r}: {value!r}", node=ref.node) from error
-    if ref.format:
-        return repr(value) if ref.format == "!r" else format(value, ref.format)
-    return value_text(value)
+            value = follow(value, (step,))
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            where = f"the value of node {ref.node}"
+            if isinstance(step, Operation):
+                raise InvalidProgram(f"{path_text((step,))} of {where} failed: {error}", node=ref.node) from error
+            raise InvalidProgram(f"{where} has no {step!r}: {value!r}", node=ref.node) from error
+    if ref.format == "!r":
+        return repr(value)
+    is_result = any(isinstance(step, Operation) for step in ref.path)
+    return format(value, ref.format) if ref.format or is_result else value_text(value)
 
 
 def value_text(value: JsonValue) -> str:
@@ -534,7 +542,7 @@ class GraphIndex:
         unbound = [n.name for n in graph.nodes if isinstance(n, Argument) and n.name not in graph.arguments]
         if is_bound and unbound:
             raise InvalidProgram(f"argument {unbound[0]!r} has no value; give it when the graph is run")
-        if graph.version != VERSION:
+        if graph.version not in _READ:
             raise InvalidProgram(_other_version(graph.version))
         if graph.first != len(self.nodes):
             raise InvalidProgram(f"the part begins at node {graph.first}, but the program has {len(self.nodes)} nodes")
@@ -576,6 +584,9 @@ class GraphIndex:
                 raise _wrong(
                     node, f"uses the value of node {ref.node}, but a {self.nodes[ref.node].kind_name} has none"
                 )
+            problem = path_problem(ref.path) if ref.path else None
+            if problem is not None:
+                raise _wrong(node, problem)
         if node.parent is not None and isinstance(self.nodes[node.parent], Argument):
             raise _wrong(node, f"stands behind node {node.parent}, but an argument is in no branch")
         problem = node.problem(self)

@@ -19,6 +19,7 @@ import msgspec
 from ramet.lang.graph import choice_scores, ir
 from ramet.lang.graph.following import beginning, children_of, following, is_ended_by_following
 from ramet.lang.graph.healing import Healing
+from ramet.lang.graph.operations import Operation
 from ramet.lang.passes.masked_checks import masked_checks
 from ramet.lang.passes.target import Target
 
@@ -268,9 +269,10 @@ class _Interpreter:
         assert isinstance(known, Unknown)
         if not ref.path and not ref.format:
             return known
-        # A field of a value is no longer than the value, with two exceptions: numbers that Python prints longer than
-        # they are written (1e15: 18 characters for 4), and text that a format adds.
-        is_limited = known.max_bytes is not None and not ref.format and ref.path[:1] != ("captures",)
+        # A field of a value is no longer than the value, with three exceptions: numbers that Python prints longer than
+        # they are written (1e15: 18 characters for 4), text that a format adds, and what operations make.
+        is_plain = not ref.format and not any(isinstance(step, Operation) for step in ref.path)
+        is_limited = known.max_bytes is not None and is_plain and ref.path[:1] != ("captures",)
         limit = 6 * known.max_bytes if is_limited and known.max_bytes is not None else None
         return Unknown((known.key, ref.path, ref.format), limit)
 

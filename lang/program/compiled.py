@@ -13,6 +13,7 @@ from ramet.errors import InvalidProgram
 from ramet.lang.backends.default import choose_backend
 from ramet.lang.backends.protocol import Backend, TakesRows
 from ramet.lang.graph import ir
+from ramet.lang.graph.operations import follow
 from ramet.lang.graph.options import ProgramOptions, deadline
 from ramet.lang.program.batch import cancelling
 from ramet.lang.program.trace import ArgumentSource, as_argument
@@ -161,7 +162,7 @@ def _moved(item: Any, run: Run, arguments: Mapping[str, Any]) -> Any:  # Any: a 
     if isinstance(item, Value):
         source = source_of(item)
         if isinstance(source, ArgumentSource):
-            return arguments[source.argument]
+            return follow(arguments[source.argument], source.path)
         return Value(source.of_run(run)) if isinstance(source, NodeSource | TextSource) else item
     if isinstance(item, list):
         return [_moved(one, run, arguments) for one in item]

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ramet.lang.graph import ir
+from ramet.lang.graph.operations import Operation, Step, follow, path_text
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.running.run import Run
@@ -56,14 +57,14 @@ class TracingRun(Run):
 
 
 class ArgumentSource(Source):
-    """A symbolic argument. `examples`: its value in the trace, or nothing."""
+    """A symbolic argument. `examples`: its value in the trace, or nothing. `path`: the operations on it."""
 
-    __slots__ = ("argument", "examples", "run")
+    __slots__ = ("argument", "examples", "path", "run")
 
     run: TracingRun
 
-    def __init__(self, run: TracingRun, argument: str, *examples: Any) -> None:
-        self.run, self.argument, self.examples = run, argument, examples
+    def __init__(self, run: TracingRun, argument: str, *examples: Any, path: tuple[Step, ...] = ()) -> None:
+        self.run, self.argument, self.examples, self.path = run, argument, examples, path
 
     @property
     def node(self) -> int:
@@ -71,23 +72,33 @@ class ArgumentSource(Source):
 
     @property
     def is_text(self) -> bool:
-        return all(isinstance(example, str) for example in self.examples)
+        return self.kind is str or not self.examples
 
     @property
     def kind(self) -> type | None:
-        return type(self.examples[0]) if self.examples else None
+        kind = type(self.examples[0]) if self.examples else None
+        for step in self.path:
+            assert isinstance(step, Operation)
+            assert kind is not None
+            kind = step.kind(kind)
+        return kind
 
     def format(self, spec: str) -> str:
-        return self.run.placeholders.add(ir.Ref(self.node, (), spec), self.argument)
+        return self.run.placeholders.add(ir.Ref(self.node, self.path, spec), self.argument + path_text(self.path))
 
-    def child(self, name: str) -> None:
+    def child(self, name: str | int) -> None:
         return None
+
+    def result_of(self, operation: Operation) -> ArgumentSource | None:
+        if type(as_argument(*self.examples)) is not type(*self.examples):
+            return None  # the graph has its text
+        return ArgumentSource(self.run, self.argument, *self.examples, path=(*self.path, operation))
 
     def read(self, why: str) -> Any:
         if not self.examples:
             self.run.need(self.node, why)
         self.run.depend_on(self.argument, why)
-        return self.examples[0]
+        return follow(self.examples[0], self.path)
 
     async def aread(self) -> Any:
         return self.read("await")

@@ -26,6 +26,7 @@ MAX_TOKENS = 512  # the default for one message: large, because arguments that a
 WHY = "which tools the model calls"
 _SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}, "calls": {"type": "array"}}}
 ANSWER = OutputType("tools", shape=Shape(_SCHEMA, _SCHEMA))
+RESULT = OutputType()  # JSON of any type
 
 
 def tool_loop(
@@ -80,7 +81,7 @@ def tool_loop(
             break
         called = _record_calls(recorder, message.node, asked, on_error, loop)
         uses += [
-            ToolUse(call["name"], call["arguments"], Value(NodeSource(recorder.run, node, call["name"])))
+            ToolUse(call["name"], call["arguments"], Value(NodeSource(recorder.run, node, call["name"], RESULT)))
             for call, node in zip(asked, called, strict=True)
         ]
     text = message.child("text")

@@ -40,15 +40,19 @@ class Shape:
     schema: Mapping[str, Any]  # a JSON schema
     root: Mapping[str, Any]
 
-    def child(self, name: str) -> Shape | None:
-        """Return the shape of field `name`, or None if no such field is declared."""
+    def child(self, name: str | int) -> Shape | None:
+        """Return the shape of field `name`, or of an item of a list; None if no such part is declared."""
         schema = self.schema
         while "$ref" in schema:
             target: Any = self.root
             for step in str(schema["$ref"]).removeprefix("#/").split("/"):
                 target = target[step.replace("~1", "/").replace("~0", "~")]
             schema = target
-        found = schema.get("properties", {}).get(name)
+        if isinstance(name, int):
+            is_list = schema.get("type") == "array" and not schema.get("uniqueItems") and "prefixItems" not in schema
+            found = schema.get("items") if is_list else None
+        else:
+            found = schema.get("properties", {}).get(name)
         return Shape(found, self.root) if isinstance(found, Mapping) else None
 
     @property

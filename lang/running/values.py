@@ -9,9 +9,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ramet.lang.graph.ir import Ref
+from ramet.lang.graph.operations import (
+    ARITHMETIC,
+    METHODS,
+    Operation,
+    Step,
+    by_key,
+    by_method,
+    by_symbol,
+    follow,
+    path_text,
+)
 from ramet.lang.running.output_types import TEXT, OutputType, Shape
 from ramet.lang.running.placeholders import has_placeholder
 from ramet.lang.running.run import Run, current_run
@@ -59,8 +71,12 @@ class Source(ABC):
         """Return a placeholder for the value; `spec` as in an f-string."""
 
     @abstractmethod
-    def child(self, name: str) -> Source | None:
-        """Return a declared field of the value, or None."""
+    def child(self, name: str | int) -> Source | None:
+        """Return a declared field of the value, or an item of a declared list; None if it is not declared."""
+
+    @abstractmethod
+    def result_of(self, operation: Operation) -> Source | None:
+        """Return the result of an operation on the value, or None if the value has to be read for it."""
 
     @abstractmethod
     def read(self, why: str) -> Any:  # Any: a value of the program's type
@@ -78,7 +94,7 @@ class Source(ABC):
 class NodeSource(Source):
     """A node of a running program, or a field of its value."""
 
-    __slots__ = ("_output", "_path", "_shape", "name", "node", "run")
+    __slots__ = ("_kind", "_output", "_path", "_shape", "name", "node", "run")
 
     node: int
     run: Run
@@ -89,53 +105,60 @@ class NodeSource(Source):
         node: int,
         name: str | None = None,
         output: OutputType = TEXT,
-        path: tuple[str, ...] = (),
+        path: tuple[Step, ...] = (),
         shape: Shape | None = None,
+        kind: type | None = None,
     ) -> None:
+        """`path`: to the part of the value that is meant. `kind`: the type of an operation's result at its end."""
         self.run, self.name, self.node, self._output, self._path = run, name, node, output, path
         self._shape = shape if path else output.shape
+        self._kind = kind
 
     @property
     def is_text(self) -> bool:
         if self._path:
-            return self._shape is not None and self._shape.schema.get("type") == "string"
+            is_field = self._shape is not None and self._shape.schema.get("type") == "string"
+            return is_field or self._kind is str
         return self._output is TEXT or self._output.wire == "str"
 
     @property
     def kind(self) -> type | None:
         if not self._path:
             return self._output.kind
-        return None if self._shape is None else self._shape.kind
+        return self._kind if self._shape is None else self._shape.kind
 
     def of_run(self, run: Run) -> NodeSource:
         """Return the same source in another run of the same graph."""
-        return NodeSource(run, self.node, self.name, self._output, self._path, self._shape)
+        return NodeSource(run, self.node, self.name, self._output, self._path, self._shape, self._kind)
 
-    def child(self, name: str) -> NodeSource | None:
+    def child(self, name: str | int) -> NodeSource | None:
         shape = None if self._shape is None else self._shape.child(name)
         if shape is None:
             return None
         return NodeSource(self.run, self.node, self.name, self._output, (*self._path, name), shape)
 
+    def result_of(self, operation: Operation) -> NodeSource | None:
+        kind = self.kind
+        is_same = self._path or self._output.wire == ("str" if kind is str else getattr(kind, "__name__", ""))
+        if kind is None or not is_same:
+            return None  # the graph has another form of the value: a Literal's text, say
+        path = (*self._path, operation)
+        return NodeSource(self.run, self.node, self.name, self._output, path, None, operation.kind(kind))
+
     def format(self, spec: str) -> str:
-        label = ".".join((self.name or "value", *self._path))
+        label = (self.name or "value") + path_text(self._path)
         return self.run.placeholders.add(Ref(self.node, self._path, spec), label)
 
     def read(self, why: str) -> Any:
-        return self._follow(self.run.read(self.node, self._output, why))
+        return follow(self.run.read(self.node, self._output, why), self._path)
 
     async def aread(self) -> Any:
-        return self._follow(await self.run.aread(self.node, self._output))
-
-    def _follow(self, value: Any) -> Any:
-        for step in self._path:
-            value = value[step] if isinstance(value, dict) else getattr(value, step)
-        return value
+        return follow(await self.run.aread(self.node, self._output), self._path)
 
     def shown(self) -> str:
         if self.run.is_recording:
             return self.format("!r")
-        path = "".join(f".{step}" for step in self._path)
+        path = path_text(self._path)
         done = self.run.outcomes.get(self.node)
         shown = "not read" if done is None or done.error else repr(done.value)[:60]
         return f"<value {self.name or 'unnamed'}{path} of node {self.node}: {shown}>"
@@ -157,7 +180,10 @@ class TextSource(Source):
     def format(self, spec: str) -> str:
         return format(self.read("a width or precision"), spec) if spec else self._text
 
-    def child(self, name: str) -> None:
+    def child(self, name: str | int) -> None:
+        return None
+
+    def result_of(self, operation: Operation) -> None:
         return None
 
     def read(self, why: str) -> str:
@@ -240,23 +266,41 @@ class Readable:
     def __round__(self, digits: int | None = None) -> Any:
         return round(self._read("round()"), digits)
 
+    def _computed(self, symbol: str, other: Any) -> Any:
+        """Return the result of arithmetic; `r-` and the like have the value on their right side."""
+        a, b = self._read(symbol.lstrip("r")), plain(other)
+        compute = ARITHMETIC[symbol.lstrip("r")]
+        return compute(b, a) if symbol[0] == "r" else compute(a, b)
+
     def __sub__(self, other: Any) -> Any:
-        return self._read("-") - plain(other)
+        return self._computed("-", other)
 
     def __rsub__(self, other: Any) -> Any:
-        return other - self._read("-")
+        return self._computed("r-", other)
 
     def __mul__(self, other: Any) -> Any:
-        return self._read("*") * plain(other)
+        return self._computed("*", other)
 
     def __rmul__(self, other: Any) -> Any:
-        return other * self._read("*")
+        return self._computed("r*", other)
 
     def __truediv__(self, other: Any) -> Any:
-        return self._read("/") / plain(other)
+        return self._computed("/", other)
 
     def __rtruediv__(self, other: Any) -> Any:
-        return other / self._read("/")
+        return self._computed("r/", other)
+
+    def __floordiv__(self, other: Any) -> Any:
+        return self._computed("//", other)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return self._computed("r//", other)
+
+    def __mod__(self, other: Any) -> Any:
+        return self._computed("%", other)
+
+    def __rmod__(self, other: Any) -> Any:
+        return self._computed("r%", other)
 
     def __pow__(self, other: Any) -> Any:
         return self._read("**") ** plain(other)
@@ -266,18 +310,6 @@ class Readable:
 
     def __divmod__(self, other: Any) -> Any:
         return divmod(self._read("divmod()"), plain(other))
-
-    def __rfloordiv__(self, other: Any) -> Any:
-        return other // self._read("//")
-
-    def __floordiv__(self, other: Any) -> Any:
-        return self._read("//") // plain(other)
-
-    def __mod__(self, other: Any) -> Any:
-        return self._read("%") % plain(other)
-
-    def __rmod__(self, other: Any) -> Any:
-        return other % self._read("%")
 
 
 class Value(Readable):
@@ -302,7 +334,7 @@ class Value(Readable):
 
     def __add__(self, other: Any) -> Any:  # Any: depends on the value's type
         if not self._source.is_text:
-            return self._read("+") + plain(other)
+            return self._computed("+", other)
         if not isinstance(other, str | Value):
             return NotImplemented  # a description can be added to text
         return Value(TextSource(self._source.run, f"{self}{other}"))
@@ -310,17 +342,38 @@ class Value(Readable):
     def __radd__(self, other: Any) -> Any:
         if self._source.is_text and isinstance(other, str):
             return Value(TextSource(self._source.run, f"{other}{self}"))
-        return other + self._read("+")
+        return self._computed("r+", other)
+
+    def _computed(self, symbol: str, other: Any) -> Any:
+        operation = by_symbol(self._source.kind, symbol, other)
+        found = self._result(operation)  # not `or`, which would read it
+        return super()._computed(symbol, other) if found is None else found
+
+    def _result(self, operation: Operation | None) -> Value | None:
+        """Return the result of an operation that needs no value in Python, or None."""
+        source = None if operation is None else self._source.result_of(operation)
+        return None if source is None else Value(source)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         child = self._source.child(name)
-        return Value(child) if child is not None else getattr(self._read(f".{name}"), name)
+        if child is not None:
+            return Value(child)
+        if self._source.kind is str and name in METHODS:
+            return partial(self._called, name)
+        return getattr(self._read(f".{name}"), name)
+
+    def _called(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        found = None if kwargs else self._result(by_method(self._source.kind, name, args))
+        return getattr(self._read(f".{name}()"), name)(*plain(args), **plain(kwargs)) if found is None else found
 
     def __getitem__(self, key: Any) -> Any:
-        child = self._source.child(key) if isinstance(key, str) else None
-        return Value(child) if child is not None else self._read(f"[{key!r}]")[key]
+        child = self._source.child(key) if type(key) in (str, int) else None
+        if child is not None:
+            return Value(child)
+        found = self._result(by_key(self._source.kind, key))
+        return self._read(f"[{key!r}]")[key] if found is None else found
 
     # Reading.
 

@@ -118,7 +118,8 @@ def test_every_dependency_comes_before_its_user(graph: Graph) -> None:
 
 def test_the_json_form_has_a_version_and_an_unknown_one_is_refused() -> None:
     data = json.loads(Graph(()).to_json())
-    assert data["version"] == 1
+    assert data["version"] == 2
+    assert Graph.from_json(json.dumps(data | {"version": 1})).nodes == Graph.from_json(json.dumps(data)).nodes
     with pytest.raises(InvalidProgram, match="version 99"):
         Graph.from_json(json.dumps(data | {"version": 99, "nodes": [{"kind": "from the future"}]}))
 
