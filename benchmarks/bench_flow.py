@@ -35,7 +35,7 @@ Body = Callable[[State, int], None]
 
 
 def words(name: str, count: int) -> Gen:
-    return gen(name, max_tokens=count, ignore_eos=True, temperature=0)  # type: ignore[return-value]
+    return gen(name, max_tokens=count, ignore_eos=True, temperature=0)
 
 
 def read_and_go_on(s: State, index: int) -> None:
