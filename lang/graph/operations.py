@@ -145,9 +145,10 @@ def follow(value: Any, path: Sequence[Step]) -> Any:  # Any: JSON, or an object 
     for step in path:
         if isinstance(step, Operation):
             value = step.apply(value)
+        elif isinstance(step, int) or isinstance(value, Mapping | list):
+            value = value[step]
         else:
-            has_keys = isinstance(step, int) or isinstance(value, Mapping | list)
-            value = value[step] if has_keys else getattr(value, step)
+            value = getattr(value, step)
     return value
 
 
