@@ -1,14 +1,15 @@
-"""Decode and prefill speed on a CPU beside transformers and llama.cpp: SmolLM2-135M-Instruct, greedy, one table.
+"""Decode and prefill speed on a CPU beside transformers, llama.cpp and OpenVINO: SmolLM2-135M-Instruct, greedy.
 
     python benchmarks/bench_cpu.py [--systems engine,decoder,transformers-bf16] [--threads 2] [--rounds 3]
-    python benchmarks/bench_cpu.py --llama-python ~/llama/bin/python --out benchmarks/results/cpu.jsonl
+    python benchmarks/bench_cpu.py --python llama.cpp=~/llama/bin/python --python openvino=~/ov/bin/python
 
 Every system runs in a process of its own, so that their threads don't meet; rounds go around all systems, so that a
 noisy machine is unfair to none. Step times of all rounds make the percentiles. `--clock cpu --threads 1` counts CPU
-time instead of wall time, which is what can be compared while others use the machine. llama.cpp needs a Python with
-llama-cpp-python (`pip install llama-cpp-python` compiles it); it decodes a batch as one `llama_decode` of as many
-sequences. Decode: tokens per second of the steps after a 64-token prompt. Prefill: 1,000 new tokens until the first
-token. engine: the whole runtime with scheduler and sampling; decoder: the model and an argmax in a bare loop.
+time instead of wall time, which is what can be compared while others use the machine. llama.cpp and OpenVINO take part
+if a Python is named that has llama-cpp-python (pip compiles it) or openvino-genai; llama.cpp decodes a batch as one
+`llama_decode` of as many sequences, OpenVINO in its continuous batching without its prefix cache. Decode: tokens per
+second of the steps after a 64-token prompt. Prefill: 1,000 new tokens until the first token.
+engine: the whole runtime with scheduler and sampling; decoder: the model and an argmax in a bare loop.
 
 The floor of a decode step at batch 1 is reading the weights once: about 96 MB in the file's blocks.
 """
@@ -33,7 +34,8 @@ from json_line import commit, print_record
 
 PROMPT, STEPS, PREFILL = 64, 32, 1000
 BATCHES = (1, 8, 32)
-SYSTEMS = ("engine", "decoder", "decoder-bf16", "decoder-fp32", "transformers", "transformers-bf16", "llama.cpp")
+SYSTEMS = ("engine", "decoder", "decoder-bf16", "decoder-fp32", "transformers", "transformers-bf16")
+FOREIGN = {"llama.cpp": "llama-cpp-python", "openvino": "openvino-genai"}  # with the package that each needs
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -255,9 +257,50 @@ class LlamaCppSystem:
         return seconds
 
 
+class OpenVinoSystem:
+    """OpenVINO GenAI's continuous batching, which reads the file itself."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        import numpy
+        import openvino
+        import openvino_genai
+
+        self.api, self.numpy, self.openvino = openvino_genai, numpy, openvino
+        options = openvino_genai.SchedulerConfig()
+        options.enable_prefix_caching = False
+        options.max_num_batched_tokens = 2048
+        properties = {"INFERENCE_NUM_THREADS": threads}
+        self.pipeline = openvino_genai.ContinuousBatchingPipeline(str(path), options, "CPU", properties=properties)
+        self.requests = itertools.count()
+
+    def _add(self, ids: list[int], num_tokens: int) -> Any:  # Any: a handle
+        config = self.api.GenerationConfig(max_new_tokens=num_tokens, ignore_eos=True, do_sample=False)
+        tensor = self.openvino.Tensor(self.numpy.array([ids], dtype=self.numpy.int64))
+        return self.pipeline.add_request(next(self.requests), tensor, config)
+
+    def decode(self, batch: int) -> list[float]:
+        handles = [self._add(prompt(PROMPT, row), STEPS + 8) for row in range(batch)]
+        moments = []
+        while self.pipeline.has_non_finished_requests():
+            self.pipeline.step()
+            moments.append(clock())
+        del handles
+        return steps(moments[: STEPS + 4])
+
+    def prefill(self) -> float:
+        start = clock()
+        handle = self._add(prompt(PREFILL, 0), 1)
+        while self.pipeline.has_non_finished_requests():
+            self.pipeline.step()
+        del handle
+        return clock() - start
+
+
 def make_system(name: str, path: Path, threads: int) -> System:
     if name == "llama.cpp":
         return LlamaCppSystem(path, threads)
+    if name == "openvino":
+        return OpenVinoSystem(path, threads)
     import torch
 
     torch.set_num_threads(threads)
@@ -347,8 +390,14 @@ def report(speeds: dict[str, dict[str, dict[str, float]]], threads: int, clock_n
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", help=f"comma-separated, of {', '.join(SYSTEMS)}; all that can run")
-    parser.add_argument("--llama-python", help="a Python that has llama-cpp-python; without it llama.cpp is left out")
+    parser.add_argument("--systems", help=f"comma-separated, of {', '.join((*SYSTEMS, *FOREIGN))}; all that can run")
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="SYSTEM=PATH",
+        help=f"a Python that has the package of {' or '.join(FOREIGN)}, which takes part then",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--rounds", type=int, default=3)
@@ -366,9 +415,9 @@ def main() -> None:
 
     path = arguments.file or resolve_model("smollm2-135m")
     names = arguments.systems.split(",") if arguments.systems else list(SYSTEMS)
-    if not arguments.systems and not arguments.llama_python:
-        names.remove("llama.cpp")
-    pythons = {"llama.cpp": arguments.llama_python or sys.executable}
+    pythons = dict(entry.split("=", 1) for entry in arguments.python)
+    if not arguments.systems:
+        names += [name for name in FOREIGN if name in pythons]
     workers = []
     for name in names:
         workers.append(Worker(name, pythons.get(name, sys.executable), path, arguments.threads, arguments.clock))

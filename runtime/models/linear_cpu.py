@@ -1,13 +1,16 @@
 """Products on the CPU with weights in blocks of 32: a GGUF file's blocks, blocks rounded by Ramet, or 16-bit weights.
 
-Quantised weights have two fast products, if the CPU has the instructions. For up to 64 tokens, activations are rounded
-to int8 in groups of 32, as in llama.cpp (`kernels/cpu/block_int8.py`). For prompts, oneDNN computes bfloat16 products
-with a dequantised copy in its own layout. On other CPUs, and for few tokens with 16-bit weights, a product decodes its
-weights in registers (`kernels/cpu/block_linear.py`); it is as exact as an fp32 product with the dequantised weights.
-Only a product's inputs (and oneDNN's output) are rounded: the residual, norms, attention and the KV cache stay in fp32.
+Quantised weights have fast products, if the CPU has the instructions. Activations are rounded to int8 in groups of 32,
+as in llama.cpp (`kernels/cpu/block_int8.py`). Where the CPU has AMX, oneDNN computes prompts in bfloat16 instead, with
+a dequantised copy in its own layout. Without AMX that is slower: on an AMD EPYC it had 0.64 to 0.86 of int8's speed,
+for 65 to 1,000 tokens and matrices from 576 x 3,072 to 4,096 x 14,336. On other CPUs, and for few tokens with 16-bit
+weights, a product decodes its weights in registers (`kernels/cpu/block_linear.py`); it is as exact as an fp32 product
+with the dequantised weights. Only a product's inputs (and oneDNN's output) are rounded: the residual, norms, attention
+and the KV cache stay in fp32.
 
 SmolLM2 on 1,000 tokens of prose and licence against exact products: int8 has the same best token at 95.9 % of
-positions (KL 0.0036, perplexity 33.3), bfloat16 at 96.5 % (0.0010, 33.4; exact 33.4). CPU time of a step at batch 1 on
+positions (KL 0.0036, perplexity 33.3), bfloat16 at 96.5 % (0.0010, 33.4; exact 33.4). On 8,000 tokens of licences
+perplexities are 18.49, 18.47 and, exact, 18.45. CPU time of a step at batch 1 on
 an Intel Xeon (Emerald Rapids): exact 20.9 ms, int8 13.8. Whole steps: `benchmarks/bench_cpu.py`.
 """
 
@@ -31,23 +34,23 @@ from ramet.runtime.models.linear import Embedding, LinearMethod, PlainEmbedding,
 from ramet.runtime.models.weights import Weights
 
 _MAX_EXACT_TOKENS = 4  # above, a bfloat16 product is faster
-_MAX_INT8_TOKENS = 64  # above, bfloat16 is about as fast and rounds less
-_MAX_INT8_TOKENS_AMX = 32  # with AMX, bfloat16 takes a third less time for 48 tokens, but a sixth more for 16
+_MAX_INT8_TOKENS = 32  # with AMX, bfloat16 takes a third less time for 48 tokens, but a sixth more for 16
 QUANTIZATIONS = {"int8": "Q8_0", "int4": "Q4_1", "gguf": None}
 
 
 @dataclass(frozen=True, slots=True)
 class CpuFeatures:
-    """The CPU's native multiplications: bfloat16 (by oneDNN), and groups of bytes."""
+    """The CPU's native multiplications: bfloat16 (by oneDNN), groups of bytes, and tiles of bfloat16 (AMX)."""
 
     bf16: bool
     int8: bool
+    tiles: bool
 
     @classmethod
     def detect(cls) -> CpuFeatures:
         """Detect the features of this machine."""
         bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
-        return cls(bf16, has_int8_products())
+        return cls(bf16, has_int8_products(), bf16 and has_tiles())
 
 
 # x fp32 [T, K], bias fp32 [N] or None -> fp32 [T, N]; bfloat16 products also accept and return bfloat16
@@ -183,20 +186,19 @@ class BlockStorage:
 
     def _product(self, blocks: Tensor, block_format: str) -> BlockLinear:
         """The fastest products on this CPU. The blocks are freed if no product reads them."""
-        features = self.features
-        many: Product | None = None
-        if features.bf16 and block_format == "BF16":
-            many = bf16_product(blocks)  # in the same memory: a second copy would double the model
-        elif features.bf16:
-            many = onednn_product(dequantize(blocks, block_format).to(torch.bfloat16))
-        if features.int8 and block_int8.takes(block_format, blocks.shape[0]):
+        rounds = self.features.bf16
+        if self.features.int8 and block_int8.takes(block_format, blocks.shape[0]):
             packed = self.memory.move(block_int8.pack(blocks, block_format, blocks.shape[0]))
-            blocks, few, max_few = packed, int8_product(self.stream, packed), _MAX_INT8_TOKENS
-            if many is not None and has_tiles():
-                max_few = _MAX_INT8_TOKENS_AMX
+            few, max_few, rounds = int8_product(self.stream, packed), _MAX_INT8_TOKENS, self.features.tiles
         else:
-            few, max_few = exact_product(self.stream, blocks, block_format), _MAX_EXACT_TOKENS
-        return BlockLinear(block_format, blocks, few, max_few, many or few)
+            packed, few, max_few = blocks, exact_product(self.stream, blocks, block_format), _MAX_EXACT_TOKENS
+        many = self._bf16_product(blocks, block_format) if rounds else few
+        return BlockLinear(block_format, packed, few, max_few, many)
+
+    def _bf16_product(self, blocks: Tensor, block_format: str) -> Product:
+        if block_format == "BF16":
+            return bf16_product(blocks)  # in the same memory: a second copy would double the model
+        return onednn_product(dequantize(blocks, block_format).to(torch.bfloat16))
 
 
 def block_storage(

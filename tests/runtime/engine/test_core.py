@@ -57,7 +57,7 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
     if not is_recorded:
         return dummy_decoder(config, CPU, torch.float32, seed=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False))
+        patch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False, tiles=False))
         weights = dummy_weights(config, CPU, torch.float32, seed=3)
         return build_decoder(config, weights, device=CPU, quantization="int8")
 

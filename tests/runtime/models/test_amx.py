@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ramet.kernels.cpu.amx import has_tiles
 from ramet.runtime.models import amx
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config_files import config_from_hf
@@ -52,7 +51,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # Only products that round to bfloat16 have these layers, and torch refuses to pack such products for a CPU without the
 # instructions. That layers with other products are left alone is tested everywhere.
-needs_bf16 = pytest.mark.skipif(not CpuFeatures.detect().bf16, reason="products of this CPU do not round to bfloat16")
+HERE = CpuFeatures.detect()
+needs_bf16 = pytest.mark.skipif(not HERE.bf16, reason="products of this CPU do not round to bfloat16")
 
 
 def decoder_of(name: str, quantization: str | None, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -64,8 +64,9 @@ def decoder_of(name: str, quantization: str | None, dtype: torch.dtype = torch.f
         if "bias" in key
     }
     weights = Weights.from_tensors({key: biases.get(key, drawn[key]) for key in expected_tensors(config)})
-    with pytest.MonkeyPatch.context() as patch:  # as on a CPU without tiles
+    with pytest.MonkeyPatch.context() as patch:  # products as on a CPU with tiles, layers as on one without
         patch.setattr(amx, "has_tiles", lambda: False)
+        patch.setattr(CpuFeatures, "detect", lambda: dataclasses.replace(HERE, tiles=HERE.bf16))
         return build_decoder(config, weights, device="cpu", quantization=quantization)
 
 
@@ -99,7 +100,7 @@ def test_layers_with_fp32_weights_and_cpus_without_tiles_are_left_alone() -> Non
 
 @needs_bf16
 def test_layers_round_where_all_their_products_do() -> None:
-    limit = (32 if has_tiles() else 64) if CpuFeatures.detect().int8 else 4
+    limit = 32 if HERE.int8 else 4
     assert limits(amx.round_layers(decoder_of("llama", "int8"))) == {limit}
     assert limits(amx.round_layers(decoder_of("llama", None, torch.bfloat16))) == {4}
 

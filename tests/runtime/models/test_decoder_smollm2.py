@@ -71,7 +71,7 @@ def blocks(files: ModelFiles) -> Decoder:
 def exact(files: ModelFiles) -> Decoder:
     """What a CPU without products of bytes or bfloat16 gets."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False))
+        patch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False, tiles=False))
         return build_decoder(files.config, files.weights, device="cpu", dtype="auto")
 
 
@@ -122,12 +122,13 @@ def test_logits_from_the_files_own_blocks_equal_transformers(
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("prompt", "bound"), [(PROMPTS[1] + PROMPTS[2], 5e-3), ("".join(PROMPTS) * 3, 2e-3)])
+@pytest.mark.parametrize("prompt", [PROMPTS[1] + PROMPTS[2], "".join(PROMPTS) * 3])
 def test_rounded_products_stay_close_to_transformers(
-    files: ModelFiles, oracle: transformers.LlamaForCausalLM, blocks: Decoder, prompt: str, bound: float
+    files: ModelFiles, oracle: transformers.LlamaForCausalLM, blocks: Decoder, prompt: str
 ) -> None:
     ids = tokens(files, prompt)
-    assert len(ids) <= 32 or len(ids) > 64, "few tokens take int8 products, many take bfloat16"
+    takes_bf16 = CpuFeatures.detect().tiles and len(ids) > 32
+    bound = 2e-3 if takes_bf16 else 5e-3  # activations in groups of 8 bits
     expected = expected_logits(oracle, ids)
     logits = BareCache(blocks, 1, len(ids)).step([], [(0, ids)])
     divergence = torch.nn.functional.kl_div(

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from ramet.errors import ConfigError
-from ramet.kernels.cpu.amx import has_tiles
 from ramet.kernels.cpu.block_linear import dequantize, quantize
 from ramet.kernels.cpu.program import KernelStream
 from ramet.runtime.models.linear import PlainEmbedding, PlainLinear
@@ -21,7 +20,7 @@ from ramet.runtime.models.linear_cpu import (
 from ramet.runtime.models.weights import Weights
 
 CPU = torch.device("cpu")
-NONE = CpuFeatures(False, False)
+NONE = CpuFeatures(False, False, False)
 HERE = CpuFeatures.detect()
 
 
@@ -36,23 +35,27 @@ def storage(block_format: str | None, features: CpuFeatures, weight: torch.Tenso
 
 @pytest.mark.parametrize("block_format", ["Q8_0", "Q4_1", "BF16"])
 @pytest.mark.parametrize(
-    "features", [NONE, CpuFeatures(True, False), CpuFeatures(False, True), CpuFeatures(True, True)]
+    ("bf16", "int8", "tiles"),
+    [(False, False, False), (True, False, False), (False, True, False), (True, True, False), (True, True, True)],
 )
-def test_products_of_every_size_equal_the_dequantised_product(block_format: str, features: CpuFeatures) -> None:
+def test_products_of_every_size_equal_the_dequantised_product(
+    block_format: str, bf16: bool, int8: bool, tiles: bool
+) -> None:
+    features = CpuFeatures(bf16, int8, tiles)
     if (features.bf16 and not HERE.bf16) or (features.int8 and not HERE.int8):
         pytest.skip("this CPU lacks the instructions")
     weight, bias = draw(48, 64), draw(48, seed=1)
     method = storage(block_format, features, weight).matrix(["a", "b"])
     assert isinstance(method, BlockLinear)
     is_packed = features.int8 and block_format != "BF16"
-    assert method.max_few == (4 if not is_packed else 32 if features.bf16 and has_tiles() else 64)
-    assert method.rounds == features.bf16
+    assert method.max_few == (32 if is_packed else 4)
+    assert method.rounds == (features.tiles if is_packed else features.bf16)
     restored = dequantize(quantize(weight, block_format), block_format)
     assert float((restored - weight).abs().max()) < 0.25
     for num_tokens in (1, 4, 5, 8, 33, 65):
         x = draw(num_tokens, 64, seed=num_tokens)
         difference = (method.apply(x, bias) - F.linear(x, restored, bias)).abs()
-        exact = not is_packed and (num_tokens <= 4 or not features.bf16)
+        exact = not is_packed and (num_tokens <= 4 or not method.rounds)
         # Inputs and output lose up to 2^-9 (bfloat16) or inputs up to 1/254 of their group's largest, in 64 terms.
         assert float(difference.max()) < (1e-4 if exact else 0.3 if is_packed else 0.2), (num_tokens, difference.max())
         assert float(difference.mean()) < (1e-5 if exact else 0.04), (num_tokens, difference.mean())
@@ -63,7 +66,7 @@ def test_products_of_every_size_equal_the_dequantised_product(block_format: str,
 # test_huge_pages.py, and what other CPUs multiply, above.
 @pytest.mark.skipif(not HERE.int8, reason="this CPU lacks the instructions")
 def test_what_a_decode_step_reads_lies_together() -> None:
-    held = storage("Q4_1", CpuFeatures(False, True), draw(48, 64))
+    held = storage("Q4_1", CpuFeatures(False, True, False), draw(48, 64))
     products = []
     for _ in range(2):
         method = held.matrix(["a", "b"])

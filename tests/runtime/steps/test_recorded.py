@@ -141,7 +141,7 @@ def test_recorded_new_tokens_equal_eager_rows(name: str, quantization: str) -> N
 @pytest.mark.parametrize("name", MODELS)
 def test_recorded_new_tokens_are_those_of_attention_for_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Exact products: rounded ones turn the last bits of attention into steps of int8.
-    monkeypatch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False))
+    monkeypatch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False, tiles=False))
     decoder = decoder_of(name, "int8")
     both, prompts = Both(decoder, 6), BareCache(decoder, 6, 64)
     for row in range(6):
