@@ -1,7 +1,8 @@
 """Several engines behind the router, beside one engine with as much cache: hit rates, and what a killed engine costs.
 
     python benchmarks/bench_replicas.py                          two engines, one thread each, 64 chains
-    python benchmarks/bench_replicas.py --kills 10               an engine is killed so often, under load
+    python benchmarks/bench_replicas.py --kills 100              an engine is killed so often, under load
+    python benchmarks/bench_replicas.py --autoscale              1 -> 3 -> 1 engines under a load that rises and falls
 
 Workloads are those of workloads.py at an eighth of their lengths (RAG: with eight documents), with more chains than
 replicas. Random and round-robin placement run for contrast. The hit rate is the cached share of all prompt tokens.
@@ -22,7 +23,8 @@ from typing import Any
 from json_line import commit, print_record
 from workloads import Chain, Turn
 
-from ramet.errors import EngineStopped
+from ramet.errors import EngineStopped, RametError
+from ramet.runtime.cluster.autoscaler import ScalingRule
 from ramet.runtime.cluster.router import Placement, RoutedRequest, Router, RouterConfig
 from ramet.runtime.server.link.protocol import Submit
 from ramet.runtime.server.link.proxy import EngineProxy, Listener
@@ -101,7 +103,12 @@ async def drive(engines: EngineProxy | Replicas, work: list[Chain], concurrency:
     }
 
 
-def make(arguments: argparse.Namespace, count: int, router: Callable[[RouterConfig], Router]) -> EngineProxy | Replicas:
+def make(
+    arguments: argparse.Namespace,
+    count: int,
+    router: Callable[[RouterConfig], Router],
+    scaling: ScalingRule | None = None,
+) -> EngineProxy | Replicas:
     """One engine with the whole cache, or several with a part each."""
     config = {"device": "cpu", "num_threads": 1, "num_kv_tokens": arguments.kv_tokens // count}
 
@@ -115,7 +122,9 @@ def make(arguments: argparse.Namespace, count: int, router: Callable[[RouterConf
             log_level="ERROR",
         )
 
-    return proxy() if count == 1 else Replicas(count, proxy, make_router=router)
+    if count == 1 and scaling is None:
+        return proxy()
+    return Replicas(count, proxy, make_router=router, scaling=scaling)
 
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -175,6 +184,49 @@ async def kill(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+async def autoscale(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Let the number of engines follow a load that rises and falls. Windows are short; the model is a small one."""
+    rule = ScalingRule(1, 3, ttft_s=arguments.ttft, up_s=3.0, down_s=10.0)
+    engines = make(arguments, 1, Router, scaling=rule)
+    assert isinstance(engines, Replicas)
+    await engines.start()
+    vocab_size = (await engines.wait_ready(600)).vocab_size
+    started_s, changes = time.perf_counter(), list[tuple[float, int]]()
+    counts, rng = {"requests": 0, "failed": 0}, random.Random(0)
+    num_clients, is_over = 0, False
+
+    async def client(number: int) -> None:
+        while number < num_clients and not is_over:
+            prompt = [rng.randrange(vocab_size // 8, vocab_size) for _ in range(64)]
+            sampling = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+            counts["requests"] += 1
+            try:
+                await engines.submit(Submit(engines.new_id("bench"), prompt, sampling), is_whole=True).collect()
+            except RametError as error:
+                counts["failed"] += 1
+                print("failed:", error, flush=True)
+
+    async def until(count: int, clients: int) -> float:
+        """Let so many clients ask without a pause until there are so many engines. Returns the seconds."""
+        nonlocal num_clients
+        begun_s, before, num_clients = time.perf_counter(), num_clients, clients
+        tasks.extend(asyncio.create_task(client(n)) for n in range(before, clients))
+        while sum(proxy.hello is not None for _, proxy in engines.engines()) != count:
+            await asyncio.sleep(0.1)
+        changes.append((round(time.perf_counter() - started_s, 1), count))
+        print(f"{changes[-1][0]:6.1f} s: {count} engines, {clients} clients, {counts}", flush=True)
+        return round(time.perf_counter() - begun_s, 1)
+
+    tasks: list[asyncio.Task[None]] = []
+    await until(1, 1)
+    up_s = await until(3, arguments.clients)
+    down_s = await until(1, 1)
+    is_over = True
+    await asyncio.gather(*tasks)
+    await engines.stop()
+    return {**counts, "up_s": up_s, "down_s": down_s, "changes": changes, "up_window_s": 3.0, "down_window_s": 10.0}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -183,6 +235,9 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--kv-tokens", type=int, default=8_192, help="of all engines together")
     parser.add_argument("--kills", type=int, default=0, help="kill an engine so often instead")
+    parser.add_argument("--autoscale", action="store_true", help="let the number of engines follow the load instead")
+    parser.add_argument("--clients", type=int, default=24, help="of --autoscale, at most")
+    parser.add_argument("--ttft", type=float, default=0.5, help="of --autoscale: seconds to the first token")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     record = {
@@ -191,7 +246,10 @@ def main() -> None:
         "model": arguments.model,
         "replicas": arguments.replicas,
     }
-    if arguments.kills:
+    if arguments.autoscale:
+        record["autoscale"] = asyncio.run(autoscale(arguments))
+        print(record["autoscale"])
+    elif arguments.kills:
         record["kills"] = asyncio.run(kill(arguments))
         print(record["kills"])
     else:

@@ -21,6 +21,7 @@ from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
 from ramet.errors import ConfigError, RametError
+from ramet.runtime.cluster.autoscaler import ScalingRule
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL, resolve_model
 from ramet.runtime.models.description import describe_model
@@ -28,6 +29,8 @@ from ramet.runtime.server.anthropic.routes import anthropic_endpoints
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.connections import PatientProtocol, bytes_of_heads
 from ramet.runtime.server.limits import HttpLimits
+from ramet.runtime.server.link import on_ray
+from ramet.runtime.server.link.launchers import LocalLauncher
 from ramet.runtime.server.link.protocol import Hello
 from ramet.runtime.server.link.proxy import EngineProxy, Listener
 from ramet.runtime.server.link.replicas import Replicas
@@ -99,7 +102,11 @@ def make_server(
     explain: Explain | None = None,
 ) -> tuple[Starlette, ServedModel]:  # Any: EngineConfig's fields
     """Make the whole server except its socket. Raises ModelError and ConfigError before anything is started."""
-    wanted = EngineConfig.from_mapping(engine).context_length
+    checked = EngineConfig.from_mapping(engine)
+    wanted = checked.context_length
+    if config.ray_address is not None:
+        on_ray.connect(config.ray_address)
+        on_ray.check_room(config.dp, checked)
     name, tokenizer, context_length = open_tokenizer(model)
     tenants = Tenants(config)
 
@@ -107,6 +114,7 @@ def make_server(
         return EngineProxy(
             model,
             engine,
+            launcher=LocalLauncher() if config.ray_address is None else on_ray.RayLauncher(checked),
             max_engine_failures=config.max_engine_failures,
             log_level=log_level,
             log_format=config.log_format,
@@ -115,7 +123,10 @@ def make_server(
             listener=listener,
         )
 
-    proxy = make_proxy() if config.dp == 1 else Replicas(config.dp, make_proxy)
+    is_alone = config.dp == 1 and config.ray_address is None and config.max_dp is None
+    most, ttft_s = config.max_dp, config.ttft_objective_s
+    scaling = None if most is None else ScalingRule(config.dp, most, ttft_s=ttft_s)
+    proxy = make_proxy() if is_alone else Replicas(config.dp, make_proxy, scaling=scaling, drain_s=config.drain_s)
     tokenizer = BoundedTokenizer(tokenizer, wanted or context_length)
     served = ServedModel(
         config,

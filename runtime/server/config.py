@@ -21,6 +21,13 @@ class ServerConfig:
     host: str = _doc("127.0.0.1", "address to listen on")
     port: int = _doc(30000, "port to listen on")
     dp: int = _doc(1, "replicas of the engine, each a process of its own; requests go where their prefixes are cached")
+    max_dp: int | None = _doc(
+        None, "replicas there may be: their number follows the load, between dp and this; default: it stays as it is"
+    )
+    ttft_objective_s: float = _doc(2.0, "seconds to the first token that max_dp keeps, at the 90th percentile")
+    ray_address: str | None = _doc(
+        None, "Ray cluster (HOST:PORT, or auto: this machine's) on whose nodes the engines run; default: this machine"
+    )
     served_model_name: str | None = _doc(None, "the name that clients use; default: the model's own")
     api_key: tuple[str, ...] = _doc((), "keys of which a request must bring one (Authorization: Bearer ...)")
     api_keys_file: str | None = _doc(None, "file of keys with names and limits, read again on SIGHUP; see ramet keys")
@@ -54,6 +61,9 @@ class ServerConfig:
 
         check(0 <= self.port <= 65535, "port", "in [0, 65535]")
         check(1 <= self.dp <= MAX_REPLICAS, "dp", f"in [1, {MAX_REPLICAS}]")
+        most = self.max_dp is None or self.dp <= self.max_dp <= MAX_REPLICAS
+        check(most, "max_dp", f"in [dp, {MAX_REPLICAS}], where dp is {self.dp}")
+        check(self.ttft_objective_s > 0, "ttft_objective_s", "positive")
         check(self.max_body_bytes >= 1024, "max_body_bytes", "at least 1024")
         check(self.max_json_values >= 1024, "max_json_values", "at least 1024")
         needs = "set only with ssl_certfile"

@@ -63,8 +63,7 @@ class LocalProxy(EngineProxy):
 
     async def stop(self, drain_s: float = 0.0) -> None:
         self.fail_in_flight()
-        self._folder.cleanup()
-        self._context.destroy(linger=0)
+        await super().stop()
 
 
 @dataclass

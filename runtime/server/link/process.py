@@ -67,10 +67,10 @@ HEARTBEAT_S = 0.5
 class Sender(threading.Thread):
     """Owns the report socket. Reports that arrive while a message is being sent go together into the next message."""
 
-    def __init__(self, context: zmq.Context[Any], address: str) -> None:
+    def __init__(self, context: zmq.Context[Any], settings: Settings) -> None:
         super().__init__(name="ramet-sender", daemon=True)
         self._context = context
-        self._address = address
+        self._settings = settings
         self._queue: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
 
     def put(self, report: Report) -> None:
@@ -82,10 +82,10 @@ class Sender(threading.Thread):
         self.join(5.0)
 
     def run(self) -> None:
-        socket = self._context.socket(zmq.PUSH)
+        socket = _socket(self._context, zmq.PUSH, self._settings)
         socket.setsockopt(zmq.SNDHWM, 0)  # the reader merges what waits, so messages never pile up for long
         socket.setsockopt(zmq.LINGER, 1000)
-        socket.connect(self._address)
+        socket.connect(self._settings.reports)
         encoder = msgspec.msgpack.Encoder()
         is_open = True
         while is_open:
@@ -100,6 +100,15 @@ class Sender(threading.Thread):
             if reports:
                 socket.send(encoder.encode(reports))
         socket.close()
+
+
+def _socket(context: zmq.Context[Any], kind: int, settings: Settings) -> zmq.Socket[Any]:
+    """A socket to the parent, which knows this process by its key where they talk over a network."""
+    socket: zmq.Socket[Any] = context.socket(kind)
+    if settings.keys is not None:
+        parent, public, secret = (key.encode() for key in settings.keys)
+        socket.curve_serverkey, socket.curve_publickey, socket.curve_secretkey = parent, public, secret
+    return socket
 
 
 class EngineServer:
@@ -339,7 +348,7 @@ def serve(settings: Settings) -> int:
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     context: zmq.Context[Any] = zmq.Context()
-    sender = Sender(context, settings.reports)
+    sender = Sender(context, settings)
     sender.start()
     start_s = time.monotonic()
     try:
@@ -374,7 +383,7 @@ def serve(settings: Settings) -> int:
     if settings.replica is not None:
         engine.watch_cache(lambda changes: sender.put(CacheReport(changes)))
     threading.Thread(target=_beat, args=(engine, sender.put, is_ending), name="ramet-heartbeat", daemon=True).start()
-    commands = context.socket(zmq.PULL)
+    commands = _socket(context, zmq.PULL, settings)
     commands.connect(settings.commands)
     try:
         while not is_ending.is_set() and os.getppid() == parent:

@@ -10,14 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import signal
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -25,7 +20,7 @@ import zmq
 
 from ramet.errors import EngineStopped, InvalidRequest, RametError
 from ramet.lang.graph.events import Usage
-from ramet.runtime.engine.openmp_waits import limit_spinning
+from ramet.runtime.server.link.launchers import Launcher, LocalLauncher
 from ramet.runtime.server.link.logs import LogFormat
 from ramet.runtime.server.link.protocol import (
     Abort,
@@ -140,6 +135,7 @@ class EngineProxy:
         model: str | None,
         config: dict[str, Any],
         *,
+        launcher: Launcher | None = None,
         max_engine_failures: int = 5,
         log_level: str = "INFO",
         log_format: LogFormat = "text",
@@ -147,26 +143,22 @@ class EngineProxy:
         replica: int | None = None,
         listener: Listener | None = None,
     ) -> None:  # Any: fields of EngineConfig, checked in the engine process
-        """`max_engine_failures`: number of engine processes in a row that may end early; see `wait_given_up`.
+        """`launcher`: starts the engine's processes; None: on this machine.
 
         `accounts`: of one proxy, or of several together; None admits everything and counts nothing.
+        `max_engine_failures`: number of engine processes in a row that may end early; see `wait_given_up`.
         `replica`, `listener`: of one engine among several (`replicas`).
         """
-        self._model = model
         self._max_failures = max_engine_failures
-        self._config = config
-        self._log_level = log_level
-        self._log_format = log_format
         self._accounts = accounts
         self._in_flight: dict[str, _InFlight] = {}
         self.counters = ProxyCounters()
         self._replica = replica
         self._listener = listener
-        self._folder = tempfile.TemporaryDirectory(prefix="ramet-")
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._reports: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        self._launcher = launcher or LocalLauncher()
+        self._reports, address = self._launcher.listen(zmq.PULL, "reports")
+        self._settings = Settings("", address, model, config, log_level, log_format, replica)
         self._commands: zmq.Socket[bytes] | None = None
-        self._process: asyncio.subprocess.Process | None = None
         self._state = _State()
         self._questions: dict[str, asyncio.Future[bytes]] = {}
         self._ready = asyncio.Event()
@@ -181,8 +173,6 @@ class EngineProxy:
     async def start(self) -> None:
         """Start the process and the proxy's tasks. Returns before the engine is ready."""
         loop = asyncio.get_running_loop()
-        self._reports.setsockopt(zmq.RCVHWM, 0)
-        self._reports.bind(f"ipc://{Path(self._folder.name) / 'reports'}")
         loop.add_reader(int(self._reports.getsockopt(zmq.FD)), self._read)
         self._given_up = loop.create_future()
         self._supervisor = asyncio.create_task(self._supervise())
@@ -206,21 +196,18 @@ class EngineProxy:
         while self._in_flight and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
         self._is_stopping = True
-        await self._end_process()
+        await self._launcher.end()
         self.fail_in_flight()
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
             asyncio.get_running_loop().remove_reader(int(self._reports.getsockopt(zmq.FD)))
-        self._context.destroy(linger=0)
-        self._folder.cleanup()
+        await self._launcher.close()
 
     def kill(self) -> None:
         """End the process at once. For signal handlers."""
         self._is_stopping = True
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+        self._launcher.kill()
 
     def fail_in_flight(self) -> None:
         """End everything in flight with an error, because the server shuts down."""
@@ -469,8 +456,7 @@ class EngineProxy:
         failures = 0
         while not self._is_stopping:
             await asyncio.sleep(_RESTART_PAUSES_S[min(failures, len(_RESTART_PAUSES_S) - 1)])
-            process = await self._start_process()
-            status = await process.wait()
+            end = await self._run_process()
             await asyncio.sleep(0.05)  # its last reports may be on their way
             was_ready, ready_s = self._state.hello is not None, self._state.ready_s
             failure = self._state.failure
@@ -479,7 +465,7 @@ class EngineProxy:
             lasted = was_ready and time.monotonic() - ready_s >= LASTS_S
             failures = 0 if lasted else failures + 1
             self.counters.num_crashes += 1
-            cause = str(failure) if failure is not None else f"it ended with {_spelled(status)}"
+            cause = str(failure) if failure is not None else end
             if failures >= self._max_failures:
                 self._give_up(failures, cause)
                 return
@@ -515,57 +501,20 @@ class EngineProxy:
         assert self._given_up is not None
         self._given_up.set_result(error)
 
-    async def _start_process(self) -> asyncio.subprocess.Process:
+    async def _run_process(self) -> str:
+        """Start a process, and wait for its end. Returns it in words."""
         if self._commands is not None:
             self._commands.close(0)
         number = self.counters.num_starts
         self.counters.num_starts += 1
-        folder = Path(self._folder.name)
-        address = f"ipc://{folder / f'commands-{number}'}"
-        self._commands = self._context.socket(zmq.PUSH)
-        self._commands.setsockopt(zmq.SNDHWM, 0)
-        self._commands.setsockopt(zmq.LINGER, 0)
-        self._commands.bind(address)
+        self._commands, address = self._launcher.listen(zmq.PUSH, f"commands-{number}")
         self._outbox.clear()
-        settings = Settings(
-            address,
-            f"ipc://{folder / 'reports'}",
-            self._model,
-            self._config,
-            self._log_level,
-            self._log_format,
-            self._replica,
-            os.getpid(),
-        )
-        environment = dict(os.environ)
-        limit_spinning(environment)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "ramet.runtime.server.link.process",
-            stdin=asyncio.subprocess.PIPE,
-            env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C goes to the server alone, which then ends its engine
-        )
-        self._process = process
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(settings) + b"\n")
-        with contextlib.suppress(ConnectionError):  # it died at once: `wait` reports it
-            await process.stdin.drain()
-        return process
-
-    async def _end_process(self) -> None:
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
         try:
-            await asyncio.wait_for(process.wait(), 10.0)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+            await self._launcher.start(msgspec.structs.replace(self._settings, commands=address))
+        except RametError as error:
+            self._state.failure = error
+            return str(error)
+        return await self._launcher.wait()
 
     def _fail_in_flight(self, error: EngineStopped) -> None:
         info = ErrorInfo.of(error)
@@ -588,13 +537,3 @@ def check_unused(request_ids: Sequence[str], in_flight: Collection[str]) -> None
     for request_id in request_ids:
         if request_id in in_flight:
             raise InvalidRequest(f"request id {request_id!r} is in use; choose another", param="rid")
-
-
-def _spelled(status: int) -> str:
-    """An exit status in words: a negative one is the signal that ended the process."""
-    if status >= 0:
-        return f"status {status}"
-    with contextlib.suppress(ValueError):
-        name = signal.Signals(-status).name
-        return f"{name}, as the system does when memory runs out" if name == "SIGKILL" else name
-    return f"signal {-status}"

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 
 from ramet.errors import ConfigError, EngineStopped, RametError
 from ramet.runtime.cache.prefix_log import CacheChanges, prefix_keys
+from ramet.runtime.cluster.autoscaler import Autoscaler, Load, ScalingRule
 from ramet.runtime.cluster.router import Placement, RoutedRequest, Router, RouterConfig
 from ramet.runtime.server.config import MAX_REPLICAS
 from ramet.runtime.server.link.protocol import (
@@ -45,6 +47,7 @@ from ramet.runtime.server.link.streams import OutputStream, ProgramStream
 logger = logging.getLogger(__name__)
 
 _SIGNATURE_BYTES = 512  # of a program's graph: programs that begin alike share prefixes
+_LOOK_S = 1.0  # between two looks at the load
 _BYTES_A_TOKEN = 4  # of a graph's JSON, roughly
 
 MakeProxy = Callable[[int, Listener], EngineProxy]
@@ -59,18 +62,18 @@ class _RoutedOutput(OutputStream):
         self.placement: Placement | None = None
         self.failed_on: set[int] = set()
         self._replicas = replicas
-        self._has_begun = False
+        self.has_begun = False
 
     def push(self, output: Output) -> float | None:
         is_lost = _is_lost(output.error) and self.is_untouched
         if is_lost and self._replicas.send_elsewhere(self):
             self.forget()
-            self._has_begun = False
+            self.has_begun = False
             return None
         if output.finish_reason is not None:
             self._replicas.note_end(self)
-        elif output.token_ids and not self._has_begun:
-            self._has_begun = True
+        elif output.token_ids and not self.has_begun:
+            self.has_begun = True
             self._replicas.note_begun(self)
         return super().push(output)
 
@@ -125,10 +128,14 @@ class Replicas:
         make_proxy: MakeProxy,
         *,
         make_router: Callable[[RouterConfig], Router] = Router,
+        scaling: ScalingRule | None = None,
+        drain_s: float = 30.0,
     ) -> None:
         """make_proxy: makes the proxy of the replica with this number, which reports to the listener.
 
         All proxies should have the same accounts: limits are then those of all replicas together.
+        scaling: how their number follows the load; None: it does not. drain_s: see `scale`, where that rule takes some
+        away.
         """
         if not 1 <= count <= MAX_REPLICAS:
             raise ConfigError(f"dp is {count} but must be in [1, {MAX_REPLICAS}]")
@@ -142,12 +149,17 @@ class Replicas:
         self._page_size = 16
         self._is_stopping = False
         self._changing = asyncio.Lock()
+        self._scaling = scaling
+        self._drain_s = drain_s
+        self._first_tokens: deque[tuple[float, float]] = deque()  # times, and seconds since the request was placed
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start all processes. Returns before they are ready."""
+        if self._scaling is not None:
+            self._run(self._follow_load(self._scaling))
         await asyncio.gather(*(proxy.start() for proxy in self._members.values()))
 
     async def wait_ready(self, timeout_s: float | None = None) -> Hello:
@@ -206,6 +218,42 @@ class Replicas:
             await asyncio.gather(*(self._add(number) for number in new))
             leaving = sorted(self._members)[count:]
             await asyncio.gather(*(self._remove(number, drain_s) for number in leaving))
+
+    async def _follow_load(self, rule: ScalingRule) -> None:
+        """Change the number of replicas as the rule says, for ever."""
+        await self.wait_ready()
+        scaler = Autoscaler(rule)
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            count, load = len(self._members), self.load(rule.up_s)
+            wanted = scaler.decide(time.monotonic(), count, load)
+            if wanted == count:
+                continue
+            logger.info("the load asks for %d replicas instead of %d: %s", wanted, count, load)
+            start_s = time.monotonic()
+            try:
+                await self.scale(wanted, self._drain_s)
+            except RametError as error:
+                logger.error("there are still %d replicas: %s", len(self._members), error)
+            else:
+                logger.info("there are %d replicas after %.1f s", wanted, time.monotonic() - start_s)
+
+    def load(self, window_s: float) -> Load:
+        """The load now. Times to the first token: of the last `window_s` seconds, and of what still waits for it."""
+        now_s = time.monotonic()
+        while self._first_tokens and self._first_tokens[0][0] < now_s - window_s:
+            self._first_tokens.popleft()
+        waiting = (s for s in self._in_flight.values() if not s.has_begun and s.placement is not None)
+        times = [now_s - s.placement.placed_s for s in waiting if s.placement is not None]
+        times = sorted(times + [seconds for _, seconds in self._first_tokens])
+        every = [proxy.stats for proxy in self._proxies() if proxy.stats]
+        pages = [(s["num_pages"] - s["num_free_pages"] - s["num_evictable_pages"], s["num_pages"]) for s in every]
+        return Load(
+            len(self._in_flight),
+            sum(stats["num_waiting"] for stats in every),
+            max((used / max(all_, 1) for used, all_ in pages), default=0.0),
+            times[len(times) * 9 // 10] if times else 0.0,
+        )
 
     async def restart(self, drain_s: float) -> None:
         """Restart all replicas, one after the other; the others serve meanwhile. Raises: ConfigError; as `scale`."""
@@ -439,7 +487,10 @@ class Replicas:
 
     def note_begun(self, stream: _RoutedOutput | _RoutedProgram) -> None:
         if self._router is not None and stream.placement is not None:
-            self._router.begun(stream.placement, time.monotonic())
+            now_s = time.monotonic()
+            self._router.begun(stream.placement, now_s)
+            if self._scaling is not None:
+                self._first_tokens.append((now_s, now_s - stream.placement.placed_s))
 
     def note_end(self, stream: _RoutedOutput | _RoutedProgram) -> None:
         if (
