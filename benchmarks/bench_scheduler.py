@@ -57,7 +57,7 @@ def bench_decode(num_running: int, num_steps: int) -> dict[str, dict[str, float]
         assert batch is not None
         if launched is not None:
             scheduler.finish_step(
-                launched.items, [RowOutput((7,)) if i.samples else RowOutput() for i in launched.items]
+                launched.items, [RowOutput((7,)) if i.num_samples else RowOutput() for i in launched.items]
             )
         launched = batch
     schedule_us, finish_us, total_us = [], [], []
@@ -103,7 +103,7 @@ def bench_churn(num_running: int, num_steps: int) -> dict[str, float]:
         batch = scheduler.schedule()
         t1 = time.perf_counter()
         assert batch is not None
-        outputs = [RowOutput((7,)) if item.samples else RowOutput() for item in batch.items]
+        outputs = [RowOutput((7,)) if item.num_samples else RowOutput() for item in batch.items]
         t2 = time.perf_counter()
         scheduler.finish_step(batch.items, outputs)
         if step >= num_steps // 4:

@@ -123,7 +123,9 @@ class Row:
 
     def collect(self, batch: Batch) -> None:
         drawn = self.tokens.integers(1000, 120_000, len(batch.items)).tolist()
-        outputs = [RowOutput((token,) if item.samples else ()) for item, token in zip(batch.items, drawn, strict=True)]
+        outputs = [
+            RowOutput((token,) if item.num_samples else ()) for item, token in zip(batch.items, drawn, strict=True)
+        ]
         for sequence in self.engine.finish_step(batch.items, outputs):
             row = self.in_flight[sequence]
             if row.heard_s:

@@ -116,7 +116,8 @@ class Request:
     `stop_ids`: tokens that end the sequence (end of text unless ignored, and `stop_token_ids`).
     `cache_salt`: requests share cached prefixes only with requests of the same salt.
     `score_from`: if set, nothing is generated; the log-probabilities of `prompt_ids[score_from:]` are returned, with
-    the `sampling.logprobs` most likely tokens of each position.
+    the `sampling.logprobs` most likely tokens of each position. `expected_ids`: what the answer is expected to be like;
+    only its speed depends on it.
     `arrival_s`, `deadline_s`: seconds of time.monotonic(). `owner`, `priority`: as in RequestOptions.
     `num_prompt + max_tokens` never exceeds the context: `engine/validation.py`, which makes requests, checks it.
     """
@@ -135,6 +136,7 @@ class Request:
     deadline_s: float | None = None
     score_from: int | None = None
     seed: int = 0
+    expected_ids: TokenIds | None = None
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) == 0:
@@ -160,7 +162,8 @@ class Sequence:
     """A live request and its progress. Owner: the scheduler; all others only read.
 
     `page_ids`: pages in path order. The first `num_shared_pages` belong to the radix tree, where a lock keeps them from
-    eviction; the others belong to this sequence. `error`: the cause of FinishReason.ERROR.
+    eviction; the others belong to this sequence. `draft_ids`: drafted tokens that a launched step verifies, until it is
+    read; they would follow the known ones. `error`: the cause of FinishReason.ERROR.
     """
 
     request: Request
@@ -168,6 +171,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     num_in_flight: int = 0
+    draft_ids: list[int] = field(default_factory=list)
     page_ids: list[int] = field(default_factory=list)
     num_shared_pages: int = 0
     slot: int | None = None
@@ -187,11 +191,12 @@ class Sequence:
         return self.status is Status.FINISHED
 
     def tokens(self, start: int, stop: int) -> TokenIds:
-        """Token ids [start, stop) of prompt and output together."""
+        """Token ids [start, stop) of prompt, output and draft together."""
         num_prompt = len(self.request.prompt_ids)
         if stop <= num_prompt:
             return self.request.prompt_ids[start:stop]
-        output = np.asarray(self.output_ids[max(start - num_prompt, 0) : stop - num_prompt], dtype=np.int32)
+        ids = [*self.output_ids, *self.draft_ids] if stop > self.num_tokens else self.output_ids
+        output = np.asarray(ids[max(start - num_prompt, 0) : stop - num_prompt], dtype=np.int32)
         return output if start >= num_prompt else np.concatenate([self.request.prompt_ids[start:], output])
 
 
@@ -200,15 +205,15 @@ class ScheduledSequence(NamedTuple):
 
     A named tuple, because every row of every step makes one: it takes 0.14 µs, a frozen dataclass 0.64 µs.
 
-    A decode row has `num_tokens == 1`, `samples` and `is_decode`; possibly only the device knows its token.
-    `samples`: the row's last position in this step yields a token.
+    num_samples: the row's last so many positions yield a token each. 0: the chunk ends within a prompt, or is scored.
+    1: also for a decode row, of which possibly only the device knows its token. More: the row verifies drafted tokens
+    (`Sequence.draft_ids`), one fewer than these.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
-    samples: bool
-    is_decode: bool
+    num_samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +240,7 @@ class Batch:
 # frozen dataclass sets each field by a call, which took 0.5 of the host's 1.4 ms in a step of 256 rows.
 @dataclass(slots=True)
 class RowOutput:
-    """A step's output for one item: the sampled tokens (1..k, or none if the item does not sample).
+    """A step's output for one item: the sampled tokens that follow from each other (none if the item does not sample).
 
     `logprobs[i]` is the log-probability of `token_ids[i]`; `top_logprobs[i]` has the most likely tokens as pairs
     (token, log-probability).

@@ -16,11 +16,16 @@ the first one of the shortest completion. A string that has `string_tokens` is e
 A sampled token that the tokenizer would join with text that must follow is
 replaced by the longer one: nothing was computed from it yet. If a grammar allows only one token, the forced tokens need
 not be decoded one by one; `forced_run` returns them.
+
+Several tokens that a step has sampled are followed one after the other, as if each step had yielded one: a token that
+replaces the sampled one, or ends the text, is the last of them.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,7 +43,8 @@ class HostAutomaton:
     `state`: None once the text is past its end (the request ignores end tokens). `can_finish`: False once no complete
     text fits into `max_tokens`. It stays False, because each token shortens the path to the end by at most one.
     `was_closed`: a token was replaced or refused because the text would not have ended within `max_tokens`. `mask`: of
-    the next token, int32 [W]; None if every token is allowed. `incomplete`: why the text is incomplete, if
+    the next token, int32 [W]; None if every token is allowed. `ahead`: the masks of the tokens after that, if the next
+    ones are the drafted ones. `num_output`: tokens taken so far. `incomplete`: why the text is incomplete, if
     `max_tokens` has ended it. `nearest`: the smallest bound so far of the tokens to the end; `num_idle`: tokens since
     then. `num_in_string`: tokens inside of the current string, counted if there is a limit of them. `ended_strings`:
     after how many tokens of the text that limit ended a string. `is_free`: any token may follow from now on.
@@ -51,6 +57,8 @@ class HostAutomaton:
     can_finish: bool = True
     was_closed: bool = False
     mask: NDArray[np.int32] | None = None
+    ahead: list[NDArray[np.int32]] = field(default_factory=list)
+    num_output: int = 0
     incomplete: str | None = None
     nearest: int | None = None
     num_idle: int = 0
@@ -66,11 +74,36 @@ class HostAutomaton:
         self.mask = np.full(num_words, -1, dtype=np.int32)
         self._fill_mask(self.mask, 0)
 
-    def follow(self, token: int, is_better: Callable[[int], bool]) -> list[int]:
-        """Take a sampled token, and make the mask of the next one. Return the tokens to append: the token taken (none
-        if the text ends without an end token), and the tokens that must follow it, if `is_better` (of their number)
-        says that they are better not decoded.
+    def follow(self, sampled: Seq[int], is_better: Callable[[int], bool]) -> list[int]:
+        """Take the tokens that a step has sampled, and make the mask of the next one.
+
+        Return the tokens to append: those taken (none if the text ends without an end token), and the tokens that must
+        follow them, if `is_better` (of their number) says that they are better not decoded.
         """
+        self.ahead = []
+        tokens: list[int] = []
+        for token in sampled[:-1]:
+            taken = self._follow(token, _never)
+            tokens += taken
+            if taken != [token] or self.is_complete:
+                return tokens
+        return tokens + self._follow(sampled[-1], is_better)
+
+    def look_ahead(self, draft: Seq[int]) -> None:
+        """Make the masks `ahead` for a draft of the next tokens, as far as these would be taken as they are."""
+        walked = copy.copy(self)
+        walked.ended_strings = list(self.ended_strings)
+        walked.mask = None if self.mask is None else self.mask.copy()
+        self.ahead = []
+        for token in draft:
+            if walked.mask is None or not walked.mask[token >> 5] >> (token & 31) & 1:
+                return
+            taken = walked.follow([token], _never)
+            if taken != [token] or walked.is_complete or walked.is_free or walked.num_held or walked.mask is None:
+                return
+            self.ahead.append(walked.mask.copy())
+
+    def _follow(self, token: int, is_better: Callable[[int], bool]) -> list[int]:
         taken = self.take(token)
         if taken is None:
             self.is_complete = True
@@ -85,7 +118,7 @@ class HostAutomaton:
             self.num_after = self.grammar.num_after(self.state, is_last=True)
             self.is_free = self.grammar.is_free(self.state)
         request = self.sequence.request
-        num_output = len(self.sequence.output_ids) + len(tokens)
+        num_output = self.num_output
         if tokens[-1] in request.stop_ids and num_output >= request.sampling.min_tokens:
             return tokens
         may_end = self.num_after > 0 or not request.sampling.ignore_eos  # what follows a value ends it in any case
@@ -104,20 +137,25 @@ class HostAutomaton:
     def take(self, token: int) -> int | None:
         """Advance by a sampled token, or by the token that must replace it. Return the token taken.
 
-        The sequence's output does not have the token yet. An end token does not move the automaton. Return None if the
-        model means the end and the request has no end token.
+        An end token does not move the automaton. Return None if the model means the end and the request has no end
+        token.
         """
+        taken = self._take(token)
+        self.num_output += taken is not None
+        return taken
+
+    def _take(self, token: int) -> int | None:
         state, request = self.state, self.sequence.request
         if state is None or (token in request.stop_ids and self.grammar.is_accepting(state)):
             return token
         after = self.grammar.advance(state, token)
-        if after is None and self._may_end(len(self.sequence.output_ids)) and self.grammar.is_accepting(state):
+        if after is None and self._may_end(self.num_output) and self.grammar.is_accepting(state):
             return request.end_token
         if after is not None and not self._is_watched:
             joined = self.grammar.joined_token(state, token)
             if joined != token and joined not in request.stop_ids:
                 token, after = joined, self.grammar.advance(state, joined)
-        if self.can_finish and (after is None or not self._fits(after, self._num_left)):
+        if self.can_finish and (after is None or not self._fits(after, self._num_left - 1)):
             token, after = self._finishing(state, token, after)
         self._move(token, after)
         return token
@@ -140,6 +178,7 @@ class HostAutomaton:
         for token in run:
             assert self.state is not None
             self._move(token, self.grammar.advance(self.state, token))
+            self.num_output += 1
 
     def _move(self, token: int, after: int | None) -> None:
         """Take a token, which leads to the state `after`."""
@@ -204,8 +243,8 @@ class HostAutomaton:
 
     @property
     def _num_left(self) -> int:
-        """Return how many tokens the sequence may still add after the next one."""
-        return self.sequence.request.max_tokens - len(self.sequence.output_ids) - 1
+        """Return how many tokens the sequence may still add."""
+        return self.sequence.request.max_tokens - self.num_output
 
     def _closing_tokens(self, state: int, num_output: int) -> list[int]:
         """Return the only tokens to allow after `num_output` others, if the text must come nearer to its end."""
@@ -248,7 +287,7 @@ class HostAutomaton:
         If there is no such token, return `token` and its state `after`.
         """
         end_token, completion = self.sequence.request.end_token, self.grammar.shortest_completion(state)
-        if completion and len(completion) <= self._num_left + 1:
+        if completion and len(completion) <= self._num_left:
             self.was_closed = True
             return completion[0], self.grammar.advance(state, completion[0])
         if not completion and end_token is not None and self.grammar.is_accepting(state):
@@ -256,3 +295,7 @@ class HostAutomaton:
             return end_token, after  # the text may end here, but not after any other token
         self.can_finish = False
         return token, after
+
+
+def _never(num_forced: int) -> bool:
+    return False

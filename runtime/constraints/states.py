@@ -13,11 +13,14 @@ is made. When a work is done does not change its tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ramet.grammar.deadline import OutOfTime, time_limit
 from ramet.kernels.grammar.arena import FREE_STATE
 from ramet.kernels.grammar.closing import IMPOSSIBLE
 from ramet.kernels.grammar.mask import AutomatonTables
@@ -29,14 +32,15 @@ from ramet.runtime.types import Batch, FinishReason, Grammar, RowOutput, Schedul
 
 # Whether a row's known tokens are better computed in one step: (their number, rows of the step, the row's KV length).
 ComputesRun = Callable[[int, int, int], bool]
+_AHEAD_S = 0.001  # for the masks of one draft
 _MAX_NAMED = 8  # strings that a message names
-# The log-probability of a token that was not sampled: (the row among those that sample, the token).
+# The log-probability of a token that was not sampled: (the index among the sampled positions, the token).
 LogprobOf = Callable[[int, int], float]
 
 
 @dataclass(slots=True)
 class HostMasks:
-    """Masks computed by the host. words: int32 [R, W], one row for each sampling item. rows: the rows with a mask."""
+    """Masks computed by the host. words: int32 [R, W], one for each sampled position. rows: those with a mask."""
 
     rows: list[int]
     words: NDArray[np.int32]
@@ -47,12 +51,12 @@ class TakenRows:
     """Rows of steps whose tokens are taken by their grammars.
 
     In the outputs, some tokens are replaced because the text ends or must be finished, and some are followed by forced
-    ones. replaced: (slot, token) of the replaced tokens, which the device must know.
+    ones. replaced: sequences whose last token is not the sampled one, which the device must know.
     """
 
     items: list[ScheduledSequence] = field(default_factory=list)
     outputs: list[RowOutput] = field(default_factory=list)
-    replaced: list[tuple[int, int]] = field(default_factory=list)
+    replaced: list[Sequence] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -243,19 +247,44 @@ class GrammarStates:
     # --- a step
 
     def masks(self, batch: Batch) -> HostMasks | None:
-        """Return the masks of the sampling rows; None if the host masks none of them."""
+        """Return the masks of the sampled positions; None if the host masks none of them."""
         if not self._on_host:
             return None
-        sampled = [item.sequence for item in batch.items if item.samples]
-        rows = [row for row, sequence in enumerate(sampled) if sequence in self._on_host]
-        if not rows:
+        masks: dict[int, NDArray[np.int32] | None] = {}
+        num_sampled = 0
+        for item in batch.items:
+            automaton = self._on_host.get(item.sequence)
+            if automaton is not None and item.num_samples:
+                ahead = automaton.ahead[: item.num_samples - 1]
+                assert len(ahead) == item.num_samples - 1, "drafted tokens without masks"
+                masks |= dict(enumerate([automaton.mask, *ahead], num_sampled))
+            num_sampled += item.num_samples
+        if not masks:
             return None
-        words = np.full((len(sampled), self._num_words), -1, dtype=np.int32)
-        for row in rows:
-            mask = self._on_host[sampled[row]].mask
+        words = np.full((num_sampled, self._num_words), -1, dtype=np.int32)
+        for row, mask in masks.items():
             if mask is not None:
                 words[row] = mask
-        return HostMasks(rows, words)
+        return HostMasks(list(masks), words)
+
+    def look_ahead(self, sequence: Sequence, draft: Seq[int]) -> int:
+        """Make masks for a draft of a sequence's next tokens. Return how many of these may be verified.
+
+        That is none for an automaton on the device, which advances by single tokens, and where another sequence's work
+        has the grammar. The time is limited: a draft is shorter where masks take long.
+        """
+        automaton = self._on_host.get(sequence)
+        if automaton is None:
+            return 0 if sequence in self._on_device else len(draft)
+        if self._turns.is_busy(sequence.request.grammar):
+            return 0
+        try:
+            with time_limit(_AHEAD_S, "masks of a draft"), suppress(OutOfTime):
+                automaton.look_ahead(draft)
+        except Exception as error:  # as where a token is followed, it ends only this request
+            self._failures[sequence] = error
+            return 0
+        return len(automaton.ahead)
 
     def arena_states(self, items: Iterable[ScheduledSequence]) -> list[int] | None:
         """Return the arena's state of each joining row, after its text so far. None if no row is constrained."""
@@ -277,7 +306,7 @@ class GrammarStates:
         num_sampled = 0
         for item, output in zip(items, outputs, strict=True):
             row = num_sampled
-            num_sampled += item.samples
+            num_sampled += item.num_samples
             automaton = self._on_host.get(item.sequence)
             if automaton is None or not output.token_ids or item.sequence.is_finished:
                 output.is_complete = self._completes(item.sequence, output)
@@ -314,7 +343,7 @@ class GrammarStates:
         A forced run without a gain in a step of `num_rows` rows is left to decoding, which gives the same tokens.
         """
         sequence = item.sequence
-        (sampled,) = output.token_ids
+        sampled = output.token_ids
         taken: list[int] = []
         was_free = automaton.is_free
 
@@ -322,14 +351,9 @@ class GrammarStates:
             return self._computes_run(num_forced, num_rows, sequence.num_tokens + 1)
 
         def finish() -> None:
-            result = output
-            if len(taken) != 1:
-                result = RowOutput(tuple(taken))
-            elif taken[0] != sampled:
-                logprobs = None if output.logprobs is None else (logprob_of(row, taken[0]),)
-                result = replace(output, token_ids=(taken[0],), logprobs=logprobs)
-            if taken and taken[0] != sampled and sequence.slot is not None:
-                self._rows.replaced.append((sequence.slot, taken[0]))  # after a preemption it is a known token
+            result = _taken(output, tuple(taken), row, logprob_of)
+            if taken and taken[-1] != sampled[-1]:
+                self._rows.replaced.append(sequence)
             if automaton.num_held or automaton.is_complete:
                 result = replace(
                     result,
@@ -355,3 +379,15 @@ class GrammarStates:
             return FREE_STATE
         state = device.state_after(found.tables, sequence.output_ids)  # after a preemption there are some
         return device.arena.final_state if state is None else found.base + state
+
+
+def _taken(output: RowOutput, taken: tuple[int, ...], row: int, logprob_of: LogprobOf) -> RowOutput:
+    """Return the output of a row whose grammar has taken these tokens. row: of its first sampled position."""
+    if taken == output.token_ids:
+        return output
+    if output.logprobs is None or output.top_logprobs is None or not taken:
+        return RowOutput(taken)
+    # Requests for log-probabilities have no forced tokens, so there are no more tokens than were sampled.
+    pairs = enumerate(zip(taken, output.token_ids, output.logprobs, strict=False), row)
+    logprobs = tuple(known if token == own else logprob_of(place, token) for place, (token, own, known) in pairs)
+    return replace(output, token_ids=taken, logprobs=logprobs, top_logprobs=output.top_logprobs[: len(taken)])

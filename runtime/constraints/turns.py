@@ -57,6 +57,10 @@ class Turns:
     def has_work(self) -> bool:
         return bool(self._new or self._unfinished or self._done)
 
+    def is_busy(self, owner: Hashable) -> bool:
+        """True if a work of this owner is not done."""
+        return self._busy[owner] > 0 or any(work.owner == owner for work in self._new)
+
     def add(self, work: GrammarWork) -> None:
         """Begin a work in the next round."""
         self._new.append(work)

@@ -56,6 +56,11 @@ class EngineConfig:
     tree_attention: Literal["auto", "on", "off"] = _doc(
         "auto", "read shared prefixes once a group: auto asks the cost model"
     )
+    speculative: Literal["off", "auto"] = _doc(
+        "off",
+        "verify several drafted tokens in a step: auto does where it is faster (on a CPU, with tp=1), off never does; "
+        "the text is the same",
+    )
     deterministic: bool = _doc(
         False, "the same tokens for a request whatever runs beside it (on a GPU; no tree attention, slower products)"
     )
@@ -114,6 +119,7 @@ class EngineConfig:
         check(self.model_impl in ("auto", "ramet", "transformers"), "model_impl", "auto, ramet or transformers")
         check(self.quantization in (None, "int8", "int4", "gguf"), "quantization", "int8, int4, gguf or None")
         check(self.tree_attention in ("auto", "on", "off"), "tree_attention", "auto, on or off")
+        check(self.speculative in ("off", "auto"), "speculative", "off or auto")
         check(0 <= self.reservation_ratio <= 1, "reservation_ratio", "in [0, 1]")
         check(self.default_max_tokens >= 1, "default_max_tokens", "at least 1")
         check(

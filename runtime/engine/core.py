@@ -11,11 +11,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import asdict
 
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.step_watch import StepWatch
 from ramet.runtime.scheduling.scheduler import Scheduler
+from ramet.runtime.speculation.speculation import Speculation
 from ramet.runtime.steps.launched_step import LaunchedStep
 from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.types import Batch, FinishReason, Request, RowOutput, ScheduledSequence, Sequence
@@ -41,7 +44,11 @@ class EngineCore:
         *,
         overlap: bool,
         context_length: int,
+        speculation: Speculation | None = None,
     ) -> None:
+        """speculation: None verifies no drafts. Overlapped steps verify none."""
+        assert speculation is None or not overlap, "a draft continues the host's last token"
+        self.speculation = speculation
         self.scheduler = scheduler
         self.runner = runner
         self.grammars = grammars
@@ -74,9 +81,14 @@ class EngineCore:
         return sequence is not None
 
     def finish(self, sequence: Sequence, reason: FinishReason, num_output_tokens: int | None = None) -> None:
-        """End a sequence for a reason found in its text (a stop string), keeping its first output tokens."""
+        """End a sequence for a reason found in its text (a stop string), keeping its first output tokens.
+
+        It may have ended with a later token of the same step.
+        """
         if not sequence.is_finished:
             self.scheduler.finish(sequence, reason, num_output_tokens)
+        elif num_output_tokens is not None:
+            self.scheduler.shorten(sequence, reason, num_output_tokens)
         self._release(sequence)
 
     @property
@@ -127,7 +139,11 @@ class EngineCore:
         return updates
 
     def _schedule(self) -> Batch | None:
-        batch = self.scheduler.schedule()
+        drafts = {} if self.speculation is None else self.speculation.propose(self.scheduler.draftable())
+        for sequence, tokens in drafts.items():
+            if sequence.request.grammar is not None:
+                del tokens[self.grammars.look_ahead(sequence, tokens) :]
+        batch = self.scheduler.schedule(drafts)
         self.watch.lap("schedule")
         return batch
 
@@ -165,7 +181,10 @@ class EngineCore:
         updates = self._finish_rows(items, outputs)
         self.watch.lap("finish")
         now = time.monotonic()
-        self.scheduler.note_time(launched.batch, now - max(self._launched_s.popleft(), self._collected_s))
+        seconds = now - max(self._launched_s.popleft(), self._collected_s)
+        self.scheduler.note_time(launched.batch, seconds)
+        if self.speculation is not None:
+            self.speculation.note_step(launched.batch, seconds)
         self._collected_s = now
         return updates
 
@@ -186,16 +205,19 @@ class EngineCore:
         for sequence in self.grammars.take_joined():
             self.scheduler.make_ready(sequence)
         rows = self.grammars.take_rows()
-        if rows.replaced:
-            self.runner.override_tokens(rows.replaced)
         for sequence in self.grammars.take_freed():
             if not sequence.request.sampling.edits_logits:
                 self.scheduler.unhold(sequence)
-        return self._finish_rows(rows.items, rows.outputs)
+        return self._finish_rows(rows.items, rows.outputs, rows.replaced)
 
-    def _finish_rows(self, items: list[ScheduledSequence], outputs: list[RowOutput]) -> list[Update]:
+    def _finish_rows(
+        self, items: list[ScheduledSequence], outputs: list[RowOutput], replaced: Seq[Sequence] = ()
+    ) -> list[Update]:
+        """Finish rows of a step. replaced: the sequences among them whose last token is not the sampled one."""
         was_live = [not item.sequence.is_finished for item in items]
         self.scheduler.finish_step(items, outputs)
+        verified = [item.sequence for item in items if item.num_samples > 1]
+        self._tell_device(dict.fromkeys([*replaced, *verified]))
         updates: list[Update] = []
         for item, output, live in zip(items, outputs, was_live, strict=True):
             sequence = item.sequence
@@ -206,6 +228,18 @@ class EngineCore:
                     output.was_closed = is_whole and self.grammars.was_closed(sequence)
                 updates.append((sequence, output))
         return updates
+
+    def _tell_device(self, sequences: Iterable[Sequence]) -> None:
+        """Let the slots of sequences that go on decoding have their last known token. Those with more tokens to compute
+        send all of them.
+        """
+        rows = [
+            (s.slot, s.output_ids[-1], s.num_computed)
+            for s in sequences
+            if s.slot is not None and s.num_computed == s.num_tokens - 1
+        ]
+        if rows:
+            self.runner.override_last(rows)
 
     def _needs_host(self, item: ScheduledSequence) -> bool:
         """Return True if the host must know a joining sequence's tokens before each of its steps.
@@ -218,7 +252,7 @@ class EngineCore:
         is_masked = self.grammars.is_on_host(sequence)
         if sequence.request.sampling.edits_logits:
             return is_masked or edits is None or not edits.acquire(sequence)
-        return is_masked and item.samples
+        return is_masked and item.num_samples > 0
 
     def _fail_running(self, error: Exception) -> list[Update]:
         """End the sequences that were running when a step raised. Raises if the device is lost."""
@@ -241,6 +275,8 @@ class EngineCore:
         """Release the resources of a sequence that has ended. Calling it again does nothing."""
         self._with_logprobs.discard(sequence)
         self.grammars.release(sequence)
+        if self.speculation is not None:
+            self.speculation.release(sequence)
         if self.runner.edits is not None:
             self.runner.edits.release(sequence)
 
@@ -260,6 +296,7 @@ class EngineCore:
         counters = asdict(scheduler.counters)
         return {
             **{name: float(value) for name, value in counters.items()},
+            **({} if self.speculation is None else self.speculation.stats()),
             "num_running": float(scheduler.num_running),
             "num_waiting": float(scheduler.num_waiting),
             "num_waiting_for_grammar": float(self.grammars.num_waiting),

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -431,14 +431,15 @@ class Engine:
         stop_match: str | int | None = None
         if sequence.is_finished:
             tokens, stop_match = self._without_stop_token(sequence, tokens)
-        text = "" if stream.detokenizer is None else stream.detokenizer.push(tokens, output.num_held)
-        if stream.scanner is not None:
-            held = "" if stream.detokenizer is None or sequence.is_finished else stream.detokenizer.held
-            if held and stream.detokenizer is not None and stream.scanner.ends_with(text, held):
-                text += stream.detokenizer.flush()  # the text ends here, whether what is held belongs to it or not
-            text, matched = stream.scanner.push(text)
+        if stream.scanner is None:
+            text = "" if stream.detokenizer is None else stream.detokenizer.push(tokens, output.num_held)
+        else:
+            text, matched, num_tokens = self._scan(stream, tokens, output.num_held, is_finished=sequence.is_finished)
             if matched is not None:
-                self._core.finish(sequence, FinishReason.STOP)
+                if num_tokens < len(tokens):
+                    tokens, output = tokens[:num_tokens], replace(output, incomplete=None, was_closed=False)
+                num_before = len(sequence.output_ids) - len(output.token_ids)
+                self._core.finish(sequence, FinishReason.STOP, num_before + num_tokens if tokens else None)
                 stop_match = matched
         if sequence.is_finished:
             error: Exception | None = None
@@ -511,6 +512,28 @@ class Engine:
                 was_closed=row.was_closed,
             ),
         )
+
+    def _scan(
+        self, stream: _Stream, tokens: tuple[int, ...], num_held: int, *, is_finished: bool
+    ) -> tuple[str, str | None, int]:
+        """Decode new tokens up to the one whose text completes a stop.
+
+        Each is read as if it had come by itself. Returns the text, the stop, and the number of tokens up to it.
+        """
+        detokenizer, scanner, text = stream.detokenizer, stream.scanner, ""
+        assert detokenizer is not None
+        assert scanner is not None
+        for count, part in enumerate([(token,) for token in tokens] or [()], 1):
+            is_last = count >= len(tokens)
+            new = detokenizer.push(part, num_held if is_last else 0)
+            held = "" if is_last and is_finished else detokenizer.held
+            if held and scanner.ends_with(new, held):
+                new += detokenizer.flush()  # the text ends here, whether what is held belongs to it or not
+            released, matched = scanner.push(new)
+            text += released
+            if matched is not None:
+                return text, matched, min(count, len(tokens))
+        return text, None, len(tokens)
 
     def _without_stop_token(
         self, sequence: Sequence, tokens: tuple[int, ...]

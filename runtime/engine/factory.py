@@ -28,6 +28,7 @@ from ramet.runtime.parallel.group import Group
 from ramet.runtime.parallel.sharded import SharedModel
 from ramet.runtime.scheduling.config import SchedulerConfig
 from ramet.runtime.scheduling.scheduler import Scheduler
+from ramet.runtime.speculation.speculation import Speculation
 from ramet.runtime.steps.cuda_graph import GraphKey, MixedKey
 from ramet.runtime.steps.kv_cache import KVCache, bytes_per_token
 from ramet.runtime.steps.logit_edits import NUM_EDIT_ROWS, LogitEdits
@@ -80,8 +81,27 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
     on_device = None if arena is None else make_device_grammars(model, arena)
     grammars = GrammarStates(model.config.vocab_size, runner.computes_run, on_device, model.tokenizer.token_bytes)
     return EngineCore(
-        scheduler, runner, grammars, overlap=config.overlap and device.type == "cuda", context_length=context
+        scheduler,
+        runner,
+        grammars,
+        overlap=config.overlap and device.type == "cuda",
+        context_length=context,
+        speculation=make_speculation(config, device),
     )
+
+
+def make_speculation(config: EngineConfig, device: torch.device) -> Speculation | None:
+    """Make what drafts tokens; None where no drafts are verified: the one place that says so.
+
+    On a GPU, graphs sample one token a row, and overlapped steps start before the host knows how many tokens are right.
+    Several ranks were not tried.
+    """
+    if config.speculative == "off":
+        return None
+    if device.type == "cuda" or config.tp > 1:
+        logger.info("no drafts are verified %s", "on a GPU" if device.type == "cuda" else "with tp > 1")
+        return None
+    return Speculation()
 
 
 def use_device(device: torch.device) -> None:
@@ -276,7 +296,7 @@ def measure_steps(
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        item = ScheduledSequence(sequence, 0, num_tokens, samples=True, is_decode=False)
+        item = ScheduledSequence(sequence, 0, num_tokens, num_samples=1)
         runner.launch(Batch(0, (item,), 0, num_tokens)).read()
         peak = torch.cuda.max_memory_allocated(device) - before
         graphs = measure_graphs(runner, config) if config.cuda_graph else 0

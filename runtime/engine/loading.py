@@ -188,5 +188,5 @@ def carry_out(message: RankMessage, runner: ModelRunner) -> None:
         runner.tree.load(message.work)
     if message.step is not None:
         runner.run(message.step)
-    if message.tokens:
-        runner.store_tokens(message.tokens)
+    if message.last:
+        runner.store_last(message.last)

@@ -12,15 +12,15 @@ import msgspec
 import numpy as np
 
 from ramet.kernels.attention.tree import TreeWork
-from ramet.runtime.steps.inputs import Step
+from ramet.runtime.steps.inputs import LastToken, Step
 
 
 class RankMessage(msgspec.Struct, array_like=True, frozen=True):
-    """What a rank must do: run a step, by a new plan for shared prefixes if there is one; store (slot, token) pairs."""
+    """What a rank must do: run a step, by a new plan for shared prefixes if there is one; store slots' last tokens."""
 
     step: Step | None = None
     work: TreeWork | None = None
-    tokens: list[tuple[int, int]] = []
+    last: list[LastToken] = []
 
     @classmethod
     def of(cls, step: Step, work: TreeWork | None) -> RankMessage:

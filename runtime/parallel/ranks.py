@@ -27,7 +27,7 @@ from ramet.errors import EngineStopped, RametError, from_name
 from ramet.kernels.attention.tree import TreeWork
 from ramet.runtime.parallel.group import Group
 from ramet.runtime.parallel.messages import RankMessage, decoder, encoder
-from ramet.runtime.steps.inputs import Step
+from ramet.runtime.steps.inputs import LastToken, Step
 from ramet.runtime.steps.tree_planner import TreePlanner
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,8 @@ class FirstRank:
             self._num_plans, work = tree.num_plans, tree.work
         self._send(RankMessage.of(step, work))
 
-    def send_tokens(self, tokens: Sequence[tuple[int, int]]) -> None:
-        self._send(RankMessage(tokens=[(int(slot), int(token)) for slot, token in tokens]))
+    def send_last(self, rows: Sequence[LastToken]) -> None:
+        self._send(RankMessage(last=list(rows)))
 
     def fail(self, error: Exception) -> None:
         self._wait_for_cause()

@@ -1,6 +1,6 @@
 """The scheduler chooses the tokens of the next step, their pages and their slots. A pure state machine, no torch.
 
-    schedule() -> Batch            counts its tokens as computed: everything on the device runs in launch order
+    schedule(drafts) -> Batch      counts its tokens as computed: everything on the device runs in launch order
     note_time(batch, seconds)      learns what steps cost: beside decode rows, prompts are cut to fit `max_step_s`
     finish_step(items, outputs)    reads a step's tokens; may come after the next schedule(), for some rows later still
 
@@ -14,6 +14,9 @@ only then can preemption happen. It chooses the newest sequence of the lowest pr
 tokens are kept and its pages stay in the tree. A request is also preempted if all slots are taken, its owner has more
 than an equal share of them, and another owner waits with less.
 
+A row whose sequence has drafted tokens computes them with its last known token, and yields a token after each. Those
+that follow from each other are read; what was computed beyond them is forgotten.
+
 Not here: the order of the queue (`priority`), parked sharers of a prefix (`admission`), stop strings (engine).
 """
 
@@ -23,7 +26,9 @@ import heapq
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from types import MappingProxyType
 
 from ramet.errors import ContextOverflow, InvalidRequest, Overloaded
 from ramet.runtime.cache.integrity import require
@@ -39,6 +44,7 @@ from ramet.runtime.types import Batch, FinishReason, PageCopy, Request, RowOutpu
 logger = logging.getLogger(__name__)
 
 _DECODE_WEIGHT = 2  # an owner's service of a decoded token, in tokens of prompts; as in the source of `priority`
+_NO_DRAFTS: Mapping[Sequence, Seq[int]] = MappingProxyType({})
 _LEAST_SHARE = 0.25  # time of prompts in a step, as a part of the time of its decode rows
 
 
@@ -181,6 +187,12 @@ class Scheduler:
         del self._queued_s[sequence]
         self.counters.num_finished += 1
 
+    def shorten(self, sequence: Sequence, reason: FinishReason, num_output_tokens: int) -> None:
+        """Let an ended sequence have ended earlier: keep its first output tokens. Does nothing if it has no more."""
+        if num_output_tokens < len(sequence.output_ids):
+            del sequence.output_ids[num_output_tokens:]
+            sequence.finish_reason = reason
+
     def expire_deadlines(self) -> list[Sequence]:
         """Abort and return every sequence whose deadline has passed. O(1) if there is none."""
         expired = []
@@ -201,39 +213,57 @@ class Scheduler:
 
     # --- a step
 
-    def schedule(self) -> Batch | None:
-        """Plan the next step. Returns None if every sequence waits for tokens of launched steps."""
+    def schedule(self, drafts: Mapping[Sequence, Seq[int]] = _NO_DRAFTS) -> Batch | None:
+        """Plan the next step. Returns None if every sequence waits for tokens of launched steps.
+
+        drafts: tokens that may follow the known ones of some of the `draftable` sequences; held ones, in overlapped
+        steps. Fewer are verified where there is no room for them.
+        """
         self._copies = []
         self._grow_decoding()
         decoding = self._decoding
         extends: list[ScheduledSequence] = []
+        room = (self.config.max_num_tokens_per_step - len(decoding)) // 2 if drafts else 0
         if self._prefilling or self._may_admit:
-            self._plan_extends(extends, self._budget())
+            self._plan_extends(extends, self._budget(min(room, sum(map(len, drafts.values())))))
+        verified = self._plan_drafts(drafts, room) if drafts else {}
         items: list[ScheduledSequence] = []
         held = self.held
         new, append = tuple.__new__, items.append  # the hot loop: 256 rows in a few tens of microseconds
         for sequence, limit in decoding.items():
             start = sequence.num_computed
             if start < limit and not (held and sequence.num_in_flight and sequence in held):
+                if verified and sequence in verified:
+                    continue
                 sequence.num_computed = start + 1
                 sequence.num_in_flight += 1
-                append(new(ScheduledSequence, (sequence, start, 1, True, True)))
+                append(new(ScheduledSequence, (sequence, start, 1, 1)))
         num_decode = len(items)
         num_tokens = num_decode
+        for item in verified.values():
+            num_tokens += item.num_tokens
+            item.sequence.num_computed = item.start + item.num_tokens
+            item.sequence.num_in_flight += 1
+        items += verified.values()
         if self._owners.num_owners > 1:
             for item in items:
                 self._owners.add(item.sequence.request.owner, _DECODE_WEIGHT)
+        num_extend = 0
         for item in extends:
-            num_tokens += item.num_tokens
+            num_extend += item.num_tokens
             self._launch_extend(item)
         items += extends
         if not items:
             return None
         counters = self.counters
         counters.num_steps += 1
-        counters.num_decoded_tokens += num_decode
-        counters.num_computed_tokens += num_tokens - num_decode
-        return Batch(counters.num_steps, tuple(items), num_decode, num_tokens, tuple(self._copies))
+        counters.num_decoded_tokens += num_decode + len(verified)
+        counters.num_computed_tokens += num_extend
+        return Batch(counters.num_steps, tuple(items), num_decode, num_tokens + num_extend, tuple(self._copies))
+
+    def draftable(self) -> list[Sequence]:
+        """Return the sequences that decode in the next step and whose tokens the host all knows."""
+        return [s for s, limit in self._decoding.items() if not s.num_in_flight and s.num_computed < limit]
 
     def note_time(self, batch: Batch, seconds: float) -> None:
         """Learn from a step that took so long: to its end from its launch, or from the end of the step before."""
@@ -254,13 +284,15 @@ class Scheduler:
             sequence = item.sequence
             if sequence.status is Status.FINISHED:
                 continue
-            if not item.samples:
+            if not item.num_samples:
                 if sequence.request.score_from is not None:
                     changed.append(sequence)
                     self._finish_scores(item)
                 continue
             changed.append(sequence)
             sequence.num_in_flight -= 1
+            if item.num_samples > 1:
+                self._forget_refused(item, output.token_ids)
             request, output_ids = sequence.request, sequence.output_ids
             stop_ids, max_tokens = request.stop_ids, request.max_tokens
             for token in output.token_ids:
@@ -277,6 +309,17 @@ class Scheduler:
                 elif len(output.token_ids) != 1 or sequence.status is not Status.RUNNING:
                     self._resume(sequence, len(output.token_ids))
         return changed
+
+    def _forget_refused(self, item: ScheduledSequence, tokens: tuple[int, ...]) -> None:
+        """Forget the draft of a row that is read, and the KV of its drafted tokens that are none of the new ones."""
+        sequence = item.sequence
+        pairs = enumerate(zip(sequence.draft_ids, tokens, strict=False))
+        num_kept = next((i for i, (draft, token) in pairs if draft != token), min(len(sequence.draft_ids), len(tokens)))
+        num_kept = min(num_kept, max(len(tokens) - 1, 0))  # the last token is yet to be computed
+        sequence.draft_ids = []
+        if sequence.status is Status.RUNNING:
+            sequence.num_computed = item.start + 1 + num_kept
+        self.counters.num_decoded_tokens += num_kept
 
     def _finish_scores(self, item: ScheduledSequence) -> None:
         if item.start + item.num_tokens >= known_end(item.sequence):
@@ -296,12 +339,13 @@ class Scheduler:
 
     # --- decode and extend rows
 
-    def _budget(self) -> StepBudget:
+    def _budget(self, num_drafted: int) -> StepBudget:
         """Return what may be added to the rows that decode: tokens, and the time that they leave.
 
-        Where they take almost all of it, prompts get a part of the step nevertheless (`_LEAST_SHARE`).
+        Where they take almost all of it, prompts get a part of the step nevertheless (`_LEAST_SHARE`). A drafted token
+        counts as a row.
         """
-        num_decode, target_s = len(self._decoding), self.config.max_step_s
+        num_decode, target_s = len(self._decoding) + num_drafted, self.config.max_step_s
         seconds = math.inf
         if target_s and num_decode:
             decode_s = self._costs.decode_s(num_decode)
@@ -329,6 +373,26 @@ class Scheduler:
         for sequence in at_border:
             if sequence.status is Status.RUNNING and len(sequence.page_ids) * size <= sequence.num_computed:
                 self._grow(sequence, 1, planned=())
+
+    def _plan_drafts(self, drafts: Mapping[Sequence, Seq[int]], room: int) -> dict[Sequence, ScheduledSequence]:
+        """Plan the rows that verify drafts: up to `room` drafted tokens in all. Nobody is preempted for a draft."""
+        size = self._page_size
+        rows: dict[Sequence, ScheduledSequence] = {}
+        for sequence, tokens in drafts.items():
+            limit = self._decoding.get(sequence)
+            if limit is None:
+                continue  # preempted meanwhile
+            assert not sequence.num_in_flight, f"{sequence.request.request_id}: its last token is not known"
+            start = sequence.num_computed
+            count = min(len(tokens), limit - start - 1, room)
+            num_missing = -(-(start + 1 + count) // size) - len(sequence.page_ids)
+            if num_missing > 0 and not self._pages.take(sequence, num_missing):
+                count = len(sequence.page_ids) * size - start - 1
+            if count > 0:
+                room -= count
+                sequence.draft_ids = [int(token) for token in tokens[:count]]
+                rows[sequence] = ScheduledSequence(sequence, start, count + 1, count + 1)
+        return rows
 
     def _plan_extends(self, extends: list[ScheduledSequence], budget: StepBudget) -> None:
         """Plan chunks of running sequences first, then of newly admitted ones.
@@ -403,7 +467,7 @@ class Scheduler:
                 return
         planned.add(sequence)
         samples = stop == end and sequence.request.score_from is None
-        extends.append(ScheduledSequence(sequence, start, stop - start, samples, False))
+        extends.append(ScheduledSequence(sequence, start, stop - start, int(samples)))
         budget.spend(sequence, start, stop - start)
 
     def _launch_extend(self, item: ScheduledSequence) -> None:
@@ -420,7 +484,7 @@ class Scheduler:
             self._waiting.set_frontier(sequence, node, sequence.num_tokens)
         if self._waiting.wake(sequence, None if is_complete else node.end):
             self._may_admit = True
-        if item.samples:
+        if item.num_samples:
             sequence.num_in_flight += 1
             self._decoding[sequence] = sequence.request.num_prompt + sequence.request.max_tokens - 1
 

@@ -40,8 +40,11 @@ _SWEEPS = 12
 def step_amounts(num_decode: int, extends: Seq[ScheduledSequence], num_few: int = 0) -> tuple[float, ...]:
     """Return what a step is made of, as `_RATIOS` lists it: decode rows (and a constant), new tokens, the keys that
     these attend to, summed over them, rows with new tokens, scored positions, and 1 if it has new tokens and so many
-    tokens that other kernels compute it (`SchedulerConfig.num_few`).
+    tokens that other kernels compute it (`SchedulerConfig.num_few`). A drafted token counts as a decode row: it is
+    computed like one.
     """
+    num_decode += sum(item.num_tokens for item in extends if item.num_samples > 1)
+    extends = [item for item in extends if item.num_samples <= 1]
     num_new = sum(item.num_tokens for item in extends)
     return (
         _FIXED_ROWS + num_decode,
@@ -74,9 +77,9 @@ class StepCosts:
         """Learn from a step that took so long."""
         if not (seconds > 0 and math.isfinite(seconds)):
             return
-        extends = batch.items[batch.num_decode :]
+        amounts = step_amounts(batch.num_decode, batch.items[batch.num_decode :], self._num_few)
+        extends = amounts[3] > 0
         steps = self._mixed if extends else self._decode
-        amounts = step_amounts(batch.num_decode, extends, self._num_few)
         steps.append((amounts, seconds))
         self._num_since_fit += 1
         is_good = not extends or abs(self.seconds(amounts) - seconds) <= _GOOD * seconds

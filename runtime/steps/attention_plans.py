@@ -79,13 +79,14 @@ class AttentionPlans:
             self._tiles,
         )
 
-    def extend(self, sent: ExtendInputs, arrays: ExtendArrays) -> ExtendMetadata:
-        """The plan of rows with new tokens."""
-        q_lens, kv_lens = arrays.q_lens.tolist(), arrays.kv_lens.tolist()
+    def extend(self, sent: ExtendInputs, arrays: ExtendArrays, num_verified: int) -> ExtendMetadata:
+        """The plan of rows with new tokens, without the first `num_verified`."""
+        q_lens, kv_lens = arrays.q_lens[num_verified:].tolist(), arrays.kv_lens[num_verified:].tolist()
+        cu_seqlens = sent.cu_seqlens[num_verified:]
         return ExtendMetadata(
-            cu_seqlens_q=sent.cu_seqlens,
-            kv_lens=sent.kv_lens,
-            rows=sent.rows,
+            cu_seqlens_q=cu_seqlens - cu_seqlens[0] if num_verified else cu_seqlens,
+            kv_lens=sent.kv_lens[num_verified:],
+            rows=sent.rows[num_verified:],
             page_table=self._page_table,
             max_seqlen_q=_ANY_LENGTH if self._is_deterministic else max(q_lens),
             max_kv_len=max(kv_lens),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ramet.kernels.attention.decode import DecodeMetadata
@@ -31,7 +32,12 @@ class EagerSteps:
             logits = decoder.logits(decoder.forward(inputs.token_ids, context))
             return self._sampler.sample(step, logits, plan.rows, inputs.kv_lens)
         sent, decode = self.send(step, step.extend)
-        context = plans.context(sent.positions, sent.kv_slots, decode, plans.extend(sent, step.extend))
+        num_verified, extend = step.num_verified, None
+        if num_verified:
+            decode = self._with_drafts(step, step.extend, sent)
+        if num_verified < len(step.extend.rows):
+            extend = plans.extend(sent, step.extend, num_verified)
+        context = plans.context(sent.positions, sent.kv_slots, decode, extend)
         return self._sampler.sample_extend(step, decoder.forward(sent.token_ids, context), sent)
 
     def send(self, step: Step, arrays: ExtendArrays) -> tuple[ExtendInputs, DecodeMetadata | None]:
@@ -47,6 +53,17 @@ class EagerSteps:
         sent.positions = torch.cat((inputs.positions, sent.positions))
         sent.kv_slots = torch.cat((inputs.kv_slots, sent.kv_slots))
         return sent, decode
+
+    def _with_drafts(self, step: Step, arrays: ExtendArrays, sent: ExtendInputs) -> DecodeMetadata:
+        """The attention plan of the decode rows and of rows that verify drafts: their tokens attend as decode rows do.
+
+        Attention of prompts sums in another order, and on some CPUs in another precision.
+        """
+        num_tokens = step.num_decode + int(arrays.cu_seqlens[step.num_verified])
+        verified = np.repeat(arrays.rows[: step.num_verified], arrays.q_lens[: step.num_verified])
+        (rows,) = upload([np.concatenate([step.decode_rows, verified])], self._decoder.device)
+        kv_lens = sent.positions[:num_tokens] + 1
+        return self._plans.decode(rows, kv_lens, None, kv_lens.tolist())
 
     def _send_decode(self, step: Step) -> tuple[DecodeInputs, DecodeMetadata]:
         """Send the decode rows. The device reads their tokens and positions from the slot tables."""

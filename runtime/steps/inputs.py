@@ -25,7 +25,8 @@ class ExtendArrays:
 
     token_ids, positions, kv_slots [T_extend]; cu_seqlens [E + 1]; kv_lens, rows [E]. updates [U, 3]: changes of the
     slot tables (new sequences, pages, lengths). sample_index [R]: indices of the hidden states that are sampled, decode
-    rows included; sample_rows [R]: their slots; sample_positions [R]: the positions of the new tokens.
+    rows included; sample_rows [R]: their slots, several times where drafted tokens are verified; sample_positions [R]:
+    the positions of the new tokens.
     score_index, score_targets [Q]: indices of the hidden states of scored positions, and the next tokens.
     """
 
@@ -48,18 +49,23 @@ class ExtendArrays:
         return np.diff(self.cu_seqlens)
 
 
+Edited = tuple[Sequence, int]
+LastToken = tuple[int, int, int]  # a slot, its last token, and the number of tokens before it, which have KV
+
+
 @dataclass(slots=True)
 class Step:
     """A step on the host, before anything is sent to the device. Its arrays are all that a device needs.
 
     decode_rows, new_pages, kv_lens: int32 [B]: each decode row's slot, the page that it begins in this step (or 0), and
     its KV length after it. page_copies: int32 [C, 3]: copies to make before the step, (source, target, positions).
-    extend: the rows with new tokens; None if all rows decode. uses_tree: decode rows share prefixes by the tree plan.
-    logprob_rows: int32 [k], indices of the sampling rows that request log-probabilities; num_tops: how many of the most
-    likely tokens they request at most. num_score_tops: the same of rows that are scored. needs_host: the host masks or
-    edits rows, so no graph can sample them. masks: int32 [R, W], one for each sampling row, if the host masks some.
-    edited: one entry for each sampling row, the sequence if the host edits its logits, else None; `edited` itself is
-    None if the host edits no row.
+    extend: the rows with new tokens; None if all rows decode. num_verified: how many of these, the first ones, verify
+    drafted tokens, each of which attends as a decode row does. uses_tree: decode rows share prefixes by the tree plan.
+    logprob_rows: int32 [k], indices of the sampled positions that request log-probabilities; num_tops: how many of the
+    most likely tokens they request at most. num_score_tops: the same of rows that are scored. needs_host: the host
+    masks or edits rows, so no graph can sample them. masks: int32 [R, W], one for each sampled position, if the host
+    masks some. edited: one entry for each sampled position, the sequence and the index of its next token if the host
+    edits its logits, else None; `edited` itself is None if the host edits no row.
     """
 
     decode_rows: NDArray[np.int32]
@@ -72,8 +78,9 @@ class Step:
     num_tops: int
     num_score_tops: int
     needs_host: bool
+    num_verified: int = 0
     masks: NDArray[np.int32] | None = None
-    edited: list[Sequence | None] | None = None
+    edited: list[Edited | None] | None = None
 
     @property
     def num_decode(self) -> int:
@@ -134,10 +141,10 @@ def gather_extend(batch: Batch, updates: NDArray[np.int32], page_size: int) -> E
         rows.append(sequence.slot)
         q_lens.append(item.num_tokens)
         kv_lens.append(end)
-        if item.samples:
-            sample_index.append(offset + item.num_tokens - 1)
+        for back in range(item.num_samples - 1, -1, -1):
+            sample_index.append(offset + item.num_tokens - 1 - back)
             sample_rows.append(sequence.slot)
-            sample_positions.append(end)
+            sample_positions.append(end - back)
         first, last = scored_range(item)
         if last > first:
             score_index.append(np.arange(first, last, dtype=np.int32) - 1 - item.start + offset)
@@ -168,8 +175,8 @@ def gather_decode(items: Seq[ScheduledSequence], page_size: int) -> tuple[NDArra
 
 
 def gather_logprobs(items: Seq[ScheduledSequence]) -> tuple[NDArray[np.int32], int]:
-    """The sampling rows that request log-probabilities, int32 [k], and the most tokens that one of them requests."""
-    wanted = [item.sequence.request.sampling.logprobs for item in items if item.samples]
+    """The sampled positions that request log-probabilities, int32 [k], and the most tokens that one requests."""
+    wanted = [item.sequence.request.sampling.logprobs for item in items for _ in range(item.num_samples)]
     rows = [row for row, count in enumerate(wanted) if count is not None]
     return np.asarray(rows, dtype=np.int32), max((count or 0 for count in wanted), default=0)
 

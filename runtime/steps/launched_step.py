@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -11,12 +12,12 @@ from ramet.kernels.sampling.logprobs import compute_logprobs
 from ramet.kernels.slots.tables import upload
 from ramet.runtime.steps.inputs import Step, scored_range
 from ramet.runtime.steps.sampler import Sampled, Scores
-from ramet.runtime.types import Batch, RowOutput, TopTokens
+from ramet.runtime.types import Batch, RowOutput, ScheduledSequence, TopTokens
 
 
 @dataclass(slots=True)
 class StepLogprobs:
-    """Log-probabilities of the k rows that request them. `rows`: their indices among the sampling rows."""
+    """Log-probabilities of the k rows that request them. `rows`: their indices among the sampled positions."""
 
     rows: list[int]
     chosen: Tensor  # fp32 [k]
@@ -68,13 +69,13 @@ class LaunchedStep:
         items = self.batch.items
         if self.logprobs is not None or self.scores is not None:
             return self._read_rows(tokens)
-        if len(tokens) == len(items):
+        if len(items) == self.batch.num_decode:
             return [RowOutput((token,)) for token in tokens]
         sampled = iter(tokens)
-        return [RowOutput((next(sampled),)) if item.samples else RowOutput() for item in items]
+        return [RowOutput(accepted(item, tuple(islice(sampled, item.num_samples)))) for item in items]
 
     def logprob(self, row: int, token: int) -> float:
-        """The log-probability of a token that was not sampled. `row`: an index among the sampling rows."""
+        """The log-probability of a token that was not sampled. `row`: an index among the sampled positions."""
         assert self.logprobs is not None
         index = self.logprobs.rows.index(row)
         logits = self.logprobs.logits[index : index + 1]
@@ -93,20 +94,31 @@ class LaunchedStep:
                 part = scores.values[rows].numpy().copy()
                 tops = tuple(_tops(scores.top_ids[rows, :wanted], scores.top_values[rows, :wanted])) if wanted else None
                 scored += last - first
-            if not item.samples:
-                outputs.append(RowOutput(prompt_logprobs=part, prompt_tops=tops))
-                continue
-            if wanted is None:
-                outputs.append(RowOutput((tokens[row],), prompt_logprobs=part))
+            taken = accepted(item, tuple(tokens[row : row + item.num_samples]))
+            if wanted is None or not taken:
+                outputs.append(RowOutput(taken, prompt_logprobs=part, prompt_tops=tops))
             else:
-                chosen, top = logprobs[row]
-                outputs.append(RowOutput((tokens[row],), (chosen,), (top[:wanted],), part))
-            row += 1
+                chosen, top = zip(*(logprobs[row + i] for i in range(len(taken))), strict=True)
+                outputs.append(RowOutput(taken, chosen, tuple(likeliest[:wanted] for likeliest in top), part))
+            row += item.num_samples
         return outputs
 
     def _logprobs_by_row(self, found: StepLogprobs) -> dict[int, tuple[float, TopTokens]]:
         tops = _tops(found.top_ids, found.top_values)
         return dict(zip(found.rows, zip(found.chosen.tolist(), tops, strict=True), strict=True))
+
+
+def accepted(item: ScheduledSequence, sampled: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the sampled tokens of a row that follow from each other: all up to the first that is not the drafted one.
+
+    A token that ends the text is the last one. A token depends on nothing but the text before it, its position and the
+    request, so these are the tokens that single steps would yield.
+    """
+    drafts, ends = item.sequence.draft_ids, item.sequence.request.stop_ids
+    for count, token in enumerate(sampled[:-1], 1):
+        if token != drafts[count - 1] or token in ends:
+            return sampled[:count]
+    return sampled
 
 
 def _tops(ids: Tensor, values: Tensor) -> list[TopTokens]:

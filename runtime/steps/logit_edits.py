@@ -29,27 +29,30 @@ from ramet.runtime.types import Sequence
 NUM_EDIT_ROWS = 64  # 1.5 MB each at a vocabulary of 128k
 
 
-def apply_edits(logits: Tensor, sequences: Seq[Sequence | None]) -> Tensor:
-    """Return edited fp32 logits [R, V]; the input is not changed. `sequences`: one for each row, None: no edits.
+def apply_edits(logits: Tensor, rows: Seq[tuple[Sequence, int] | None]) -> Tensor:
+    """Return edited fp32 logits [R, V]; the input is not changed.
+
+    rows: one for each row of logits, the sequence and the index of its next token, or None: no edits.
 
     Computes `edit_logits_reference` for the tokens that a sequence's edits touch, never for the whole vocabulary.
     """
     edited = logits.float().clone() if logits.dtype == torch.float32 else logits.float()
-    for row, sequence in enumerate(sequences):
-        if sequence is None:
+    for line, row in zip(edited, rows, strict=True):
+        if row is None:
             continue
+        sequence, position = row
         params = sequence.request.sampling
-        line = edited[row]
+        output = sequence.tokens(sequence.request.num_prompt, position)
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=line.device)
             line[ids] += torch.tensor(list(params.logit_bias.values()), device=line.device)
-        if len(sequence.output_ids) < params.min_tokens and sequence.request.stop_ids:
+        if len(output) < params.min_tokens and sequence.request.stop_ids:
             line[torch.tensor(sorted(sequence.request.stop_ids), device=line.device)] = -torch.inf
         if params.repetition_penalty != 1.0:
-            seen = torch.from_numpy(np.unique(sequence.tokens(0, sequence.num_tokens)).astype(np.int64)).to(line.device)
+            seen = torch.from_numpy(np.unique(sequence.tokens(0, position)).astype(np.int64)).to(line.device)
             line[seen] = penalize_repetition(line[seen], params.repetition_penalty)
-        if (params.frequency_penalty or params.presence_penalty) and sequence.output_ids:
-            ids_np, counts_np = np.unique(np.asarray(sequence.output_ids, dtype=np.int64), return_counts=True)
+        if (params.frequency_penalty or params.presence_penalty) and len(output):
+            ids_np, counts_np = np.unique(output.astype(np.int64), return_counts=True)
             ids = torch.from_numpy(ids_np).to(line.device)
             counts = torch.from_numpy(counts_np.astype(np.float32)).to(line.device)
             line[ids] = penalize_generated(line[ids], counts, params.frequency_penalty, params.presence_penalty)

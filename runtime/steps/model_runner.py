@@ -30,7 +30,16 @@ from ramet.runtime.steps.attention_plans import AttentionPlans
 from ramet.runtime.steps.cuda_graph import GraphCapture
 from ramet.runtime.steps.eager import EagerSteps
 from ramet.runtime.steps.graphed import GraphedSteps
-from ramet.runtime.steps.inputs import ExtendArrays, Step, gather_decode, gather_extend, gather_logprobs, most_tops
+from ramet.runtime.steps.inputs import (
+    Edited,
+    ExtendArrays,
+    LastToken,
+    Step,
+    gather_decode,
+    gather_extend,
+    gather_logprobs,
+    most_tops,
+)
 from ramet.runtime.steps.kv_cache import KVCache
 from ramet.runtime.steps.launched_step import LaunchedStep, StepLogprobs
 from ramet.runtime.steps.logit_edits import LogitEdits
@@ -38,7 +47,7 @@ from ramet.runtime.steps.recorded import RecordedSteps
 from ramet.runtime.steps.sampler import Sampled, Sampler
 from ramet.runtime.steps.slots import RunningSlots
 from ramet.runtime.steps.tree_planner import TreePlanner
-from ramet.runtime.types import Batch, Sequence
+from ramet.runtime.types import Batch, ScheduledSequence
 
 
 class Strategy(Protocol):
@@ -54,8 +63,8 @@ class Peers(Protocol):
     def send_step(self, step: Step, tree: TreePlanner | None) -> None:
         """Let the other ranks run this step too. tree: the planner whose plan the step may use."""
 
-    def send_tokens(self, tokens: Seq[tuple[int, int]]) -> None:
-        """Let the other ranks call `override_tokens`."""
+    def send_last(self, rows: Seq[LastToken]) -> None:
+        """Let the other ranks call `store_last`."""
 
     def fail(self, error: Exception) -> None:
         """Note that this rank failed within a step, so that the ranks are no longer at the same place."""
@@ -172,11 +181,10 @@ class ModelRunner:
         if masks is not None and self.arena is not None:
             self._send_masks(self.arena, batch, masks)
             words = None
-        edited = None
+        edited: list[Edited | None] | None = None
         if has_host_edits:
-            sampled = [item.sequence for item in batch.items if item.samples]
-            by_host = [s if self._is_edited_by_host(s) else None for s in sampled]
-            edited = by_host if any(s is not None for s in by_host) else None
+            edited = [row for item in batch.items for row in self._edited_by_host(item)]
+            edited = edited if any(row is not None for row in edited) else None
         extend = self._gather_extend(batch, grammar_states) if batch.num_decode < len(batch.items) else None
         decode_items = batch.items[: batch.num_decode]
         decode_rows, new_pages, kv_lens = gather_decode(decode_items, self.kv_cache.page_size)
@@ -193,6 +201,7 @@ class ModelRunner:
             num_tops,
             num_score_tops=0 if extend is None else most_tops(batch.items[batch.num_decode :]),
             needs_host=words is not None or edited is not None,
+            num_verified=sum(item.num_samples > 1 for item in batch.items[batch.num_decode :]),
             masks=words,
             edited=edited,
         )
@@ -210,15 +219,18 @@ class ModelRunner:
         updates = self.slots.extend_updates(items, states, edit_rows)
         return gather_extend(batch, updates, self.kv_cache.page_size)
 
-    def _is_edited_by_host(self, sequence: Sequence) -> bool:
-        """Return True if a sequence's logits are edited and it has no row of the device's edit tables."""
-        if not sequence.request.sampling.edits_logits:
-            return False
-        return self.edits is None or self.edits.row_of(sequence) == 0
+    def _edited_by_host(self, item: ScheduledSequence) -> list[Edited | None]:
+        """What the host edits at each sampled position: nothing, unless the sequence's logits are edited and it has no
+        row of the device's edit tables.
+        """
+        sequence, end = item.sequence, item.start + item.num_tokens
+        if not sequence.request.sampling.edits_logits or (self.edits is not None and self.edits.row_of(sequence)):
+            return [None] * item.num_samples
+        return [(sequence, position) for position in range(end - item.num_samples + 1, end + 1)]
 
     def _send_masks(self, arena: GrammarArena, batch: Batch, masks: HostMasks) -> None:
         """Write the host's masks to the arena, at the places that these rows' states select."""
-        slots = [item.sequence.slot for item in batch.items if item.samples]
+        slots = [item.sequence.slot for item in batch.items for _ in range(item.num_samples)]
         chosen = np.asarray([slots[row] for row in masks.rows], dtype=np.int32)
         index, words = upload([chosen, masks.words[masks.rows]], self.device)
         arena.set_host_masks(index, words)
@@ -274,15 +286,15 @@ class ModelRunner:
         """
         return self.recorded is None or self.recorded.computes_run(num_tokens, num_rows, kv_len)
 
-    def override_tokens(self, tokens: Seq[tuple[int, int]]) -> None:
-        """Replace the last token of slots before their next step is launched. tokens: pairs (slot, token)."""
+    def override_last(self, rows: Seq[LastToken]) -> None:
+        """Replace the last token of slots, and its position, before their next step is launched."""
         if self.peers is not None:
-            self.peers.send_tokens(tokens)
-        self.store_tokens(tokens)
+            self.peers.send_last(rows)
+        self.store_last(rows)
 
-    def store_tokens(self, tokens: Seq[tuple[int, int]]) -> None:
-        """`override_tokens` on this rank alone."""
-        column = COLUMNS["last_token"]
-        triples = np.asarray([(slot, column, token) for slot, token in tokens], dtype=np.int32)
-        (updates,) = upload([triples], self.device)
+    def store_last(self, rows: Seq[LastToken]) -> None:
+        """`override_last` on this rank alone."""
+        token, kv_len = COLUMNS["last_token"], COLUMNS["kv_len"]
+        triples = [triple for row in rows for triple in ((row[0], token, row[1]), (row[0], kv_len, row[2]))]
+        (updates,) = upload([np.asarray(triples, dtype=np.int32)], self.device)
         scatter_rows(updates, self.slots.tables.arena)

@@ -160,9 +160,9 @@ class RecordedSteps:
         return self._sampler.sample(step, recorded.logits(), recorded.rows, recorded.inputs.kv_lens)
 
     def _run_extend(self, step: Step, arrays: ExtendArrays) -> Sampled | None:
-        q_lens = arrays.q_lens
+        q_lens, prompts = arrays.q_lens, slice(step.num_verified, None)
         num_tokens = step.num_decode + len(arrays.token_ids)
-        recorded = self.recordings.get_extend(num_tokens, int(q_lens @ arrays.kv_lens))
+        recorded = self.recordings.get_extend(num_tokens, int(q_lens[prompts] @ arrays.kv_lens[prompts]))
         if recorded is None:
             return None
         sent, _ = self._eager.send(step, arrays)

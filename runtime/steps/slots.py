@@ -65,8 +65,9 @@ class RunningSlots:
                 block[:, 2] = pages[known:]
                 blocks.append(block)
                 self._known_pages[slot] = len(pages)
-            # The commit after sampling adds the row's one: the column counts tokens with KV, as for decode rows.
-            kv_len = item.start + item.num_tokens - (1 if item.samples else 0)
+            # The commit after sampling adds the row's one: the column counts tokens with KV, as for decode rows. Where
+            # drafts are verified, the host writes it once it knows them (`ModelRunner.store_last`).
+            kv_len = item.start + item.num_tokens - (1 if item.num_samples else 0)
             triples.append((slot, COLUMNS["kv_len"], kv_len))
         return np.concatenate([np.asarray(triples, dtype=np.int32), *blocks])
 

@@ -60,12 +60,15 @@ class Slot:
 class SimulatedEngine:
     """Drives a scheduler. `burst`: number of tokens that a sampling row yields if no later step of it is launched.
 
+    draft: returns tokens that may follow a sequence's known ones.
+
     step_s: the seconds that a step takes, which the scheduler is told; None: it is told nothing. `times`: all of them.
     """
 
     scheduler: Scheduler
     overlap: bool = False
     burst: int = 1
+    draft: Callable[[Sequence], list[int]] = lambda sequence: []
     step_s: Callable[[Batch], float] | None = None
     times: list[tuple[Batch, float]] = field(default_factory=list)
     content: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -81,7 +84,9 @@ class SimulatedEngine:
 
     def step(self) -> bool:
         """Schedule, launch and collect once. Returns False if there was nothing to do."""
-        batch = self.scheduler.schedule()
+        scheduler = self.scheduler
+        drafted = [s for s in scheduler.draftable() if not self.overlap or s in scheduler.held]
+        batch = scheduler.schedule({sequence: self.draft(sequence) for sequence in drafted})
         self.scheduler.check_integrity()
         launched = None if batch is None else (batch, self.launch(batch))
         if self.overlap:
@@ -114,8 +119,7 @@ class SimulatedEngine:
         size = self.page_size
         assert batch.num_tokens == sum(item.num_tokens for item in batch.items)
         assert batch.num_tokens <= self.scheduler.config.max_num_tokens_per_step
-        assert [item.is_decode for item in batch.items] == sorted([i.is_decode for i in batch.items], reverse=True)
-        assert batch.num_decode == sum(item.is_decode for item in batch.items)
+        assert all(item.num_tokens == item.num_samples == 1 for item in batch.items[: batch.num_decode])
         assert len({item.sequence for item in batch.items}) == len(batch.items)
         assert all(item.num_tokens >= 1 for item in batch.items)
         for item in batch.items:
@@ -128,7 +132,8 @@ class SimulatedEngine:
         for copy in batch.page_copies:
             for offset in range(copy.num_tokens):
                 self.content[copy.target, offset] = self.content[copy.source, offset]
-        paths = [self.path_of(item) for item in batch.items]
+        decodes = [index < batch.num_decode for index in range(len(batch.items))]
+        paths = [self.path_of(*row) for row in zip(batch.items, decodes, strict=True)]
         hashes = [path_hashes(i.sequence.request.cache_salt, p) for i, p in zip(batch.items, paths, strict=True)]
         for item, values in zip(batch.items, hashes, strict=True):
             self.check_read(item.sequence, values[: item.start])
@@ -148,16 +153,14 @@ class SimulatedEngine:
             where = page_ids[position // size], position % size
             assert self.content.get(where) == value, f"{sequence.request.request_id} reads foreign KV at {position}"
 
-    def path_of(self, item: ScheduledSequence) -> list[int]:
+    def path_of(self, item: ScheduledSequence, is_decode: bool) -> list[int]:
         """The tokens [0, start + num_tokens) of a row. Possibly only the device knows the last one."""
         sequence, stop = item.sequence, item.start + item.num_tokens
         assert sequence.slot is not None
         slot = self.slots.get(sequence.slot)
-        if item.is_decode:
+        if is_decode:
             assert slot is not None
             assert slot.sequence is sequence
-            assert item.num_tokens == 1
-            assert item.samples
         else:
             if slot is None or slot.sequence is not sequence or item.start == sequence.num_cached:
                 slot = self.slots[sequence.slot] = Slot(sequence, [], [])
@@ -170,20 +173,26 @@ class SimulatedEngine:
     def sample(self, item: ScheduledSequence, path: list[int], values: list[int]) -> RowOutput:
         request = item.sequence.request
         if request.score_from is not None:
-            assert not item.samples
+            assert not item.num_samples
             first, last = max(item.start + 1, request.score_from), item.start + item.num_tokens + 1
             scored = list(range(first, min(last, request.num_prompt)))
             self.scores.setdefault(item.sequence, []).extend(scored)
             return RowOutput(prompt_logprobs=np.zeros(len(scored), dtype=np.float32))
-        if not item.samples:
+        if not item.num_samples:
             return RowOutput()
-        tokens, value = [], values[-1]
+        drafts = item.sequence.draft_ids if item.num_samples > 1 else []
+        assert len(drafts) == max(item.num_samples - 1, 0)
+        known = len(path) - len(drafts)
+        tokens = [token_after(value) for value in values[known - 1 :]]
+        num_right = next((i for i, draft in enumerate(drafts) if draft != tokens[i] or draft in request.stop_ids), None)
+        num_right = len(drafts) if num_right is None else num_right
+        tokens, value = tokens[:num_right], values[known - 1 + num_right]
         is_alone = not self.overlap or item.sequence in self.scheduler.held
         for _ in range(self.burst if is_alone else 1):
             tokens.append(token_after(value))
             value = hash((value, tokens[-1]))
         assert item.sequence.slot is not None
-        self.slots[item.sequence.slot].path += tokens
+        self.slots[item.sequence.slot].path[known:] = tokens
         return RowOutput(tuple(tokens))
 
 

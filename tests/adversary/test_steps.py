@@ -49,7 +49,7 @@ class Bystander:
             assert batch is not None
             self.gaps_s.append(seconds_of(batch, self.rates))
             self.scheduler.note_time(batch, self.gaps_s[-1])
-            outputs = [RowOutput((7,)) if item.samples else RowOutput() for item in batch.items]
+            outputs = [RowOutput((7,)) if item.num_samples else RowOutput() for item in batch.items]
             self.scheduler.finish_step(batch.items, outputs)
             assert "bystander" in {item.sequence.request.request_id for item in batch.items}
 

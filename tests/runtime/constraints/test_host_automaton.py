@@ -42,7 +42,7 @@ def automaton(
 def follow(walked: HostAutomaton, text: str) -> None:
     """Take the tokens of a text, as the engine does."""
     for token in text.encode():
-        taken = walked.follow(token, lambda num_forced: False)
+        taken = walked.follow([token], lambda num_forced: False)
         walked.sequence.output_ids.extend(taken)
 
 
@@ -93,7 +93,7 @@ def test_past_an_ignored_end_token_everything_is_allowed() -> None:
     walked.take(ord("a"))
     walked.take(END)
     assert walked.mask is not None
-    walked.follow(END, lambda num_forced: True)
+    walked.follow([END], lambda num_forced: True)
     assert walked.mask is None
     assert walked.forced_run(END) == []
 
@@ -203,7 +203,7 @@ def test_without_an_end_token_a_text_ends_by_its_state() -> None:
     walked = automaton("a*", max_tokens=9, stop_ids=frozenset())
     follow(walked, "a")
     assert not walked.is_complete
-    assert walked.follow(ord("x"), lambda num_forced: True) == []
+    assert walked.follow([ord("x")], lambda num_forced: True) == []
     assert walked.is_complete
 
 
@@ -333,7 +333,7 @@ def test_a_grammar_that_raises_leaves_the_masks_of_others_alone() -> None:
         joined += states.take_joined()
     assert joined == [sequences[0]]
     assert list(states.take_failures()) == [sequences[1]]
-    items = tuple(ScheduledSequence(sequence, 0, 3, samples=True, is_decode=False) for sequence in sequences)
+    items = tuple(ScheduledSequence(sequence, 0, 3, num_samples=1) for sequence in sequences)
     masks = states.masks(Batch(1, items, 0, 9))
     assert masks is not None
     assert masks.rows == [0]

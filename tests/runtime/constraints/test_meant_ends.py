@@ -32,7 +32,7 @@ def automaton(pattern: str, text: str) -> HostAutomaton:
     walked = HostAutomaton(Sequence(request), grammar)
     walked.begin(words.num_words)
     for token in text.encode():
-        walked.sequence.output_ids.extend(walked.follow(token, lambda num_forced: False))
+        walked.sequence.output_ids.extend(walked.follow([token], lambda num_forced: False))
     return walked
 
 
@@ -46,11 +46,11 @@ def taken(walked: HostAutomaton, logits: NDArray[np.float64], temperature: float
     mask = torch.from_numpy(walked.mask.copy()).repeat(num_draws, 1)
     repeated = torch.from_numpy(logits).float().repeat(num_draws, 1)
     drawn = sample_reference(repeated, tables, rows, rows * 0 + 7, mask).tolist()
-    state = walked.state
+    state, num_output = walked.state, walked.num_output
     found = []
     for token in drawn:
         found.append(walked.take(token))
-        walked.state = state
+        walked.state, walked.num_output = state, num_output
     return found
 
 

@@ -37,7 +37,7 @@ def test_steps_survive_the_way(seed: int, rows: int, extends: bool, plans: bool)
     )
     step.masks, step.edited = int32(rng, rows, 2), [None] * rows
     sent = decoder.decode(encoder.encode(RankMessage.of(step, TreeWork(**works) if plans else None)))
-    assert not sent.tokens
+    assert not sent.last
     found = sent.step
     assert found is not None
     for name in ("decode_rows", "new_pages", "kv_lens", "page_copies", "logprob_rows"):
@@ -57,6 +57,6 @@ def test_steps_survive_the_way(seed: int, rows: int, extends: bool, plans: bool)
             np.testing.assert_array_equal(getattr(work, name), array, strict=True)
 
 
-def test_tokens_survive_the_way() -> None:
-    message = RankMessage(tokens=[(0, 5), (3, 2)])
+def test_last_tokens_survive_the_way() -> None:
+    message = RankMessage(last=[(0, 5, 7), (3, 2, 1)])
     assert decoder.decode(encoder.encode(message)) == message

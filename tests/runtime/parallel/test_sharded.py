@@ -36,7 +36,7 @@ from ramet.runtime.parallel.sharded import apply_tensor_parallel
 from ramet.runtime.parallel.share import Share
 from ramet.runtime.scheduling.config import SchedulerConfig
 from ramet.runtime.scheduling.scheduler import Scheduler
-from ramet.runtime.steps.inputs import Step
+from ramet.runtime.steps.inputs import LastToken, Step
 from ramet.runtime.steps.kv_cache import KVCache
 from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.steps.slots import RunningSlots
@@ -241,9 +241,9 @@ class QueuePeers:
         self.kinds.add("plan" if step.uses_tree else "masked" if step.needs_host else "plain")
         self._send(RankMessage.of(step, work))
 
-    def send_tokens(self, tokens: Sequence[tuple[int, int]]) -> None:
-        self.kinds.add("tokens")
-        self._send(RankMessage(tokens=list(tokens)))
+    def send_last(self, rows: Sequence[LastToken]) -> None:
+        self.kinds.add("last")
+        self._send(RankMessage(last=list(rows)))
 
     def _send(self, message: RankMessage) -> None:
         for waiting in self.queues:
@@ -314,7 +314,7 @@ def test_steps_of_every_kind_give_the_same_tokens_on_ranks(graphs: bool) -> None
             try:
                 runners[0] = make_runner(decoder, graphs, share=group.share, peers=peers)
                 found = tokens_of(runners[0], vocabulary)
-                runners[0].override_tokens([(2, 99)])
+                runners[0].override_last([(2, 99, 5)])
                 return found
             finally:
                 peers.end()
@@ -326,7 +326,7 @@ def test_steps_of_every_kind_give_the_same_tokens_on_ranks(graphs: bool) -> None
     whole = build_decoder(tiny.config, weights, device="cpu", dtype=torch.float32)
     expected = tokens_of(make_runner(whole, graphs), vocabulary)
     assert on_ranks(2, work)[0] == expected
-    assert {"plain", "masked", "tokens"} <= peers.kinds
+    assert {"plain", "masked", "last"} <= peers.kinds
     tables = [runner.slots.tables for runner in runners.values()]
     torch.testing.assert_close(tables[0].page_table, tables[1].page_table)
     torch.testing.assert_close(tables[0].last_token, tables[1].last_token)

@@ -89,7 +89,7 @@ class WishfulEngine(Engine):
         def wishing(batch: Batch, **options: Any) -> LaunchedStep:
             launched = launch(batch, **options)
             masks, launched.tokens = options["masks"], launched.tokens.clone()
-            for row, item in enumerate([item for item in batch.items if item.samples]):
+            for row, item in enumerate([item for item in batch.items if item.num_samples]):
                 allowed = None if masks is None or row not in masks.rows else masks.words[row]
                 launched.tokens[row] = self._choose(item.sequence.output_ids, allowed)
             return launched

@@ -28,13 +28,13 @@ def run_all(engine: SimulatedEngine, requests: list[Request]) -> list[Sequence]:
     return sequences
 
 
-def shape(batch: Batch | None) -> list[tuple[str, int, int, bool, bool]]:
+def shape(batch: Batch | None) -> list[tuple[str, int, int, int]]:
     assert batch is not None
-    return [(i.sequence.request.request_id, i.start, i.num_tokens, i.samples, i.is_decode) for i in batch.items]
+    return [(i.sequence.request.request_id, i.start, i.num_tokens, i.num_samples) for i in batch.items]
 
 
 def answer(batch: Batch, token: int = 9) -> list[RowOutput]:
-    return [RowOutput((token,)) if item.samples else RowOutput() for item in batch.items]
+    return [RowOutput((token,)) if item.num_samples else RowOutput() for item in batch.items]
 
 
 # --- what a step holds
@@ -44,7 +44,7 @@ def test_a_prompt_is_computed_in_chunks_beside_decode_rows_that_come_first() -> 
     scheduler = make_simulation(max_num_tokens_per_step=10).scheduler
     scheduler.add(make_request("a", range(6), 5))
     batch = scheduler.schedule()
-    assert shape(batch) == [("a", 0, 6, True, False)]
+    assert shape(batch) == [("a", 0, 6, 1)]
     assert batch is not None
     scheduler.finish_step(batch.items, answer(batch))
     scheduler.add(make_request("b", range(100, 121), 3))
@@ -57,9 +57,9 @@ def test_a_prompt_is_computed_in_chunks_beside_decode_rows_that_come_first() -> 
         assert batch.num_tokens <= 10
         scheduler.finish_step(batch.items, answer(batch))
     assert steps == [  # nine tokens are left for b: chunks end at page borders (4 tokens)
-        [("a", 6, 1, True, True), ("b", 0, 8, False, False)],
-        [("a", 7, 1, True, True), ("b", 8, 8, False, False)],
-        [("a", 8, 1, True, True), ("b", 16, 5, True, False)],
+        [("a", 6, 1, 1), ("b", 0, 8, 0)],
+        [("a", 7, 1, 1), ("b", 8, 8, 0)],
+        [("a", 8, 1, 1), ("b", 16, 5, 1)],
     ]
 
 
@@ -120,7 +120,7 @@ def test_forced_tokens_do_not_wait_behind_a_long_prompt() -> None:
     batch = scheduler.schedule()
     assert batch is not None
     scheduler.finish_step(batch.items, [RowOutput((9, 8, 7)), RowOutput()])
-    assert shape(scheduler.schedule()) == [("a", 7, 3, True, False), ("long", 8, 4, False, False)]
+    assert shape(scheduler.schedule()) == [("a", 7, 3, 1), ("long", 8, 4, 0)]
 
 
 @pytest.mark.parametrize(("num_running", "num_waiting", "expected"), [(0, 3, 100), (2, 1, 10), (2, 8, 20), (2, 60, 32)])
@@ -148,7 +148,7 @@ def test_a_row_without_a_token_is_computed_again() -> None:
     batch = scheduler.schedule()
     assert batch is not None
     scheduler.finish_step(batch.items, [RowOutput()])
-    assert shape(scheduler.schedule()) == [("a", 7, 1, True, False)]
+    assert shape(scheduler.schedule()) == [("a", 7, 1, 1)]
 
 
 # --- prefixes
@@ -435,7 +435,7 @@ def test_what_a_step_computes_already_is_not_preempted_in_it() -> None:
     clock[0] = 1_000.0
     second = engine.scheduler.add(make_request("second", range(50, 54), 8))
     engine.step()
-    assert shape(engine.scheduler.schedule()) == [("first", 4, 3, True, False)], "three pages: one is left for one"
+    assert shape(engine.scheduler.schedule()) == [("first", 4, 3, 1)], "three pages: one is left for one"
     assert (first.num_preemptions, second.num_preemptions) == (0, 1)
 
 

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 
 from ramet.runtime.testing.simulation import (
     STOP,
+    VOCAB,
     SimulatedEngine,
     assert_idle_and_whole,
     assert_output_is_right,
+    expected_output,
     make_request,
     make_simulation,
 )
@@ -25,6 +27,14 @@ def random_prompt(rng: random.Random, longest: int) -> list[int]:
     stem = [(3 * i + (branch if i >= 6 else 0)) % 40 + 1 for i in range(longest)]
     new = [rng.randrange(1, 4) for _ in range(rng.randrange(4))]
     return stem[: rng.choice((longest, rng.randrange(longest)))] + new or [1]
+
+
+def drafted(rng: random.Random, sequence: Sequence) -> list[int]:
+    """A draft of some tokens: the right ones, up to where it goes wrong."""
+    right = expected_output(sequence.request)[len(sequence.output_ids) :]
+    num_right = rng.choice((0, 1, 3, 9))
+    wrong = [rng.randrange(VOCAB) for _ in range(rng.choice((0, 0, 2, 40)))]
+    return [*right[:num_right], *wrong]
 
 
 def drive(
@@ -103,6 +113,7 @@ def check_end(engine: SimulatedEngine, sequences: list[Sequence]) -> None:
     prefix_cache=st.sampled_from((True, True, True, False)),
     burst=st.sampled_from((1, 1, 3, 0)),
     max_step_s=st.sampled_from((0.0, 0.01, 1.0)),
+    has_drafts=st.booleans(),
 )
 def test_every_read_finds_its_own_path_and_everything_ends(
     seed: int,
@@ -115,6 +126,7 @@ def test_every_read_finds_its_own_path_and_everything_ends(
     prefix_cache: bool,
     burst: int,
     max_step_s: float,
+    has_drafts: bool,
 ) -> None:
     clock = [0.0]
     engine = make_simulation(
@@ -134,6 +146,8 @@ def test_every_read_finds_its_own_path_and_everything_ends(
     rng = random.Random(seed)
     engine.step_s = lambda batch: rng.choice((0.0, 1e-4, 0.003, 0.05, 100.0))  # whatever a step takes
     engine.burst = burst
+    if has_drafts:
+        engine.draft = lambda sequence: drafted(rng, sequence)
     is_alone = rng.random() < 0.5
     sequences = drive(engine, rng, clock, 80, ("",) if is_alone else ("", "x", "y"))
     engine.burst = max(engine.burst, 1)

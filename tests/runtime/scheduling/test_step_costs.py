@@ -74,7 +74,7 @@ class QuickEngine:
             assert self.step_s is not None
             self.times.append((done, self.step_s(done)))
             self.scheduler.note_time(*self.times[-1])
-            outputs = [RowOutput((7,)) if item.samples else RowOutput() for item in done.items]
+            outputs = [RowOutput((7,)) if item.num_samples else RowOutput() for item in done.items]
             self.scheduler.finish_step(done.items, outputs)
         return batch is not None or done is not None
 
@@ -204,8 +204,8 @@ def test_where_nothing_decodes_prompts_are_not_cut() -> None:
 
 def batch_of(num_decode: int, extends: list[tuple[int, int]]) -> Batch:
     sequence = Sequence(make_request("r", [1], 1))
-    rows = [ScheduledSequence(sequence, 5, 1, True, True)] * num_decode
-    rows += [ScheduledSequence(sequence, start, count, True, False) for start, count in extends]
+    rows = [ScheduledSequence(sequence, 5, 1, 1)] * num_decode
+    rows += [ScheduledSequence(sequence, start, count, 1) for start, count in extends]
     return Batch(1, tuple(rows), num_decode, num_decode + sum(count for _, count in extends))
 
 

@@ -46,7 +46,9 @@ def test_a_filled_row_edits_as_the_host_does(output: list[int], sampling: dict[s
     logits = torch.randn(1, VOCAB)
     position = torch.tensor([sequence.num_tokens], dtype=torch.int32)
     edit_logits_reference(logits, tables, torch.tensor([1], dtype=torch.int32), position)
-    assert torch.allclose(tables.edited[2], apply_edits(logits, [sequence])[0], rtol=1e-6, atol=1e-6)
+    assert torch.allclose(
+        tables.edited[2], apply_edits(logits, [(sequence, sequence.num_tokens)])[0], rtol=1e-6, atol=1e-6
+    )
 
 
 def test_rows_are_given_once_and_come_back() -> None:

@@ -28,7 +28,7 @@ def planner(mode: str = "on") -> TreePlanner:
 def row(name: str, shared: list[int], own: list[int], length: int) -> ScheduledSequence:
     request = Request(name, np.ones(length, dtype=np.int32), SamplingParams(), 1000)
     sequence = Sequence(request, page_ids=[*shared, *own], num_shared_pages=len(shared), num_computed=length)
-    return ScheduledSequence(sequence, length, 1, True, True)
+    return ScheduledSequence(sequence, length, 1, 1)
 
 
 def test_rows_that_share_pages_get_one_segment_and_their_suffixes_begin_behind_it() -> None:

@@ -1,0 +1,146 @@
+"""Drafts of a sequence's next tokens: what followed the longest earlier occurrence of the text's end.
+
+It is looked for in one array of tokens that a sequence has here:
+
+    earlier answers to prompts with the same end   the expected answer, if the request has one   prompt and output
+
+The end of the prompt stands before each answer, so that an answer's beginning is found like all that follows. A draft
+costs no model, and it need not be right: `speculation` learns how often the drafts of each kind are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import NamedTuple
+
+import numpy as np
+
+from ramet.runtime.types import Request, Sequence, TokenIds
+
+SOURCES = ("runs", "expected", "text")  # in the order of a sequence's array
+_APART = np.full(1, -1, dtype=np.int32)  # no token: where one part of an array ends
+_SHORTEST, _LONGEST = 2, 16  # tokens of an occurrence: fewer mean nothing, more are not counted
+_REACH = 16_384  # tokens of the expected answer's beginning, and of the text's end, in which they are looked for
+_TAIL = 8  # tokens of a prompt's end by which earlier answers are found
+_MAX_RUNS, _MAX_RUN_TOKENS = 4, 2_048  # earlier answers of one kind of prompt, and the tokens kept of each
+_MAX_KEPT_TOKENS = 1_000_000  # of all earlier answers together: 4 MB
+
+
+class Draft(NamedTuple):
+    """tokens: what may follow. source: an index into `SOURCES`. length: tokens of the occurrence, up to `_LONGEST`."""
+
+    tokens: list[int]
+    source: int
+    length: int
+
+
+class EarlierRuns:
+    """The last answers to prompts with the same end, of one owner and cache salt; the oldest are forgotten first."""
+
+    def __init__(self) -> None:
+        self._runs: OrderedDict[tuple[str, str, bytes], deque[TokenIds]] = OrderedDict()
+        self.num_tokens = 0
+
+    def find(self, request: Request) -> list[TokenIds]:
+        """Return the answers to prompts like this one, with the end of the prompt before each."""
+        key = _kind_of(request)
+        found = self._runs.get(key)
+        if found is None:
+            return []
+        self._runs.move_to_end(key)
+        return list(found)
+
+    def add(self, sequence: Sequence) -> None:
+        """Keep the answer of a sequence that has ended."""
+        request, num_prompt = sequence.request, sequence.request.num_prompt
+        end = min(sequence.num_tokens, num_prompt + _MAX_RUN_TOKENS)
+        run = sequence.tokens(max(num_prompt - _TAIL, 0), end)
+        if end - num_prompt < _SHORTEST:
+            return
+        runs = self._runs.setdefault(_kind_of(request), deque())
+        self._runs.move_to_end(_kind_of(request))
+        same = next((other for other in runs if np.array_equal(other, run)), None)
+        if same is not None:
+            return
+        runs.append(run)
+        self.num_tokens += len(run)
+        if len(runs) > _MAX_RUNS:
+            self.num_tokens -= len(runs.popleft())
+        while self.num_tokens > _MAX_KEPT_TOKENS:
+            _, oldest = self._runs.popitem(last=False)
+            self.num_tokens -= sum(map(len, oldest))
+
+
+def _kind_of(request: Request) -> tuple[str, str, bytes]:
+    return request.owner, request.cache_salt, request.prompt_ids[-_TAIL:].tobytes()
+
+
+class TextDrafts:
+    """The array of one sequence, and the place in it that its text follows. Owner: `Speculation`."""
+
+    def __init__(self, sequence: Sequence, runs: EarlierRuns) -> None:
+        request = sequence.request
+        earlier = [part for run in runs.find(request) for part in (run, _APART)]
+        expected = []
+        if request.expected_ids is not None:
+            expected = [request.prompt_ids[-_TAIL:], request.expected_ids[:_REACH], _APART]
+        own = sequence.tokens(max(sequence.num_tokens - _REACH, 0), sequence.num_tokens)
+        room = np.empty(request.max_tokens - len(sequence.output_ids), dtype=np.int32)
+        self._tokens = np.concatenate([*earlier, *expected, own, room])
+        self._num_tokens = len(self._tokens) - len(room)
+        first = sum(map(len, earlier))
+        self._borders = first, first + sum(map(len, expected))  # where the second and the third source begin
+        self._ends = request.stop_ids
+        self._place: int | None = None  # of the next token of the occurrence that the text's end repeats
+        self._length = 0  # of that occurrence
+        self._num_to_skip = 0  # new tokens until the next search: it is put off after searches in vain
+        self._num_in_vain = 0
+        self._search()
+
+    def follow(self, new: list[int]) -> None:
+        """Append new tokens, and follow the occurrence, or look for another one."""
+        end = self._num_tokens + len(new)
+        self._tokens[self._num_tokens : end] = new
+        for token in new:
+            self._num_tokens += 1
+            if self._place is not None and self._tokens[self._place] == token:
+                self._place, self._length = self._place + 1, min(self._length + 1, _LONGEST)
+            else:
+                self._place, self._length = None, 0
+        if self._place is None:
+            self._num_to_skip -= len(new)
+            if self._num_to_skip <= 0:
+                self._search()
+
+    def propose(self, most: int) -> Draft | None:
+        """Return at most `most` tokens that may follow; None if the text's end occurs nowhere before."""
+        place = self._place
+        if place is None:
+            return None
+        tokens = self._tokens[place : min(place + most, self._num_tokens)].tolist()
+        end = next((i for i, token in enumerate(tokens) if token < 0 or token in self._ends), None)
+        if end is not None:
+            tokens = tokens[:end]
+        elif place + len(tokens) == self._num_tokens:  # the text repeats itself: it goes on so
+            tokens = [tokens[i % len(tokens)] for i in range(most)]
+        return Draft(tokens, sum(place >= border for border in self._borders), self._length) if tokens else None
+
+    def _search(self) -> None:
+        """Find the longest earlier occurrence of the text's end; of several, the last. Vectorised over the array."""
+        text, last = self._tokens[: self._num_tokens], self._num_tokens - 1
+        if last < _SHORTEST:
+            return
+        # Places of the last token of an occurrence.
+        found = 1 + np.flatnonzero((text[1:last] == text[last]) & (text[: last - 1] == text[last - 1]))
+        if not len(found):
+            self._num_in_vain += 1
+            self._num_to_skip = min(self._num_in_vain, 8)
+            return
+        length = _SHORTEST
+        while length < _LONGEST and length < last:
+            longer = found[found >= length]
+            longer = longer[text[longer - length] == text[last - length]]
+            if not len(longer):
+                break
+            found, length = longer, length + 1
+        self._place, self._length, self._num_in_vain = int(found[-1]) + 1, length, 0

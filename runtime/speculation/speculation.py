@@ -1,0 +1,224 @@
+"""How many drafted tokens the next step verifies: as many as pay, by the measured time of steps and drafts' success.
+
+A step of n tokens takes the time that such steps took lately (`StepTimes`). A drafted token is right with the
+probability with which the drafts of its kind were right lately, in this sequence and in all (`Successes`); the j-th
+token of a draft only if all before it were. So each drafted token has an expected gain, and drafts are taken in the
+order of their gains, as far as they raise the tokens that a step yields a second. Where nothing is gained, nothing is
+verified.
+
+Every draft is compared with what was sampled, also those that were not verified: a step tells for free whether the
+first token would have been right. So nothing has to be tried at a loss.
+
+Not here: where drafts come from (`drafts`), verification (the scheduler and the steps).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from operator import itemgetter
+from statistics import median
+
+from ramet.runtime.speculation.drafts import SOURCES, Draft, EarlierRuns, TextDrafts
+from ramet.runtime.types import Batch, FinishReason, Sequence
+
+MOST_DRAFTED = 16  # tokens of a draft
+_MOST_IN_STEP = 32  # drafted tokens of a step
+_MARGIN = 1.05  # by which a step with drafts must be better, as far as is known
+_NUM_TIMES = 9  # steps of one size whose median counts
+_LEAST_TIMES = 3  # steps without drafts, before there are some
+_STALE = 500  # steps after which a size that did not occur is measured anew
+_FIRST_SLOPE = 0.15  # of a step's time, for each further token, until steps are measured
+_LEAST_GAIN = 0.05  # of a drafted token that is looked at
+_FIRST_SUCCESS, _FIRST_WEIGHT = 0.3, 4.0  # of a kind of drafts, as if so many tokens had been compared
+_FADE = 0.995  # weight of a comparison, compared with the next one of its kind
+_FADE_OWN = 0.95  # of its sequence
+_OWN_WEIGHT = 4.0  # right tokens that a sequence counts as having had, as many as were expected
+_MOST_SUCCESS = 0.99
+_LENGTHS = (3, 5, 9, 16)  # lengths of an occurrence from which its drafts are another kind
+
+
+class StepTimes:
+    """The seconds of steps by their number of tokens, measured and interpolated."""
+
+    def __init__(self) -> None:
+        self._times: dict[int, deque[float]] = {}
+        self._last: dict[int, int] = {}  # when a size occurred last, in steps
+        self._medians: list[tuple[int, float]] = []  # by size
+        self._num_steps = 0
+
+    def note(self, num_tokens: int, seconds: float) -> None:
+        size = _size(num_tokens)
+        self._num_steps += 1
+        self._last[size] = self._num_steps
+        self._times.setdefault(size, deque(maxlen=_NUM_TIMES)).append(seconds)
+        for stale in [other for other, last in self._last.items() if last < self._num_steps - _STALE]:
+            del self._last[stale], self._times[stale]
+        self._medians = sorted((size, median(times)) for size, times in self._times.items())
+
+    def knows(self, num_tokens: int) -> bool:
+        """True if steps of this size were measured often enough to be compared with others."""
+        return len(self._times.get(_size(num_tokens), ())) >= _LEAST_TIMES
+
+    def seconds(self, num_tokens: int) -> float:
+        """Predict the time of a step. Without any measurement, only ratios of these times mean something."""
+        size = _size(num_tokens)
+        below = max((known for known in self._medians if known[0] <= size), default=None)
+        above = min((known for known in self._medians if known[0] > size), default=None)
+        if below is None or above is None:
+            other, seconds = below or above or (1, 1.0)
+            return seconds * _grown(size) / _grown(other)
+        share = (size - below[0]) / (above[0] - below[0])
+        return below[1] + share * max(above[1] - below[1], 0.0)
+
+
+def _size(num_tokens: int) -> int:
+    """The size as which a step counts: products also compute groups of four tokens."""
+    return num_tokens if num_tokens <= 4 else -(-num_tokens // 4) * 4
+
+
+def _grown(num_tokens: int) -> float:
+    return 1 + _FIRST_SLOPE * (num_tokens - 1)
+
+
+@dataclass(slots=True)
+class Successes:
+    """Sums that fade: drafted tokens that were right, and how many of them should have been."""
+
+    num_right: float = 0.0
+    num_expected: float = 0.0
+
+    def note(self, num_right: float, num_expected: float, fade: float) -> None:
+        self.num_right = fade * self.num_right + num_right
+        self.num_expected = fade * self.num_expected + num_expected
+
+
+@dataclass(slots=True, eq=False)
+class _Drafted:
+    """A live sequence's drafts. `draft`: the last one, made for the tokens after the first `num_output`, and with which
+    `success`; its first `num_verified` tokens were in a step.
+    """
+
+    text: TextDrafts
+    num_output: int
+    own: Successes = field(default_factory=Successes)
+    draft: Draft | None = None
+    success: float = 0.0
+    num_verified: int = 0
+
+
+@dataclass(slots=True)
+class SourceCounts:
+    """Tokens of one source that steps have verified, and those of them that were right."""
+
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+
+class Speculation:
+    """Chooses the drafted tokens of each step, and learns from its results. Owner: the engine core."""
+
+    def __init__(self) -> None:
+        self.counts = {source: SourceCounts() for source in SOURCES}
+        self._times = StepTimes()
+        self._kinds: dict[tuple[int, int], Successes] = {}
+        self._runs = EarlierRuns()
+        self._live: dict[Sequence, _Drafted] = {}
+
+    def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
+        """Draft tokens for some of the sequences that decode in the next step, whose tokens so far must be known."""
+        gains: list[tuple[float, int, Sequence]] = []
+        num_rows = 0
+        for sequence in sequences:
+            num_rows += 1
+            found = self._live.get(sequence)
+            if found is None:
+                found = self._live[sequence] = _Drafted(TextDrafts(sequence, self._runs), len(sequence.output_ids))
+            self._read(sequence, found)
+            draft = found.draft = found.text.propose(MOST_DRAFTED)
+            if draft is None:
+                continue
+            success = found.success = self._success(found, draft)
+            gain = success
+            for place in range(len(draft.tokens)):
+                if gain < _LEAST_GAIN:
+                    break
+                gains.append((gain, -place, sequence))
+                gain *= success
+        return self._choose(gains, num_rows)
+
+    def note_step(self, batch: Batch, seconds: float) -> None:
+        """Learn from a step that was read, and how long it took."""
+        verifying = [item for item in batch.items[batch.num_decode :] if item.num_samples > 1]
+        for item in verifying:
+            found = self._live.get(item.sequence)
+            if found is not None:
+                found.num_verified = item.num_samples - 1
+        if batch.num_decode + len(verifying) == len(batch.items):
+            self._times.note(batch.num_tokens, seconds)
+
+    def release(self, sequence: Sequence) -> None:
+        """Remove a sequence that has ended, and keep its answer. Does nothing if it is unknown."""
+        found = self._live.pop(sequence, None)
+        if found is not None:
+            self._read(sequence, found)
+            if sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                self._runs.add(sequence)
+
+    def stats(self) -> dict[str, float]:
+        """Drafted and accepted tokens by source."""
+        return {
+            f"num_{what}_tokens_{source}": float(value)
+            for source, counts in self.counts.items()
+            for what, value in (("drafted", counts.num_drafted), ("accepted", counts.num_accepted))
+        }
+
+    def _read(self, sequence: Sequence, found: _Drafted) -> None:
+        """Compare a sequence's new tokens with its last draft, verified or not, and follow them."""
+        new = sequence.output_ids[found.num_output :]
+        if not new:
+            return
+        if found.draft is not None:
+            pairs = list(zip(found.draft.tokens, new, strict=False))
+            num_right = next((i for i, (drafted, token) in enumerate(pairs) if drafted != token), len(pairs))
+            num_compared = min(num_right + 1, len(pairs))
+            self._of_kind(found.draft).note(num_right, num_compared, _FADE)
+            found.own.note(num_right, num_compared * found.success, _FADE_OWN)
+            counts = self.counts[SOURCES[found.draft.source]]
+            counts.num_drafted += found.num_verified
+            counts.num_accepted += min(num_right, found.num_verified)
+        found.draft, found.num_verified = None, 0
+        found.num_output = len(sequence.output_ids)
+        found.text.follow(new)
+
+    def _of_kind(self, draft: Draft) -> Successes:
+        kind = draft.source, bisect_right(_LENGTHS, draft.length)
+        if kind not in self._kinds:
+            self._kinds[kind] = Successes(_FIRST_SUCCESS * _FIRST_WEIGHT, _FIRST_WEIGHT)
+        return self._kinds[kind]
+
+    def _success(self, found: _Drafted, draft: Draft) -> float:
+        """The probability of a drafted token: that of its kind, as far as the sequence's own drafts confirm it."""
+        kind, own = self._of_kind(draft), found.own
+        share = kind.num_right / kind.num_expected
+        return min(share * (own.num_right + _OWN_WEIGHT) / (own.num_expected + _OWN_WEIGHT), _MOST_SUCCESS)
+
+    def _choose(self, gains: list[tuple[float, int, Sequence]], num_rows: int) -> dict[Sequence, list[int]]:
+        """Take the drafted tokens with which the step yields most tokens a second. gains: (gain, -place, sequence)."""
+        gains.sort(key=itemgetter(0, 1), reverse=True)
+        if not gains or not self._times.knows(num_rows):
+            return {}
+        best, best_rate, num_tokens = 0, _MARGIN * num_rows / self._times.seconds(num_rows), float(num_rows)
+        for count, (gain, _, _) in enumerate(gains[:_MOST_IN_STEP], 1):
+            num_tokens += gain
+            rate = num_tokens / self._times.seconds(num_rows + count)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        chosen: dict[Sequence, list[int]] = {}
+        for sequence, count in Counter(sequence for _, _, sequence in gains[:best]).items():
+            draft = self._live[sequence].draft
+            assert draft is not None
+            chosen[sequence] = draft.tokens[:count]
+        return chosen

@@ -1,0 +1,187 @@
+"""What is drafted, and how much of it a step verifies."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ramet.runtime.speculation.drafts import EarlierRuns, TextDrafts
+from ramet.runtime.speculation.speculation import Speculation, StepTimes
+from ramet.runtime.types import Batch, FinishReason, Request, SamplingParams, ScheduledSequence, Sequence, Status
+
+END = 999
+
+
+def make_sequence(prompt: list[int], output: list[int], *, max_tokens: int = 400, **values: Any) -> Sequence:
+    request = Request(
+        "r",
+        np.asarray(prompt, dtype=np.int32),
+        SamplingParams(),
+        max_tokens,
+        stop_ids=frozenset([END]),
+        **values,
+    )
+    return Sequence(request, output_ids=list(output), status=Status.RUNNING, slot=0)
+
+
+def drafted(sequence: Sequence, most: int = 16) -> list[int]:
+    draft = TextDrafts(sequence, EarlierRuns()).propose(most)
+    return [] if draft is None else draft.tokens
+
+
+def after_longest(text: list[int]) -> tuple[int, list[int]]:
+    """By brute force: the length, up to 16, and the continuation of the last longest earlier occurrence of the end."""
+    best, place = 1, None
+    for end in range(1, len(text)):
+        length = 0
+        while length < min(end, 16) and text[end - 1 - length] == text[len(text) - 1 - length]:
+            length += 1
+        if length >= 2 and length >= best:
+            best, place = length, end
+    return best, [] if place is None else text[place:]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_draft_is_what_followed_the_last_longest_occurrence_of_the_texts_end(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(200):
+        text = [rng.randrange(3) for _ in range(rng.randrange(2, 40))]
+        _, expected = after_longest(text)
+        found = drafted(make_sequence(text[:1], text[1:]), most=len(expected) or 1)
+        assert found == expected, text
+
+
+def test_a_text_that_repeats_itself_is_drafted_to_go_on_so() -> None:
+    assert drafted(make_sequence([1, 2, 3, 1, 2, 3, 1, 2], []), most=7) == [3, 1, 2, 3, 1, 2, 3]
+
+
+def test_a_draft_ends_before_the_end_of_a_text() -> None:
+    assert drafted(make_sequence([1, 2, 3, 4, END, 5, 1, 2], [])) == [3, 4]
+
+
+def test_the_occurrence_is_followed_token_by_token_and_left_where_the_text_goes_on_otherwise() -> None:
+    sequence = make_sequence([1, 2, 3, 4, 5, 6, 7, 1, 2], [])
+    drafts = TextDrafts(sequence, EarlierRuns())
+    for new, expected in (([3], [4, 5]), ([4, 5], [6, 7]), ([9], []), ([1, 2], [3, 4])):
+        drafts.follow(new)
+        draft = drafts.propose(2)
+        assert (draft.tokens if draft else []) == expected
+
+
+def test_an_earlier_answer_is_drafted_from_its_first_token_for_a_prompt_with_the_same_end() -> None:
+    runs, tail = EarlierRuns(), [50, 51, 52, 53, 54, 55, 56, 57]
+    runs.add(make_sequence([1, 2, 3, *tail], [7, 8, 9, 10]))
+    cases: list[tuple[list[int], dict[str, Any], list[int] | None]] = [
+        ([4, 5, *tail], {}, [7, 8, 9, 10]),
+        ([4, 5, *tail], {"owner": "another"}, None),
+        ([4, 5, *tail], {"cache_salt": "another"}, None),
+        ([4, 5, *tail[:-1], 58], {}, None),
+    ]
+    for other, values, expected in cases:
+        draft = TextDrafts(make_sequence(other, [], **values), runs).propose(9)
+        assert (None if draft is None else draft.tokens) == expected
+
+
+def test_earlier_answers_take_a_bounded_number_of_tokens() -> None:
+    runs, rng = EarlierRuns(), random.Random(1)
+    for index in range(2_000):
+        runs.add(make_sequence([index % 700] * 8, [rng.randrange(99) for _ in range(3_000)], max_tokens=4_000))
+        assert runs.num_tokens <= 1_000_000
+    kept = sum(len(run) for i in range(700) for run in runs.find(make_sequence([i] * 8, []).request))
+    assert kept == runs.num_tokens > 900_000
+
+
+# --- how many
+
+
+def step(speculation: Speculation, sequences: list[Sequence], texts: list[list[int]], slope: float) -> int:
+    """Run a step whose time grows by `slope` with each token. Returns the number of drafted tokens in it."""
+    drafts = speculation.propose(sequences)
+    items, num_tokens = [], 0
+    for sequence, text in zip(sequences, texts, strict=True):
+        num_done = len(sequence.output_ids)
+        draft = drafts.get(sequence, [])[: sequence.request.max_tokens - num_done - 1]
+        right = next((i for i, t in enumerate(draft) if t != text[num_done + i]), len(draft))
+        items.append(ScheduledSequence(sequence, sequence.num_tokens - 1, 1 + len(draft), 1 + len(draft)))
+        sequence.output_ids += text[num_done : num_done + right + 1]
+        num_tokens += 1 + len(draft)
+    items.sort(key=lambda item: item.num_samples)
+    num_decode = sum(item.num_samples == 1 for item in items)
+    speculation.note_step(Batch(0, tuple(items), num_decode, num_tokens), 0.01 * (1 + slope * (num_tokens - 1)))
+    return num_tokens - len(sequences)
+
+
+def test_right_drafts_are_verified_soon_and_wrong_ones_are_left_again() -> None:
+    rng = random.Random(2)
+    quoted = [rng.randrange(500) for _ in range(300)]
+    sequence = make_sequence([*quoted, 600, 601, *quoted[:2]], [])
+    speculation = Speculation()
+    text = [*quoted[2:], *(rng.randrange(500) for _ in range(300))]
+    counts = []
+    while len(sequence.output_ids) < 290:
+        counts.append(step(speculation, [sequence], [text], slope=0.15))
+    assert len(counts) < 100, "most of the quoted tokens came several in a step"
+    for _ in range(40):
+        step(speculation, [sequence], [text], slope=0.15)
+    assert sum(step(speculation, [sequence], [text], slope=0.15) for _ in range(40)) < 10
+
+
+def test_no_draft_is_verified_where_a_token_costs_as_much_as_a_step() -> None:
+    rng = random.Random(3)
+    quoted = [rng.randrange(500) for _ in range(900)]
+    sequence = make_sequence([*quoted, 600, 601, *quoted[:2]], [], max_tokens=1000)
+    speculation = Speculation()
+    counts = [step(speculation, [sequence], [quoted[2:]], slope=1.0) for _ in range(200)]
+    assert sum(counts[30:]) == 0
+
+
+def test_texts_whose_drafts_are_always_wrong_are_hardly_drafted() -> None:
+    """Every word of the text occurred before, with another one after it."""
+    rng = random.Random(4)
+    pairs = [[a, b] for a in range(30) for b in range(30)]
+    rng.shuffle(pairs)
+    text = [token for pair in pairs for token in pair]
+    sequence = make_sequence(text[:800], [], max_tokens=2000)
+    speculation = Speculation()
+    counts = [step(speculation, [sequence], [text[800:]], slope=0.15) for _ in range(400)]
+    assert sum(counts) < 20
+
+
+def test_the_answer_of_a_sequence_that_ended_is_drafted_for_the_next_one() -> None:
+    speculation, prompt = Speculation(), [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    answer = [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, *range(100, 200)]
+    counts = []
+    for _ in range(3):
+        sequence = make_sequence(prompt, [], max_tokens=60)
+        counts.append(0)
+        while len(sequence.output_ids) < 60:
+            step(speculation, [sequence], [answer], slope=0.1)
+            counts[-1] += 1
+        sequence.finish_reason = FinishReason.LENGTH
+        speculation.release(sequence)
+        speculation.release(sequence)  # once more does nothing
+    assert counts[0] == 60
+    assert counts[1] < 40
+    assert counts[2] < 15
+    stats = speculation.stats()
+    assert stats["num_drafted_tokens_runs"] >= stats["num_accepted_tokens_runs"] > 60
+    assert stats["num_drafted_tokens_text"] == 0
+
+
+def test_times_are_interpolated_between_the_sizes_that_were_measured() -> None:
+    times = StepTimes()
+    assert times.seconds(8) > times.seconds(4) > times.seconds(1)
+    for _ in range(9):
+        times.note(1, 0.010)
+        times.note(8, 0.024)
+    times.note(8, 3.0)  # a step that somebody disturbed
+    assert times.seconds(1) == pytest.approx(0.010)
+    assert times.seconds(7) == pytest.approx(0.024)
+    assert times.seconds(4) == pytest.approx(0.016)
+    assert times.seconds(16) > 0.024
+    for _ in range(600):
+        times.note(1, 0.020)
+    assert times.seconds(8) > 0.030, "what was measured long ago is forgotten"

@@ -1,0 +1,224 @@
+"""A request has the same answer whatever is drafted for it: tokens, text, log-probabilities, the reason of its end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from ramet.errors import RequestCancelled
+from ramet.grammar import Vocabulary
+from ramet.grammar.service.sources import compile_constraint
+from ramet.runtime.engine.engine import Engine
+from ramet.runtime.handle import RequestHandle, RequestResult
+from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.speculation.speculation import Speculation
+from ramet.runtime.types import Batch, Grammar, SamplingParams, Sequence
+
+SETTINGS: dict[str, Any] = {"num_kv_tokens": 4096, "context_length": 512, "max_running_requests": 6, "max_step_ms": 0}
+SOURCES = (
+    ("regex", "[a-c]{3,8}(xy|z){1,6}"),
+    ("regex", "(yes|no)(, (yes|no)){0,9}"),
+    ("regex", "(first|second|third) [0-9]{2} done[.]"),
+    ("json_schema", {"type": "object", "properties": {"name": {"type": "string"}, "size": {"type": "integer"}}}),
+)
+
+
+class Guesses(Speculation):
+    """Drafts that are right for a while, by the answers without drafts, and then perhaps wrong."""
+
+    def __init__(self, answers: dict[tuple[bytes, int], list[int]], rng: random.Random, num_right: int) -> None:
+        super().__init__()
+        self.answers, self.rng, self.num_right = answers, rng, num_right
+        self.num_drafted = 0
+
+    def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
+        super().propose(sequences)
+        return {sequence: self.guess(sequence) for sequence in sequences if self.rng.random() < 0.8}
+
+    def guess(self, sequence: Sequence) -> list[int]:
+        request = sequence.request
+        answer = self.answers.get((request.prompt_ids.tobytes(), request.seed), [])
+        right = answer[len(sequence.output_ids) :][: self.rng.randrange(self.num_right + 1)]
+        wrong = [self.rng.randrange(250) for _ in range(self.rng.choice((0, 0, 1, 5)))]
+        return [*right, *wrong] or [65]
+
+    def note_step(self, batch: Batch, seconds: float) -> None:
+        super().note_step(batch, seconds)
+        self.num_drafted += sum(max(item.num_samples - 1, 0) for item in batch.items)
+
+
+def draft_by(engine: Engine, guesses: Guesses) -> None:
+    engine._core.speculation = guesses
+
+
+def grammars_of(model: LoadedModel) -> list[Grammar]:
+    tokenizer = model.tokenizer
+    words = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+    return [compile_constraint(kind, source, words) for kind, source in SOURCES]
+
+
+def random_sampling(rng: random.Random, seed: int) -> SamplingParams:
+    """Sampling values of all kinds, each of them rare enough that many requests have few."""
+    values: dict[str, Any] = {"temperature": rng.choice((0.0, 0.7, 1.3)), "max_tokens": rng.choice((1, 2, 9, 24, 40))}
+    some: list[dict[str, Any]] = [
+        {"top_p": 0.9},
+        {"top_k": 20},
+        {"min_p": 0.02},
+        {"frequency_penalty": 0.6},
+        {"presence_penalty": -0.4, "repetition_penalty": 1.2},
+        {"logit_bias": {65: 4.0, 66: 3.0}},
+        {"min_tokens": 5, "max_tokens": 30},
+        {"stop": tuple(chr(rng.randrange(32, 127)) for _ in range(6))},
+        {"stop": (bytes(rng.randrange(97, 123) for _ in range(2)).decode(), "e")},
+        {"stop_regex": ("[0-9][a-z]", "[A-F]")},
+        {"stop_token_ids": tuple(rng.randrange(250) for _ in range(8))},
+        {"ignore_eos": True},
+        {"logprobs": rng.choice((0, 3))},
+        {"logprobs": 2},
+    ]
+    for part in rng.sample(some, rng.choice((0, 1, 2, 4))):
+        values |= part
+    return SamplingParams(**values, seed=seed)
+
+
+def random_requests(rng: random.Random, grammars: list[Grammar], count: int) -> list[dict[str, Any]]:
+    stem = "the prompts of these requests begin with the same words, "
+    requests = []
+    for index in range(count):
+        prompt = f"{stem[: rng.randrange(1, len(stem))]}{rng.choice(('', 'and then', str(index)))} "
+        grammar = rng.choice(grammars) if rng.random() < 0.4 else None
+        requests.append({"prompt": prompt, "sampling": random_sampling(rng, index), "grammar": grammar})
+    return requests
+
+
+def answers_of(engine: Engine, requests: list[dict[str, Any]]) -> list[RequestResult]:
+    handles = [engine.submit(**request) for request in requests]
+    return [handle.result() for handle in handles]
+
+
+def by_prompt(results: list[RequestResult], requests: list[dict[str, Any]], engine: Engine) -> dict[Any, list[int]]:
+    """The whole answers, with the tokens that a result leaves out: a stop token, and what follows a stop string."""
+    found = {}
+    for result, request in zip(results, requests, strict=True):
+        stop = [result.stop_match] if isinstance(result.stop_match, int) else []
+        key = np.asarray(engine.tokenizer.encode(request["prompt"], parse_special=True), dtype=np.int32).tobytes()
+        found[key, request["sampling"].seed] = [*result.token_ids, *stop, 70, 71]
+    return found
+
+
+def assert_same(found: RequestResult, expected: RequestResult, request: dict[str, Any]) -> None:
+    assert found.token_ids == expected.token_ids, request
+    for name in ("text", "finish_reason", "stop_match", "incomplete", "was_closed"):
+        assert getattr(found, name) == getattr(expected, name), (name, request)
+    assert found.usage.completion_tokens == expected.usage.completion_tokens, request
+    if expected.logprobs is not None:
+        assert found.logprobs is not None
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
+    if expected.top_logprobs is not None:
+        assert found.top_logprobs is not None
+        for one, other in zip(found.top_logprobs, expected.top_logprobs, strict=True):
+            np.testing.assert_allclose([p for _, p in one], [p for _, p in other], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: LoadedModel) -> Iterator[Engine]:
+    with Engine(tiny_model, **SETTINGS) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def grammars(tiny_model: LoadedModel) -> list[Grammar]:
+    return grammars_of(tiny_model)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_right", [0, 3, 12])
+def test_random_requests_have_the_answers_that_they_have_without_drafts(
+    tiny_model: LoadedModel, plain: Engine, grammars: list[Grammar], seed: int, num_right: int
+) -> None:
+    rng = random.Random(seed)
+    requests = random_requests(rng, grammars, 24)
+    plain.flush_cache()
+    expected = answers_of(plain, requests)
+    # With few pages, sequences are preempted.
+    tight = {"num_kv_tokens": 640, "reservation_ratio": 0.0} if seed % 2 else {}
+    with Engine(tiny_model, **{**SETTINGS, **tight}) as engine:
+        guesses = Guesses(by_prompt(expected, requests, engine), rng, num_right)
+        draft_by(engine, guesses)
+        for _ in range(2):  # cold and warm
+            for found, wanted, request in zip(answers_of(engine, requests), expected, requests, strict=True):
+                assert_same(found, wanted, request)
+        for request, wanted in list(zip(requests, expected, strict=True))[:4]:  # alone
+            assert_same(engine.submit(**request).result(), wanted, request)
+        engine.check_integrity()
+        assert guesses.num_drafted > 40
+
+
+def test_right_drafts_save_steps_and_wrong_ones_cost_none(tiny_model: LoadedModel, plain: Engine) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, seed=1)
+    request: dict[str, Any] = {"prompt": "as many steps as tokens", "sampling": sampling}
+    expected = answers_of(plain, [request])
+    steps = {}
+    for num_right in (0, 12):
+        with Engine(tiny_model, **SETTINGS) as engine:
+            draft_by(engine, Guesses(by_prompt(expected, [request], engine), random.Random(1), num_right))
+            assert_same(answers_of(engine, [request])[0], expected[0], request)
+            steps[num_right] = engine.stats()["num_steps"]
+            assert engine.stats()["num_decoded_tokens"] == 39
+    assert steps[0] == 40
+    assert steps[12] < 20
+
+
+def test_samples_of_one_prompt_and_a_cancelled_one_leave_the_others_alone(
+    tiny_model: LoadedModel, plain: Engine, grammars: list[Grammar]
+) -> None:
+    rng = random.Random(5)
+    sampling = SamplingParams(temperature=1.0, max_tokens=60, ignore_eos=True)
+    requests: list[dict[str, Any]] = [
+        {"prompt": "four samples of ", "sampling": msgspec.structs.replace(sampling, seed=seed)} for seed in range(4)
+    ]
+    requests.append({"prompt": "constrained ", "sampling": sampling, "grammar": grammars[3]})
+    requests[-1]["sampling"] = msgspec.structs.replace(sampling, seed=9)
+    expected = answers_of(plain, requests)
+    with Engine(tiny_model, **SETTINGS) as engine:
+        draft_by(engine, Guesses(by_prompt(expected, requests, engine), rng, 6))
+        handles: list[RequestHandle] = [engine.submit(**request) for request in requests]
+        extra = engine.submit("to be cancelled", msgspec.structs.replace(sampling, seed=77))
+        next(iter(extra))
+        extra.cancel()
+        for handle, wanted, request in zip(handles, expected, requests, strict=True):
+            assert_same(handle.result(), wanted, request)
+        with pytest.raises(RequestCancelled):
+            extra.result()
+        engine.check_integrity()
+
+
+def test_the_engines_own_drafts_change_no_answer(tiny_model: LoadedModel, plain: Engine) -> None:
+    """Biased logits make the random model repeat itself."""
+    rng = random.Random(8)
+    requests = [
+        {
+            "prompt": f"{index} abababababab ab ",
+            "sampling": SamplingParams(
+                temperature=rng.choice((0.0, 0.5)),
+                max_tokens=48,
+                seed=index,
+                ignore_eos=True,
+                logit_bias={97: 6.0, 98: 6.0, 32: 4.0},
+            ),
+        }
+        for index in range(12)
+    ]
+    expected = answers_of(plain, requests)
+    with Engine(tiny_model, speculative="auto", **SETTINGS) as engine:
+        for _ in range(3):
+            for found, wanted, request in zip(answers_of(engine, requests), expected, requests, strict=True):
+                assert_same(found, wanted, request)
+        stats = engine.stats()
+        assert stats["num_drafted_tokens_text"] + stats["num_drafted_tokens_runs"] > 0
+        engine.check_integrity()
