@@ -11,6 +11,7 @@ parts. Nothing here runs anything.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal, Protocol, Self, TypeAlias
@@ -68,6 +69,9 @@ class Scope(Protocol):
 
     def mark(self, node: Marked) -> str:
         """Return the text that the model's chat template writes at this node."""
+
+    def tokens(self, tip: int | None) -> JsonValue:
+        """Return the token path of the branch that ends at `tip` (TokenPath), or None where nobody knows it."""
 
 
 class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
@@ -375,8 +379,53 @@ class Capture(Node, frozen=True, tag="capture"):
         return NodeResult(value=text, value_text=text)
 
 
+class TokenPath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The tokens of a branch, and the text after them that is not tokenised yet.
+
+    `vocabulary`: what tells the tokens of one tokenizer from those of another. `digest`: of the branch's text.
+    """
+
+    tokens: tuple[int, ...]
+    rest: str
+    vocabulary: str
+    digest: str
+
+
+class Written(Node, frozen=True, tag="written"):
+    """The token path of the branch up to here, as a value: see TokenPath. It is null on an endpoint that takes text."""
+
+    has_value = True
+
+    def evaluate(self, scope: Scope) -> NodeResult:
+        return NodeResult(value=scope.tokens(self.parent))
+
+
+class Recalled(Node, frozen=True, tag="recalled"):
+    """The token path that the branch had, when it was written up to here.
+
+    The runtime goes on from these tokens, which its cache may hold, instead of tokenising the text again; unless the
+    text or the vocabulary is another one by now.
+    """
+
+    path: TokenPath
+
+
 Marked: TypeAlias = Role | Tools | Thinking  # nodes whose text a chat template writes
-AnyNode: TypeAlias = Text | Argument | Generate | Select | Fork | Join | Role | Tools | Thinking | ToolCall | Capture
+AnyNode: TypeAlias = (
+    Text
+    | Argument
+    | Generate
+    | Select
+    | Fork
+    | Join
+    | Role
+    | Tools
+    | Thinking
+    | ToolCall
+    | Capture
+    | Written
+    | Recalled
+)
 ROLES = ("system", "user", "assistant", "tool")
 SCORERS = ("calibrated", "likelihood", "token_normalized", "greedy", "unconditional")
 
@@ -477,6 +526,11 @@ def thinking_of(nodes: Sequence[AnyNode], node: AnyNode) -> int | None:
     """Return the generation that wrote the thinking before a generation, or None if there was none."""
     above = None if node.parent is None else nodes[node.parent]
     return above.parent if isinstance(above, Thinking) and not above.is_open else None
+
+
+def text_digest(text: str) -> str:
+    """Return what tells one text from another."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def variable(name: str) -> str:

@@ -75,12 +75,14 @@ class GraphRun:
         on_event: OnEvent | None = None,
         *,
         mark: Mark | None = None,
+        tokens: Callable[[int | None], ir.JsonValue] = lambda tip: None,
         is_held: Callable[[ir.AnyNode], bool] | None = None,
     ) -> None:
         """Make a run without nodes; `extend` adds them.
 
         `on_event` must be quick; its exceptions are logged. `mark` returns the text of a Role, Tools or Thinking node,
-        given the nodes before it on its branch. A node for which `is_held` is true also waits for `release`.
+        given the nodes before it on its branch; `tokens` the token path of the branch that ends at a node. A node for
+        which `is_held` is true also waits for `release`.
         """
         self.nodes: list[NodeRun] = []
         self._graph_nodes: list[ir.AnyNode] = []
@@ -88,6 +90,7 @@ class GraphRun:
         self.deadline = Deadline(options.deadline_s)
         self.start_s = time.monotonic()
         self._on_event, self._mark, self._is_held = on_event, mark, is_held
+        self._tokens = tokens
         self._arguments: dict[str, ir.JsonValue] = {}
         self._ready: deque[NodeRun] = deque()
         self._stopped: list[NodeRun] = []
@@ -151,6 +154,9 @@ class GraphRun:
     def mark(self, node: ir.Marked) -> str:
         assert self._mark is not None
         return self._mark(self.branch(node.parent), node)
+
+    def tokens(self, tip: int | None) -> ir.JsonValue:
+        return self._tokens(tip)
 
     def text_after(self, start: int | None, tip: int | None) -> str:
         return self._text_up_to(tip, start=start)

@@ -223,6 +223,9 @@ class _Interpreter:
             return self._generate(node, self._flush(before))
         if isinstance(node, ir.Select):
             return self._select(node, before)
+        if isinstance(node, ir.Recalled):
+            point = self._extend(Point(), node.path.tokens, node.id)
+            return self._append(point, node.id, (node.path.rest,)), ()
         if isinstance(node, ir.Argument):
             self._argument(node)
         elif isinstance(node, ir.Capture):

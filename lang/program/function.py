@@ -141,6 +141,16 @@ class Function:
             state.wait()
         return state
 
+    def start(self, *args: Any, **kwargs: Any) -> State:
+        """Run the program, and leave its run open: what is appended to the state goes on in it (State.say, close)."""
+        if self.is_async:
+            raise InvalidProgram(f"{self.name} is async; start() takes a program that is not")
+        call = self._split(args, kwargs)
+        state = self._new_state(call)
+        with cancelling([state]):
+            self._record(state, call, stays_open=True)
+            return state.wait()
+
     def _refuse_loop(self) -> None:
         try:
             asyncio.get_running_loop()
@@ -384,10 +394,10 @@ class Function:
         )
         return State(Recorder(run, sampling=call.sampling))
 
-    def _record(self, state: State, call: _Call) -> None:
+    def _record(self, state: State, call: _Call, *, stays_open: bool = False) -> None:
         """Run the body on this thread. Its exception cancels the run and is raised."""
         run = state.recorder.run
-        with run.recording():
+        with run.recording(stays_open=stays_open):
             self._declare_tools(state)
             result = self.body(state, **call.arguments)
             run.returned = asyncio.run(result) if self.is_async else result

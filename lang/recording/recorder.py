@@ -79,15 +79,15 @@ class Recorder:
     `tip`: its last node. `place`: the forks that led to it, as (index of the fork, index of the branch), ...; () is the
     program's own branch. `variables`: name -> Value, or whatever the program set. `counts`: name -> how often it was
     written on this branch. `role`: the role of the open message. `sampling`: the defaults of its generations. `tools`:
-    the tools that it declared.
+    the tools that it declared. `num_generated`: its generations so far.
     """
 
     __slots__ = (
         "_late",
         "_num_forks",
-        "_num_generated",
         "_num_texts",
         "counts",
+        "num_generated",
         "place",
         "role",
         "run",
@@ -108,6 +108,7 @@ class Recorder:
         role: str | None = None,
         tools: tuple[Tool, ...] = (),
         sampling: ir.Sampling = ir.Sampling(),  # noqa: B008 - frozen
+        num_generated: int = 0,
     ) -> None:
         self.run = run
         self.tip = tip
@@ -120,7 +121,7 @@ class Recorder:
         self._late: tuple[tuple[ir.Template, str, int], ...] = ()  # text, its line, the number of texts before it
         self._num_texts = 0
         self._num_forks = 0
-        self._num_generated = 0
+        self.num_generated = num_generated
 
     @property
     def program(self) -> str:
@@ -169,14 +170,19 @@ class Recorder:
             self.add(ir.Text, parts=tuple(parts))
             self._num_texts += 1
 
+    def check_open(self) -> None:
+        """Let a branch whose program has ended go on, in a run of its own. Raises its error, and InvalidProgram."""
+        if not self.run.is_recording:
+            graph = self.run.transcript(self.tip)
+            self.run, self.tip = self.run.successor(graph), len(graph.nodes) - 1 if graph.nodes else None
+
     def go_back(self, tip: int | None) -> None:
         """Continue after node `tip` of this branch, as if nothing had been written since."""
         self.tip = tip
 
     def add(self, kind: Callable[..., ir.AnyNode], **fields: Any) -> int:  # Any: the node's own fields
         """Append a node of this kind, and return its id. Raises InvalidProgram if the program has ended."""
-        if not self.run.is_recording:
-            raise InvalidProgram("the program has ended; nothing can be appended to its state", program=self.program)
+        self.check_open()
         if self._late and kind is not ir.Text:
             self.record_late()
         self.tip = self.run.record(kind, self.tip, **fields)
@@ -200,8 +206,7 @@ class Recorder:
             raise InvalidProgram(f'prefix is {prefix!r}, but must be "late"', program=self.program)
         if not isinstance(item, str | Value):
             raise InvalidProgram(f"only text can stand late, not {item!r}", program=self.program)
-        if not self.run.is_recording:
-            raise InvalidProgram("the program has ended; nothing can be appended to its state", program=self.program)
+        self.check_open()
         parts: list[ir.Part] = []
         for part in self._split(format(item)):
             if isinstance(part, Expr):
@@ -320,10 +325,10 @@ class Recorder:
 
         Returns None if the run has no seed.
         """
-        self._num_generated += 1
+        self.num_generated += 1
         if self.run.seed is None:
             return None
-        place = f"{self.run.seed}:{self.place}:{self._num_generated}".encode()
+        place = f"{self.run.seed}:{self.place}:{self.num_generated}".encode()
         return int.from_bytes(hashlib.blake2b(place, digest_size=4).digest(), "big")
 
     # Branches.
@@ -332,8 +337,7 @@ class Recorder:
         """Split into branches that continue from here. This one continues as well."""
         if not isinstance(width, int) or width < 1:
             raise InvalidProgram(f"fork({width!r}): a fork needs at least one branch", program=self.program)
-        if not self.run.is_recording:
-            raise InvalidProgram("the program has ended; its state can't be forked", program=self.program)
+        self.check_open()
         self.record_late()
         self._num_forks += 1
         return [

@@ -9,15 +9,20 @@ Appending records nodes, through the branch's recorder (recorder.py). Reading a 
 from __future__ import annotations
 
 import asyncio
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
 from ramet.errors import InvalidProgram, ProgramError, UndefinedVariable
 from ramet.lang import explain as explanations
+from ramet.lang.backends.default import choose_backend
 from ramet.lang.graph import ir
 from ramet.lang.graph.run_record import RunRecord
+from ramet.lang.recording.continuing import loaded, saved
+from ramet.lang.recording.primitives import gen
 from ramet.lang.recording.recorder import Appendable, Recorder, RoleExpr
 from ramet.lang.recording.tool_loop import adrive, drive, tool_loop
 from ramet.lang.running.run import Run
@@ -54,6 +59,28 @@ class State:
             self.recorder.append(item)
         else:
             self.recorder.hold_late(item, prefix)
+
+    # Going on after the end of the program.
+
+    def say(self, text: Appendable, name: str = "answer", type: object = None, **options: Any) -> Any:
+        """Append a user message and an answer of the model, and return the answer. `options`: as `gen` takes them."""
+        self.recorder.append(RoleExpr("user", (text,)))
+        self.recorder.append(RoleExpr("assistant", (gen(name, type, **options),)))
+        return self[name]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write this branch to a file: its text, its variables as JSON, and its tokens, if it is open. Waits for it."""
+        Path(path).write_bytes(saved(self.recorder))
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], backend: object | None = None) -> State:
+        """Return the branch of a file, open to go on. The cache of the same model may have its prefix."""
+        return State(loaded(Path(path).read_bytes(), choose_backend(backend)))
+
+    def close(self) -> None:
+        """End an open run (Function.start, load). It goes on in another one if something is appended."""
+        if self.recorder.run.is_recording:
+            self.recorder.run.finish()
 
     # Roles.
 
@@ -219,7 +246,7 @@ class State:
 
     def _resolved(self, value: Any) -> Any:
         run = self.recorder.run
-        return value if run.is_recording else plain(value, run)
+        return value if run.is_recording and not run.is_continued else plain(value, run)
 
     def __setitem__(self, name: str, value: Any) -> None:
         self.recorder.variables[name] = value
@@ -263,10 +290,10 @@ class State:
 
         A selection also has `choices` and `probs`. A generation with checks has `attempts`, the refused texts.
         """
-        value, run, program = self.recorder.variables.get(name), self.recorder.run, self.recorder.program
+        value, program = self.recorder.variables.get(name), self.recorder.program
         values = value if isinstance(value, list) else [value]
-        nodes = [source_of(one).node for one in values if isinstance(one, Value)]
-        details = [run.meta_of(node) for node in nodes if node is not None]
+        sources = [source_of(one) for one in values if isinstance(one, Value)]
+        details = [source.run.meta_of(source.node) for source in sources if source.node is not None]
         if isinstance(value, list):
             return {"branches": details}
         if not details:

@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import msgspec
+
 import ramet.errors
 from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, ProgramCancelled, ProgramError
 from ramet.lang.backends.protocol import Backend, Session, block_backend
@@ -36,7 +38,8 @@ class Run:
     """The nodes of one run and their outcomes. Owner: the call of a program that made it.
 
     `nodes`: the recorded nodes. `index`: the submitted ones. `stages`: the stops where a value was needed. `parent`:
-    the run of the enclosing program, if there is one.
+    the run of the enclosing program, or the one that this one continues, if there is one. `is_continued`: no function
+    records it any more, so what is read from it is the value itself.
     """
 
     def __init__(
@@ -50,16 +53,19 @@ class Run:
         tools: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
         graph: ir.Graph | None = None,
         placeholders: Placeholders | None = None,
+        is_continued: bool = False,
     ) -> None:
         """`stage_always`: wait after each generation. `keep_events`: keep all events for later listeners.
 
-        `graph`: the recorded nodes and the arguments of a compiled program. `placeholders`: those in its texts.
+        `graph`: the recorded nodes and the arguments of a compiled program, or the text of a branch that goes on.
+        `placeholders`: those in its texts. `is_continued`: no function records it.
         """
         self.options = options
         self.seed = seed
         self.stage_always = stage_always
         self.placeholders = placeholders or Placeholders()
         self.parent = current_run.get()
+        self.is_continued = is_continued
         self.index = ir.GraphIndex()  # submitted nodes
         self.nodes: list[ir.AnyNode] = list(graph.nodes) if graph else []  # recorded nodes
         self.stages: list[Stage] = []
@@ -78,13 +84,18 @@ class Run:
     # Recording.
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record the run while the program's function runs in the block. An error in the block ends the run."""
+    def recording(self, *, stays_open: bool = False) -> Iterator[None]:
+        """Record the run while the program's function runs in the block. An error in the block ends the run.
+
+        `stays_open`: the run goes on after the block.
+        """
         token = current_run.set(self)
         block = block_backend.set(self._backend or block_backend.get())  # programs that run inside use it, too
         try:
             yield
-            self.finish()
+            self.is_continued = stays_open
+            if not stays_open:
+                self.finish()
         except BaseException:
             self.is_recording = False
             self.cancel()
@@ -441,6 +452,54 @@ class Run:
             attempts = {node.id: tuple(found) for node in self.nodes if (found := self.attempts_of(node.id))}
             return RunRecord(self.options.program, graph, self.outcomes.copy(), tuple(self.stages), attempts)
 
+    def successor(self, graph: ir.Graph) -> Run:
+        """Return the run of a branch that goes on after the end of this one. `graph`: the branch's text.
+
+        Raises InvalidProgram if this run failed or was cancelled, or was a trace.
+        """
+        name, options = self.options.program, self.options
+        if self.outcomes.failure is not None or self._backend is None:
+            what = "was only traced" if self._backend is None else "has failed, or was cancelled"
+            raise InvalidProgram(f"the program {what}; nothing can be appended to its state", program=name)
+        options = ProgramOptions(name, priority=options.priority, cache_salt=options.cache_salt)
+        found = Run(self._backend, options, seed=self.seed, graph=graph, is_continued=True)
+        found.parent, found.returned = self, self.returned
+        return found
+
+    def transcript(self, tip: int | None) -> ir.Graph:
+        """Return the graph of a branch's text, without what wrote it. Waits for it; raises ProgramError.
+
+        The token path is in it, if `note_path` asked for it.
+        """
+        self.text_of(tip)
+        path, nodes = self.path(tip), list[ir.AnyNode]()
+        last = _last_border(path)
+        asked = next((one for one in reversed(self.nodes) if isinstance(one, ir.Written) and one.parent == last), None)
+
+        def add(node: ir.AnyNode) -> None:
+            parent = len(nodes) - 1 if nodes else None
+            nodes.append(msgspec.structs.replace(node, id=len(nodes), parent=parent))
+
+        for node in path:
+            text = self.outcomes[node.id].text
+            if isinstance(node, ir.Role | ir.Tools | ir.Thinking):
+                add(node)
+            elif text:
+                add(ir.Text(id=0, line=node.line, parts=(text,)))
+            if node.id == last:
+                recalled = None if asked is None else self.event(asked.id).value
+                if recalled is not None:
+                    add(ir.Recalled(id=0, line=node.line, path=msgspec.convert(recalled, ir.TokenPath)))
+                elif isinstance(node, ir.Recalled):
+                    add(node)
+        return ir.Graph(tuple(nodes))
+
+    def note_path(self, tip: int | None) -> None:
+        """Ask for the token path of the branch that ends at `tip`, up to the text that is not tokenised yet."""
+        last = _last_border(self.path(tip))
+        if last is not None:
+            self.record(ir.Written, last)
+
     def path(self, tip: int | None) -> list[ir.AnyNode]:
         """Return the nodes of the branch that ends at `tip`, root first."""
         found: list[ir.AnyNode] = []
@@ -484,3 +543,8 @@ class Run:
             **({} if (thought := ir.thinking_of(self.nodes, self.nodes[node])) is None else self._thinking(thought)),
             **({"attempts": self.attempts_of(node)} if node in self._attempts else {}),
         }
+
+
+def _last_border(path: list[ir.AnyNode]) -> int | None:
+    """Return the last node of a branch behind which text is not tokenised yet."""
+    return next((node.id for node in reversed(path) if node.is_border or isinstance(node, ir.Recalled)), None)

@@ -120,7 +120,10 @@ def declared(tools: Sequence[Tool]) -> str:
 
 
 def to_json(value: object, name: str) -> Any:  # Any: JSON
-    """Return a tool's result as JSON. Dataclasses, models, dates and so on are written as pydantic writes them."""
+    """Return a value as JSON, as pydantic writes dataclasses, models, dates and so on.
+
+    `name`: of the tool or the variable that has it. Raises InvalidRequest.
+    """
     if value is None or isinstance(value, str | int | float | bool):
         return value
     from pydantic_core import PydanticSerializationError, to_jsonable_python
@@ -128,7 +131,7 @@ def to_json(value: object, name: str) -> Any:  # Any: JSON
     try:
         return to_jsonable_python(value)
     except PydanticSerializationError as error:
-        raise InvalidRequest(f"tool {name!r} returned {value!r}, which has no JSON form: {error}") from error
+        raise InvalidRequest(f"the value of {name!r} is {value!r}, which has no JSON form: {error}") from error
 
 
 def _tool(function: Callable[..., Any], name: str | None, description: str | None, timeout_s: float | None) -> Tool:

@@ -11,14 +11,18 @@ thread at a time starts nodes (`_pump`). The lock guards the bookkeeping, and no
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ramet.errors import RametError, RequestCancelled
+import msgspec
+
+from ramet.errors import InvalidProgram, RametError, RequestCancelled
 from ramet.lang.graph import ir
 from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.following import children_of, following, is_ended_by_following, known_start
@@ -77,6 +81,11 @@ class ProgramHost:
         name = program_id or f"{options.program}-{next(self._numbers)}"
         return ProgramExecutor(self, options, on_event, name, client or ("", name))
 
+    @cached_property
+    def vocabulary(self) -> str:
+        """What tells the tokens of this tokenizer from those of another."""
+        return hashlib.blake2b(b"\0".join(self.model.tokenizer.token_bytes), digest_size=16).hexdigest()
+
     def healed(
         self, prompt: list[int], sampling: SamplingParams, grammar: CompiledGrammar | None
     ) -> tuple[list[int], SamplingParams, Grammar | None]:
@@ -113,7 +122,9 @@ class ProgramExecutor:
         self._options, self._program_id = options, program_id
         self._engine = SharedRequests(host.engine) if host.share_nodes else host.engine
         self._index = ir.GraphIndex()
-        self._graph = GraphRun(options, on_event, mark=self._model.marks.text, is_held=_has_grammar)
+        self._graph = GraphRun(
+            options, on_event, mark=self._model.marks.text, tokens=self._tokens, is_held=_has_grammar
+        )
         self._paths: dict[int, Path] = {}  # read when a node is done
         self._grammars: dict[int, CompiledGrammar] = {}
         self._following: dict[int, ir.Template] = {}  # constrained node -> the text after it, where one is known
@@ -209,6 +220,8 @@ class ProgramExecutor:
             result = self._graph.evaluate(run)
             if result is not None:
                 path = self._path_before(run).append(result.text, is_markup=run.node.is_markup)
+                if isinstance(run.node, ir.Recalled):
+                    path = self._recalled(run.node, path)
                 self._done(run, result, path.flush(self._model.encoder) if run.node.is_border else path)
             elif run.node.run_by == "model":
                 self._start_requests(run)
@@ -230,6 +243,21 @@ class ProgramExecutor:
 
     def _path_before(self, run: NodeRun) -> Path:
         return _EMPTY if run.node.parent is None else self._path_of(run.node.parent)
+
+    def _tokens(self, tip: int | None) -> ir.JsonValue:
+        path = _EMPTY if tip is None else self._path_of(tip)
+        rest, digest = "".join(piece.text for piece in path.pending), ir.text_digest(self._graph.text_after(None, tip))
+        return msgspec.to_builtins(ir.TokenPath(tuple(path.token_ids()), rest, self._host.vocabulary, digest))
+
+    def _recalled(self, node: ir.Recalled, path: Path) -> Path:
+        """Return the path of the tokens that the branch had, or `path` if they are not of its text."""
+        found, is_text = node.path, node.path.digest == ir.text_digest(self._graph.text_after(None, node.parent))
+        if not is_text or found.vocabulary != self._host.vocabulary:
+            return path
+        num_tokens = len(self._model.tokenizer.token_bytes)
+        if any(not 0 <= token < num_tokens for token in found.tokens):
+            raise InvalidProgram(f"the recalled path has a token outside of the vocabulary of {num_tokens:,}")
+        return _EMPTY.extend(found.tokens, found.rest)
 
     # Requests.
 

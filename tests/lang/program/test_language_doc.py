@@ -22,7 +22,8 @@ def default_backend_is_put_back() -> Iterator[None]:
     set_default_backend(None)
 
 
-def test_every_example_of_the_language_guide_runs() -> None:
+def test_every_example_of_the_language_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where an example writes a file
     module = ModuleType("language_guide")  # dataclasses look for their module
     sys.modules[module.__name__] = module
     blocks = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
