@@ -71,7 +71,7 @@ class Scope(Protocol):
         """Return the text that the model's chat template writes at this node."""
 
     def tokens(self, tip: int | None) -> JsonValue:
-        """Return the token path of the branch that ends at `tip` (TokenPath), or None where nobody knows it."""
+        """Return the token path of the branch that ends at `tip` (WrittenPath), or None where nobody knows it."""
 
 
 class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
@@ -379,7 +379,7 @@ class Capture(Node, frozen=True, tag="capture"):
         return NodeResult(value=text, value_text=text)
 
 
-class TokenPath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class WrittenPath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The tokens of a branch, and the text after them that is not tokenised yet.
 
     `vocabulary`: what tells the tokens of one tokenizer from those of another. `digest`: of the branch's text.
@@ -392,7 +392,7 @@ class TokenPath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Written(Node, frozen=True, tag="written"):
-    """The token path of the branch up to here, as a value: see TokenPath. It is null on an endpoint that takes text."""
+    """The token path of the branch up to here, as a value (WrittenPath). It is null on an endpoint that takes text."""
 
     has_value = True
 
@@ -407,7 +407,7 @@ class Recalled(Node, frozen=True, tag="recalled"):
     text or the vocabulary is another one by now.
     """
 
-    path: TokenPath
+    path: WrittenPath
 
 
 Marked: TypeAlias = Role | Tools | Thinking  # nodes whose text a chat template writes

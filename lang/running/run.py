@@ -489,7 +489,7 @@ class Run:
             if node.id == last:
                 recalled = None if asked is None else self.event(asked.id).value
                 if recalled is not None:
-                    add(ir.Recalled(id=0, line=node.line, path=msgspec.convert(recalled, ir.TokenPath)))
+                    add(ir.Recalled(id=0, line=node.line, path=msgspec.convert(recalled, ir.WrittenPath)))
                 elif isinstance(node, ir.Recalled):
                     add(node)
         return ir.Graph(tuple(nodes))

@@ -247,7 +247,7 @@ class ProgramExecutor:
     def _tokens(self, tip: int | None) -> ir.JsonValue:
         path = _EMPTY if tip is None else self._path_of(tip)
         rest, digest = "".join(piece.text for piece in path.pending), ir.text_digest(self._graph.text_after(None, tip))
-        return msgspec.to_builtins(ir.TokenPath(tuple(path.token_ids()), rest, self._host.vocabulary, digest))
+        return msgspec.to_builtins(ir.WrittenPath(tuple(path.token_ids()), rest, self._host.vocabulary, digest))
 
     def _recalled(self, node: ir.Recalled, path: Path) -> Path:
         """Return the path of the tokens that the branch had, or `path` if they are not of its text."""

@@ -102,8 +102,8 @@ def test_a_kind_reports_every_template_and_every_node_that_its_fields_name(kind:
         elif field.name == "branches":
             values[field.name] = (5,)
         elif field.required and field.name != "id":
-            path = ir.TokenPath((1,), "x", "x", "x")
-            values[field.name] = {str: "x", int: 1, bool: True, ir.TokenPath: path}[hints[field.name]]
+            path = ir.WrittenPath((1,), "x", "x", "x")
+            values[field.name] = {str: "x", int: 1, bool: True, ir.WrittenPath: path}[hints[field.name]]
     node: Any = kind(**values)
     assert list(node.templates()) == templates
     assert node.changed(lambda template: template, lambda other: other) == node
