@@ -162,7 +162,7 @@ def _summary(found: Sizing) -> str:
 def _reasons(shape: ModelShape, setup: Setup) -> list[str]:
     """Why this version cannot do what is sized."""
     found = [shape.reason] if shape.reason is not None else []
-    if setup.quantization != "none":
+    if setup.quantization not in ("none", "fp8"):
         found.append(f"{setup.quantization} weights on a GPU are not supported yet")
     return found
 

@@ -23,7 +23,9 @@ class EngineConfig:
         "auto", "who computes the layers: ramet, transformers; auto: Ramet where it has the family, else transformers"
     )
     quantization: str | None = _doc(
-        None, "weight-only quantisation on the CPU: int8, int4 or gguf; None: as dtype says"
+        None,
+        "fp8: weights and activations in FP8; on a CPU also int8, int4 or gguf, of weights alone; None: as the files "
+        "and dtype say",
     )
     tp: int = _doc(
         1, "tensor parallel: processes (and GPUs) among which the model is divided; it must divide the model's heads"
@@ -117,7 +119,9 @@ class EngineConfig:
         )
         check(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", "auto, float32, bfloat16 or float16")
         check(self.model_impl in ("auto", "ramet", "transformers"), "model_impl", "auto, ramet or transformers")
-        check(self.quantization in (None, "int8", "int4", "gguf"), "quantization", "int8, int4, gguf or None")
+        check(
+            self.quantization in (None, "fp8", "int8", "int4", "gguf"), "quantization", "fp8, int8, int4, gguf or None"
+        )
         check(self.tree_attention in ("auto", "on", "off"), "tree_attention", "auto, on or off")
         check(self.speculative in ("off", "auto"), "speculative", "off or auto")
         check(0 <= self.reservation_ratio <= 1, "reservation_ratio", "in [0, 1]")

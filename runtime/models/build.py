@@ -16,6 +16,8 @@ from ramet.runtime.models.config import Experts, ModelConfig, Rope
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.layers import Attention, DecoderLayer, FeedForward, RotaryTable, SparseFeedForward
 from ramet.runtime.models.linear import Linear, PlainStorage, Storage
+from ramet.runtime.models.linear_fp8 import Fp8Storage
+from ramet.runtime.models.weights import Weights
 
 
 def build_decoder(
@@ -31,7 +33,8 @@ def build_decoder(
 
     dtype "auto" is bfloat16 on a GPU. On a CPU it is float32 with weights kept as in the file (GGUF blocks or 16 bits),
     which is both the fastest and the most faithful choice (see `linear_cpu.py`). quantization (CPU): "int8" or "int4"
-    rounds weights to blocks of 32; "gguf" requires the file's own blocks. ops: None takes the device's ops.
+    rounds weights to blocks of 32; "gguf" requires the file's own blocks. quantization "fp8" rounds weights and
+    activations (see `linear_fp8.py`); on a GPU it is the default for files in FP8. ops: None takes the device's ops.
     Raises: ConfigError.
     """
     device = torch.device(device)
@@ -42,9 +45,12 @@ def build_decoder(
             f"Ramet's layers of {config.architecture} run experts on the CPU only; on {device.type}, transformers runs "
             "them: --model-impl transformers"
         )
-    if quantization is not None:
-        raise ConfigError(f"quantization {quantization!r} runs on the CPU only; leave it out on {device.type}")
-    storage = PlainStorage(weights, device, torch.bfloat16 if dtype == "auto" else dtype)
+    if quantization not in (None, "fp8"):
+        raise ConfigError(
+            f"quantization {quantization!r} runs on the CPU only; use fp8 or leave it out on {device.type}"
+        )
+    is_fp8 = quantization == "fp8" or (isinstance(weights, Weights) and bool(weights.fp8_names))
+    storage = (Fp8Storage if is_fp8 else PlainStorage)(weights, device, torch.bfloat16 if dtype == "auto" else dtype)
     return _Builder(config, storage, ops or (TRITON if device.type == "cuda" else REFERENCE)).build()
 
 
@@ -65,7 +71,9 @@ def _build_on_cpu(
 
     stream = KernelStream()
     storage: Storage
-    if quantization is not None or dtype == "auto":
+    if quantization == "fp8":
+        storage = Fp8Storage(weights, device, torch.float32 if dtype == "auto" else dtype)
+    elif quantization is not None or dtype == "auto":
         storage = block_storage(weights, device, dtype, quantization, stream)
     else:
         storage = PlainStorage(weights, device, dtype)

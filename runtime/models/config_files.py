@@ -8,7 +8,8 @@ llama.cpp's model loader and converter. Not here: what differs between families 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import (
@@ -31,6 +32,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
 }
+SchemeKind = Literal["fp8", "gptq", "awq", "packed"]
 # Names in `config.json` of the keys below `{architecture}.` that every GGUF file must have, and of others.
 _NEEDED_KEYS = {
     "embedding_length": "hidden_size",
@@ -49,6 +51,87 @@ _OTHER_KEYS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a checkpoint's matrices are quantised.
+
+    group: columns with the same scale, in 4 bits; 0: a whole row. block: (rows, columns) with the same scale, in FP8.
+    zero_offset: is added to stored zero points.
+    """
+
+    kind: SchemeKind
+    group: int = 0
+    block: tuple[int, int] | None = None
+    zero_offset: int = 0
+
+
+def scheme_of(config: Fields) -> Scheme | None:
+    """The scheme in a parsed `config.json`; None if nothing is quantised.
+
+    Raises: UnsupportedArchitecture, BrokenModelFile.
+    """
+    settings = config.get("quantization_config")
+    if not settings:
+        return None
+    method = settings.get("quant_method")
+    if method == "fp8":
+        return Scheme("fp8", block=_block(settings.get("weight_block_size")))
+    if method == "modelopt" and settings.get("quant_algo") == "FP8":
+        return Scheme("fp8")
+    if method == "gptq" and settings.get("bits") == 4:
+        layout = settings.get("checkpoint_format") or "gptq"
+        if layout in ("gptq", "gptq_v2"):  # the first version stores zero points minus 1
+            return Scheme("gptq", _group(settings.get("group_size")), zero_offset=int(layout == "gptq"))
+    is_gemm = str(settings.get("version", "gemm")).lower() == "gemm"
+    if method == "awq" and settings.get("bits", settings.get("w_bit")) == 4 and is_gemm:
+        return Scheme("awq", _group(settings.get("group_size", settings.get("q_group_size"))))
+    if method == "compressed-tensors":
+        return _compressed_tensors(settings)
+    raise UnsupportedArchitecture(
+        f"weights quantised with {_shown(settings)} are not supported; supported: fp8, modelopt FP8, 4-bit gptq, 4-bit "
+        "awq (gemm), compressed-tensors with FP8 or packed 4-bit weights, GGUF files, and 16 or 32 bits"
+    )
+
+
+def _group(size: object) -> int:
+    """A group size in a configuration: -1 or null is a whole row."""
+    return 0 if size in (None, -1) else check_size("intermediate_size", size, "group_size")
+
+
+def _block(size: object) -> tuple[int, int] | None:
+    """The (rows, columns) that share a scale."""
+    if size is None:
+        return None
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise BrokenModelFile(f"the weights' block size is {size!r} but must be two numbers")
+    rows, columns = (check_size("intermediate_size", one, "weight_block_size") for one in size)
+    return rows, columns
+
+
+def _shown(settings: Fields) -> str:
+    names = ("quant_method", "quant_algo", "format", "bits", "w_bit", "version", "checkpoint_format")
+    return ", ".join(f"{name} {str(settings[name])[:40]!r}" for name in names if settings.get(name) is not None)
+
+
+def _compressed_tensors(settings: Fields) -> Scheme:
+    found = set()
+    for group in (settings.get("config_groups") or {}).values():
+        weights = group.get("weights") or {}
+        kind, bits, strategy = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
+        if (kind, bits) == ("float", 8) and strategy in ("tensor", "channel", "block"):
+            found.add(Scheme("fp8", block=_block(weights.get("block_structure")) if strategy == "block" else None))
+        elif (kind, bits) == ("int", 4) and strategy in ("group", "channel"):
+            found.add(Scheme("packed", _group(weights.get("group_size")) if strategy == "group" else 0))
+        else:
+            raise UnsupportedArchitecture(
+                f"compressed-tensors weights of {bits} bits ({kind}, {strategy}) are not supported; supported: 8-bit "
+                "float by tensor, channel or block, and 4-bit int by group or channel"
+            )
+    if len(found) != 1:
+        raise UnsupportedArchitecture(f"compressed-tensors with {len(found)} kinds of weights is not supported; one is")
+    return found.pop()
+
+
 def config_from_hf(config: Fields) -> ModelConfig:
     """Read a parsed `config.json` in the layout of transformers 4.x or 5.x. Of multimodal Gemma 3, read the text part.
 
@@ -61,11 +144,7 @@ def config_from_hf(config: Fields) -> ModelConfig:
     # An explicit null means "no window" (Mistral), so it must win over the default.
     if any(part.get("sliding_window", 0) is None for part in (config, config.get("text_config") or {})):
         fields["sliding_window"] = None
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
-        raise UnsupportedArchitecture(
-            f"weights quantised with {method!r} are not supported; use a bf16, fp16 or fp32 checkpoint, or a GGUF file"
-        )
+    scheme_of(config)  # raises for quantised weights that cannot be read
     if fields.get("use_bidirectional_attention"):
         raise UnsupportedArchitecture("use_bidirectional_attention: an encoder cannot generate text")
     if fields.get("attn_logit_softcapping"):

@@ -91,9 +91,13 @@ class PlainStorage:
     def vector(self, name: str, offset: float = 0.0) -> Tensor:
         return (self.weights[name].float() + offset).to(self.device, self.dtype)
 
-    def matrix(self, names: Sequence[str]) -> PlainLinear:
+    def matrix(self, names: Sequence[str]) -> LinearMethod:
+        return PlainLinear(self.dense(names))
+
+    def dense(self, names: Sequence[str]) -> Tensor:
+        """The matrices `names`, stacked by rows."""
         parts = [self._load(name) for name in names]
-        return PlainLinear(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def embedding(self, name: str, scale: float) -> tuple[PlainEmbedding, PlainLinear]:
         weight = self._load(name)

@@ -71,7 +71,7 @@ def load_gguf(file: GgufFile, config: ModelConfig) -> Weights:
         shift = -config.norm_offset if name.endswith("norm.weight") else 0.0
         readers[name] = partial(_dequantise, tensor, heads, shift)
         if quantization not in _FLOAT_TYPES and len(shapes[name]) == 2:
-            quantized[name] = partial(_as_stored, tensor, heads)
+            quantized[name] = partial(as_stored, tensor, heads)
     check_names(config, readers, file.path)
     check_shapes(config, shapes, file.path)
     return Weights(readers, quantized)
@@ -126,7 +126,8 @@ def _dequantise(tensor: GgufEntry, heads: int, shift: float, part: Part | None) 
     return whole if cut is not None or part is None else part.of(whole)
 
 
-def _as_stored(tensor: GgufEntry, heads: int, part: Part | None) -> GgufTensor | None:
+def as_stored(tensor: GgufEntry, heads: int, part: Part | None) -> GgufTensor | None:
+    """A quantised matrix or a part of it; None if the part cuts through blocks. heads: those with interleaved rows."""
     cut = _cut(tensor, heads, part)
     if cut is None:
         return None

@@ -13,11 +13,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ramet.errors import BrokenModelFile
+from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.config_files import scheme_of
 from ramet.runtime.models.families import Family, family_named
 from ramet.runtime.models.json_file import read_json
-from ramet.runtime.models.weights import Part, Reader, Weights, check_names, check_shapes
+from ramet.runtime.models.loader_gguf import as_stored
+from ramet.runtime.models.quantized_files import StoredMatrix, stored_matrices
+from ramet.runtime.models.weights import GgufTensor, Part, Reader, Weights, check_names, check_shapes
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -45,28 +48,56 @@ def load_safetensors(folder: Path, config: ModelConfig) -> Weights:
     """
     files = _weight_files(folder)
     family = family_named(config.architecture)
-    readers: dict[str, Reader] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    scheme = scheme_of(read_json(folder / "config.json"))
+    if scheme is not None and family.fused:
+        raise UnsupportedArchitecture(f"{folder}: quantised {family.name} checkpoints are not supported; use 16 bits")
+    stored: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
     for path, wanted in files.items():
         try:
             with safe_open(path, framework="pt") as file:
-                stored = list(file.keys())
-                for name in wanted if wanted is not None else stored:
+                for name in wanted if wanted is not None else list(file.keys()):
                     mapped = _text_model_name(name, family)
-                    if mapped is None:
-                        continue
-                    shape = tuple(file.get_slice(name).get_shape())
-                    for own_name, rows in _own_tensors(mapped, shape, family, config):
-                        shapes[own_name] = shape if rows is None else (rows[1] - rows[0], *shape[1:])
-                        readers[own_name] = partial(_read, path, name, rows)
+                    if mapped is not None:
+                        part = file.get_slice(name)
+                        stored[mapped] = path, name, tuple(part.get_shape()), part.get_dtype()
         except (SafetensorError, OSError) as error:
             raise BrokenModelFile(f"{path} cannot be read: {error}") from error
     if config.tie_word_embeddings:  # some checkpoints store the shared matrix twice
-        readers.pop("lm_head.weight", None)
-        shapes.pop("lm_head.weight", None)
+        stored.pop("lm_head.weight", None)
+    matrices: dict[str, StoredMatrix] = {}
+    if scheme is not None:
+        readable = {
+            mapped: (partial(_read, path, name, None, None), shape, dtype)
+            for mapped, (path, name, shape, dtype) in stored.items()
+        }
+        matrices, taken = stored_matrices(scheme, readable, folder)
+        stored = {name: where for name, where in stored.items() if name not in taken}
+    readers: dict[str, Reader] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for mapped, (path, name, shape, _) in stored.items():
+        for own_name, rows in _own_tensors(mapped, shape, family, config):
+            shapes[own_name] = shape if rows is None else (rows[1] - rows[0], *shape[1:])
+            readers[own_name] = partial(_read, path, name, rows)
+    for name, matrix in matrices.items():
+        shapes[name] = matrix.shape
+        readers[name] = partial(_dense, matrix)
     check_names(config, readers, folder)
     check_shapes(config, shapes, folder)
-    return Weights(readers)
+    is_fp8 = scheme is not None and scheme.kind == "fp8"
+    return Weights(
+        readers,
+        {} if is_fp8 else {name: partial(_blocks, matrix) for name, matrix in matrices.items()},
+        scaled={name: matrix.scaled for name, matrix in matrices.items()} if is_fp8 else {},
+    )
+
+
+def _dense(matrix: StoredMatrix, part: Part | None) -> Tensor:
+    return matrix.dense() if part is None else part.of(matrix.dense())
+
+
+def _blocks(matrix: StoredMatrix, part: Part | None) -> GgufTensor | None:
+    blocks = matrix.blocks()
+    return None if blocks is None else as_stored(blocks, 0, part)
 
 
 def _read(path: Path, name: str, rows: tuple[int, int] | None, part: Part | None) -> Tensor:

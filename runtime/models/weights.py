@@ -54,6 +54,8 @@ class Part:
 # Read a tensor, or the range of a part of it. A quantised reader returns None if a range cuts through blocks.
 Reader = Callable[[Part | None], Tensor]
 QuantizedReader = Callable[[Part | None], GgufTensor | None]
+# Read a matrix in FP8 and its scales, fp32 [rows]. None if a row has several scales.
+ScaledReader = Callable[[], tuple[Tensor, Tensor] | None]
 
 
 class Weights(Mapping[str, Tensor]):
@@ -64,10 +66,12 @@ class Weights(Mapping[str, Tensor]):
         readers: Mapping[str, Reader],
         quantized: Mapping[str, QuantizedReader] | None = None,
         parts: Mapping[str, Part] | None = None,
+        scaled: Mapping[str, ScaledReader] | None = None,
     ) -> None:
         """parts: of these tensors only a part is read."""
         self._readers = dict(readers)
         self._quantized = dict(quantized or {})
+        self._scaled = dict(scaled or {})
         self._parts = dict(parts or {})
 
     @classmethod
@@ -81,7 +85,7 @@ class Weights(Mapping[str, Tensor]):
 
     def cut(self, parts: Mapping[str, Part]) -> Weights:
         """The same weights, but only these parts of these tensors. Nothing else of them is read from files."""
-        return Weights(self._readers, self._quantized, parts)
+        return Weights(self._readers, self._quantized, parts, self._scaled)
 
     def __getitem__(self, name: str) -> Tensor:
         part = self._parts.get(name)
@@ -108,6 +112,20 @@ class Weights(Mapping[str, Tensor]):
         zeros = np.zeros((part.padding, found.rows.shape[1]), dtype=np.uint8)  # blocks of zeros with the scale 0
         shape = (found.shape[0] + part.padding, found.shape[1])
         return replace(found, rows=np.concatenate((found.rows, zeros)), shape=shape)
+
+    @property
+    def fp8_names(self) -> frozenset[str]:
+        """The matrices that the file holds in FP8."""
+        return frozenset(self._scaled)
+
+    def scaled(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A matrix in FP8 as stored in the file, and its scales, fp32 [rows]; None if a row has several of them."""
+        found, part = self._scaled[name](), self._parts.get(name)
+        if found is None or part is None:
+            return found
+        weight, scale = found
+        assert not part.padding, "only the token table is padded"
+        return part.of(weight), part.of(scale) if part.axis == 0 else scale
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ramet.errors import UnsupportedArchitecture
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.families import family_named
+from ramet.runtime.models.linear_fp8 import Fp8Linear
 from ramet.runtime.models.load import open_weights
+from ramet.runtime.models.weights import Weights
 from ramet.runtime.testing.bare_cache import BareCache
 from ramet.runtime.testing.dummy import dummy_decoder
 
@@ -122,6 +128,8 @@ class Oracle:
         self.prompt = torch.randint(0, config.vocab_size, (NUM_TOKENS,)).tolist()
         with torch.no_grad():
             self.expected: Tensor = model(torch.tensor([self.prompt])).logits[0]
+        self.directory = directory
+        self.weights = open_weights(directory)[1]
         self.decoder = load(directory)
 
 
@@ -168,6 +176,66 @@ def test_a_mixed_step_of_decode_and_extend_rows_equals_transformers(oracle: Orac
     logits = cache.step([(1, prompt[33]), (0, prompt[20])], [(3, prompt[:5]), (2, prompt[9:30])])
     expected = oracle.expected
     assert_close(logits, torch.cat([expected[33:34], expected[20:21], expected[:5], expected[9:30]]))
+
+
+def one_by_one(decoder: Decoder, prompt: list[int]) -> Tensor:
+    """Logits token by token: so few tokens are multiplied exactly on every CPU."""
+    cache = BareCache(decoder, 1, NUM_TOKENS)
+    with torch.inference_mode():
+        return torch.cat([cache.step([(0, token)], []) for token in prompt])
+
+
+def test_weights_of_16_bits_give_the_logits_of_the_same_numbers_in_32(oracle: Oracle) -> None:
+    rounded = {name: tensor.bfloat16() for name, tensor in oracle.weights.items()}
+    config = oracle.decoder.config
+    held = build_decoder(config, Weights.from_tensors(rounded), device="cpu")
+    wide = {name: tensor.float() for name, tensor in rounded.items()}
+    exact = build_decoder(config, Weights.from_tensors(wide), device="cpu", dtype=torch.float32)
+    assert_close(one_by_one(held, oracle.prompt), one_by_one(exact, oracle.prompt), 2e-4)
+
+
+def test_fp8_moves_the_logits_a_little(oracle: Oracle) -> None:
+    decoder = build_decoder(oracle.decoder.config, oracle.weights, device="cpu", quantization="fp8")
+    is_rounded = any(isinstance(linear.method, Fp8Linear) for linear in decoder.linears())
+    assert is_rounded == (decoder.config.hidden_size % 16 == 0)
+    found = one_by_one(decoder, oracle.prompt)
+    agreement = torch.corrcoef(torch.stack((found.flatten(), oracle.expected.flatten())))[0, 1]
+    assert float(agreement) > 0.85, agreement  # a token's experts may change
+
+
+def test_a_gptq_checkpoint_gives_the_logits_of_its_dequantised_numbers(oracle: Oracle, tmp_path: Path) -> None:
+    if family_named(oracle.decoder.config.architecture).fused:
+        pytest.skip("refused: see below")
+    tensors: dict[str, Tensor] = {}
+    dequantised: dict[str, Tensor] = {}
+    for name, tensor in oracle.weights.items():
+        if ".layers." not in name or tensor.ndim == 1 or tensor.shape[0] % 8:
+            tensors[name] = dequantised[name] = tensor.contiguous()
+            continue
+        scale = (tensor.abs().amax(1, keepdim=True) / 7).half().float()
+        values = (tensor / scale).round().clamp(-8, 7).long() + 8
+        dequantised[name] = ((values - 8) * scale).bfloat16().float()
+        base = name.removesuffix("weight")
+        shifts = torch.arange(0, 32, 4)
+        tensors[base + "qweight"] = (values.t().reshape(-1, 8, tensor.shape[0]) << shifts[:, None]).sum(1).int()
+        tensors[base + "qzeros"] = torch.full((1, tensor.shape[0] // 8), 0x77777777, dtype=torch.int32)
+        tensors[base + "scales"] = scale.t().contiguous().half()
+    save_file(tensors, tmp_path / "model.safetensors")
+    fields = json.loads((oracle.directory / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": -1}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = oracle.decoder.config
+    expected = build_decoder(config, Weights.from_tensors(dequantised), device="cpu", dtype=torch.float32)
+    found = build_decoder(*open_weights(tmp_path), device="cpu", dtype=torch.float32)
+    assert_close(one_by_one(found, oracle.prompt), one_by_one(expected, oracle.prompt))
+
+
+def test_quantised_checkpoints_of_families_with_fused_matrices_are_refused(tmp_path: Path) -> None:
+    fields = _TINY | {"architectures": ["Phi3ForCausalLM"], "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    save_file({"model.norm.weight": torch.zeros(48)}, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedArchitecture, match="quantised phi3 checkpoints"):
+        open_weights(tmp_path)
 
 
 def test_a_dummy_decoder_keeps_activations_sane(oracle: Oracle) -> None:

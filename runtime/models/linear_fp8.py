@@ -1,0 +1,75 @@
+"""Products in FP8 (e4m3): weights with one scale for each output feature, activations with one for each token.
+
+On a GPU, torch's scaled product computes them on the card's FP8 units. On a CPU the same rounded numbers are multiplied
+in fp32: a reference, by which the quality on a card is measured without one. Token table, output layer, norms, biases
+and the routers of experts keep the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ramet.runtime.models.linear import LinearMethod, PlainLinear, PlainStorage
+from ramet.runtime.models.weights import Weights
+
+FP8 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(FP8).max  # 448
+_WHOLE = 16  # rows and columns of a matrix must be multiples of this for torch's scaled product
+_KEPT = (".mlp.gate.weight", ".shared_expert_gate.weight")  # routers: a token's experts hang on small differences
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row of x [T, K] to FP8. Returns the values and their scales, fp32 [T, 1]: x is values * scales."""
+    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
+    return (x.float() / scale).clamp(-_LARGEST, _LARGEST).to(FP8), scale
+
+
+@dataclass(slots=True, eq=False)
+class Fp8Linear:
+    """A product of FP8 numbers. weight: e4m3 [N, K]; scale: fp32 [N]."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        values, scale = to_fp8(x)
+        if x.is_cuda:
+            out = torch._scaled_mm(values, self.weight.t(), scale, self.scale.unsqueeze(0), out_dtype=x.dtype)
+        else:
+            out = (F.linear(values.float(), self.weight.float()) * scale * self.scale).to(x.dtype)
+        return out if bias is None else out + bias
+
+
+@dataclass(slots=True, eq=False)
+class Fp8Storage(PlainStorage):
+    """Matrices of layers in FP8, everything else in one dtype. What a file holds in FP8 by rows is not rounded again.
+
+    In a file with FP8 matrices, those that it holds in 16 bits stay so.
+    """
+
+    def matrix(self, names: Sequence[str]) -> LinearMethod:
+        weights = self.weights
+        held = weights.fp8_names if isinstance(weights, Weights) else frozenset()
+        is_wanted = ".layers." in names[0] and not names[0].endswith(_KEPT)
+        if not is_wanted or (held and not held.issuperset(names)):
+            return PlainLinear(self.dense(names))
+        stored = [weights.scaled(name) for name in names] if isinstance(weights, Weights) and held else []
+        known = [part for part in stored if part is not None]
+        if known and len(known) == len(names):
+            weight, scale = (torch.cat([part[i] for part in known]).to(self.device) for i in (0, 1))
+            if _fits(weight):
+                return Fp8Linear(weight.contiguous(), scale)
+        dense = self.dense(names)
+        if not _fits(dense):
+            return PlainLinear(dense)
+        values, scales = to_fp8(dense)
+        return Fp8Linear(values, scales.reshape(-1))
+
+
+def _fits(weight: Tensor) -> bool:
+    return all(size % _WHOLE == 0 for size in weight.shape)
