@@ -21,7 +21,7 @@ from ramet.runtime.models.config import (
     check_size,
     token_ids,
 )
-from ramet.runtime.models.families import Family, Variations, family_of_gguf, family_of_hf
+from ramet.runtime.models.families import Family, Variations, family_named, family_of_gguf, family_of_hf
 
 if TYPE_CHECKING:
     from ramet.runtime.models.gguf_file import GgufFile
@@ -159,15 +159,16 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     """
     read, tensors = file.metadata.get, file.tensors
     family = family_of_gguf(read("general.architecture"))
-    stored = {key: read(f"{family.name}.{key}") for key in (*_NEEDED_KEYS, *_OTHER_KEYS)}
-    num_experts = read(f"{family.name}.expert_count")
-    if num_experts:
-        raise UnsupportedArchitecture(f"mixture-of-experts models ({num_experts} experts) are not supported")
+    prefix = family.gguf
+    stored = {key: read(f"{prefix}.{key}") for key in (*_NEEDED_KEYS, *_OTHER_KEYS)}
+    has_experts = bool(read(f"{prefix}.expert_count"))
+    if has_experts and family.name == "llama":
+        family = family_named("mixtral")
     if "token_embd.weight" not in tensors:
         raise BrokenModelFile("the GGUF file lacks the tensor token_embd.weight")
     for key in _NEEDED_KEYS:
         if stored[key] is None:
-            raise BrokenModelFile(f"the GGUF file lacks the key {family.name}.{key}")
+            raise BrokenModelFile(f"the GGUF file lacks the key {prefix}.{key}")
     names = _NEEDED_KEYS | _OTHER_KEYS
     fields: dict[str, Any] = {**family.defaults, "num_key_value_heads": None, "head_dim": None}
     fields |= {names[key]: value for key, value in stored.items() if value is not None}
@@ -188,26 +189,42 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "qk_norm": "head" if "blk.0.attn_q_norm.weight" in tensors else None,
     }
-    kind = read(f"{family.name}.rope.scaling.type", "none")
+    if has_experts:
+        fields |= _gguf_experts(file, prefix, fields)
+        is_dense = tuple(f"blk.{layer}.ffn_gate_inp.weight" not in tensors for layer in range(num_layers))
+        facts["dense_layers"] = is_dense if any(is_dense) else ()
+    kind = read(f"{prefix}.rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors:  # llama.cpp bakes Llama 3's ramp into a tensor of divisors
         divisors = tensors["rope_freqs.weight"].dequantised().reshape(-1)
         fields["rope_parameters"] = {"rope_type": "divisors", "divisors": divisors}
     elif kind == "linear":
-        factor = read(f"{family.name}.rope.scaling.factor")
+        factor = read(f"{prefix}.rope.scaling.factor")
         if factor is None:
-            raise BrokenModelFile(f"the GGUF file lacks the key {family.name}.rope.scaling.factor")
+            raise BrokenModelFile(f"the GGUF file lacks the key {prefix}.rope.scaling.factor")
         fields["rope_parameters"] = {"rope_type": kind, "factor": factor}
     elif kind != "none":
         raise UnsupportedArchitecture(f"rope scaling of type {kind!r} is not supported; supported: none, linear")
-    window = read(f"{family.name}.attention.sliding_window")
+    window = read(f"{prefix}.attention.sliding_window")
     pattern = _gguf_sliding_layers(
-        read(f"{family.name}.attention.sliding_window_pattern"), num_layers, has_pattern=family.sliding == "pattern"
+        read(f"{prefix}.attention.sliding_window_pattern"), num_layers, has_pattern=family.sliding == "pattern"
     )
     facts |= {
         "sliding_window": window if window and any(pattern) else None,
         "sliding_layers": pattern if window else (),
     }
     return _config(family, fields, facts)
+
+
+def _gguf_experts(file: GgufFile, prefix: str | None, fields: Fields) -> dict[str, Any]:
+    """The fields of experts under their names in `config.json`."""
+    read = file.metadata.get
+    found = {"num_experts": read(f"{prefix}.expert_count"), "num_experts_per_tok": read(f"{prefix}.expert_used_count")}
+    found["num_local_experts"] = found["num_experts"]
+    found["moe_intermediate_size"] = read(f"{prefix}.expert_feed_forward_length", fields["intermediate_size"])
+    found["norm_topk_prob"] = read(f"{prefix}.expert_weights_norm", prefix != "qwen2moe")  # llama.cpp's rule
+    shared = [tensor.shape[0] for name, tensor in file.tensors.items() if name.endswith(".ffn_up_shexp.weight")]
+    found["shared_expert_intermediate_size"] = shared[0] if shared else 0
+    return found
 
 
 def _config(family: Family, fields: Fields, facts: Variations) -> ModelConfig:

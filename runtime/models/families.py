@@ -23,13 +23,13 @@ Variations = dict[str, Any]  # fields of ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A model family. `name`: its `model_type`, and its architecture in GGUF files.
+    """A model family. `name`: its `model_type`.
 
     hf_classes: the names under `architectures` in `config.json`. model_types: other values of `model_type`. defaults:
     values that `config.json` may leave out. variations: the fields of ModelConfig that differ from Llama's, from the
     fields of `config.json`. renames: parts of tensors' names in safetensors files and what Ramet calls them. fused:
-    matrices whose rows are those of several of ours. has_gguf: its GGUF files are read. interleaves_heads: llama.cpp's
-    converter interleaves the rotary halves of q and k.
+    matrices whose rows are those of several of ours. gguf: its architecture in GGUF files; None if they are not read.
+    interleaves_heads: llama.cpp's converter interleaves the rotary halves of q and k.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Family:
     sliding: Sliding = "none"
     renames: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    has_gguf: bool = True
+    gguf: str | None = None
     interleaves_heads: bool = False
 
 
@@ -141,13 +141,14 @@ def _qwen_experts(fields: Fields) -> Variations:
 
 _QWEN_EXPERTS: Fields = {**_QWEN, "decoder_sparse_step": 1, "norm_topk_prob": False}
 FAMILIES = (
-    Family("llama", ("LlamaForCausalLM",), defaults=_LLAMA, interleaves_heads=True),
+    Family("llama", ("LlamaForCausalLM",), defaults=_LLAMA, gguf="llama", interleaves_heads=True),
     Family(
         "mistral",
         ("MistralForCausalLM", "Mistral3ForConditionalGeneration"),
         ("mistral3",),
         defaults=_MISTRAL,
         sliding="all",
+        gguf="mistral",
         interleaves_heads=True,
     ),
     Family(
@@ -156,6 +157,7 @@ FAMILIES = (
         defaults=_QWEN,
         variations=lambda fields: {"qkv_bias": True, "o_bias": False},
         sliding="optional",
+        gguf="qwen2",
     ),
     Family(
         "qwen3",
@@ -163,6 +165,7 @@ FAMILIES = (
         defaults={**_QWEN, "head_dim": 128},
         variations=lambda fields: {"qk_norm": "head"},
         sliding="optional",
+        gguf="qwen3",
     ),
     Family(
         "gemma3",
@@ -171,6 +174,7 @@ FAMILIES = (
         defaults=_GEMMA3,
         variations=_gemma3,
         sliding="pattern",
+        gguf="gemma3",
     ),
     Family(
         "olmo2",
@@ -180,7 +184,6 @@ FAMILIES = (
             "qk_norm": "all",
             "norms": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
         },
-        has_gguf=False,
     ),
     Family(
         "phi3",
@@ -191,7 +194,6 @@ FAMILIES = (
             "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
         },
-        has_gguf=False,
     ),
     Family(
         "granite",
@@ -204,7 +206,6 @@ FAMILIES = (
             "logits_scaling": 1.0,
         },
         variations=_granite,
-        has_gguf=False,
     ),
     Family(
         "smollm3",
@@ -219,14 +220,12 @@ FAMILIES = (
         },
         variations=_smollm3,
         sliding="optional",
-        has_gguf=False,
     ),
     Family(
         "seed_oss",
         ("SeedOssForCausalLM",),
         defaults={**_LLAMA, "attention_bias": True, "attention_out_bias": False, "head_dim": 128},
         variations=lambda fields: {"o_bias": bool(fields["attention_out_bias"])},
-        has_gguf=False,
     ),
     Family(
         "mixtral",
@@ -240,13 +239,13 @@ FAMILIES = (
         },
         variations=_mixtral,
         sliding="all",
+        interleaves_heads=True,  # its GGUF files have the architecture llama, and experts
         renames={
             ".block_sparse_moe.": ".mlp.",
             ".w1.": ".gate_proj.",
             ".w3.": ".up_proj.",
             ".w2.": ".down_proj.",
         },
-        has_gguf=False,
     ),
     Family(
         "qwen2_moe",
@@ -256,7 +255,7 @@ FAMILIES = (
             {"qkv_bias": bool(fields.get("qkv_bias", True)), "o_bias": False} | _qwen_experts(fields)
         ),
         sliding="optional",
-        has_gguf=False,
+        gguf="qwen2moe",
     ),
     Family(
         "qwen3_moe",
@@ -264,11 +263,11 @@ FAMILIES = (
         defaults={**_QWEN_EXPERTS, "head_dim": 128},
         variations=lambda fields: {"qk_norm": "head"} | _qwen_experts(fields),
         sliding="optional",
-        has_gguf=False,
+        gguf="qwen3moe",
     ),
 )
 _BY_NAME = {family.name: family for family in FAMILIES}
-_IN_GGUF = [family.name for family in FAMILIES if family.has_gguf]
+_IN_GGUF = {family.gguf: family for family in FAMILIES if family.gguf is not None}
 _BY_CLASS = {name: family for family in FAMILIES for name in family.hf_classes}
 _BY_MODEL_TYPE = {name: family for family in FAMILIES for name in (family.name, *family.model_types)}
 
@@ -290,7 +289,7 @@ def family_of_hf(config: Mapping[str, Any]) -> Family:
 def family_of_gguf(architecture: object) -> Family:
     """The family of a GGUF file, by its `general.architecture`. Raises: UnsupportedArchitecture."""
     if isinstance(architecture, str) and architecture in _IN_GGUF:
-        return _BY_NAME[architecture]
+        return _IN_GGUF[architecture]
     raise _unsupported(f"{architecture!r} of this GGUF file")
 
 

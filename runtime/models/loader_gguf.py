@@ -9,6 +9,7 @@ Source: llama.cpp's convert_hf_to_gguf; the GGUF specification.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -39,7 +40,14 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+# One matrix of all experts, stacked.
+_EXPERT_NAMES = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 _NORM_NAMES = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")  # in the order of `ModelConfig.norms`
 _IGNORED = {"rope_freqs.weight"}  # read by the configuration
 _LAYER = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
@@ -60,31 +68,43 @@ def load_gguf(file: GgufFile, config: ModelConfig) -> Weights:
     for tensor in file.tensors.values():
         if tensor.name in _IGNORED:
             continue
-        name = _hf_name(tensor.name, layer_names)
         quantization = tensor.kind.name
         if quantization not in _FLOAT_TYPES and not _can_dequantise(tensor.kind):
             raise BrokenModelFile(
                 f"{file.path}: {tensor.name} has the type {quantization}, which cannot be dequantised"
             )
-        shapes[name] = tensor.shape
-        heads = _interleaved_heads(config, name)
-        shift = -config.norm_offset if name.endswith("norm.weight") else 0.0
-        readers[name] = partial(_dequantise, tensor, heads, shift)
-        if quantization not in _FLOAT_TYPES and len(shapes[name]) == 2:
-            quantized[name] = partial(as_stored, tensor, heads)
+        for name, entry in _own_tensors(tensor, layer_names):
+            shapes[name] = entry.shape
+            heads = _interleaved_heads(config, name)
+            shift = -config.norm_offset if name.endswith("norm.weight") else 0.0
+            readers[name] = partial(_dequantise, entry, heads, shift)
+            if quantization not in _FLOAT_TYPES and len(entry.shape) == 2:
+                quantized[name] = partial(as_stored, entry, heads)
     check_names(config, readers, file.path)
     check_shapes(config, shapes, file.path)
     return Weights(readers, quantized)
 
 
-def _hf_name(name: str, layer_names: dict[str, str]) -> str:
-    """The Hugging Face name. An unknown tensor keeps its own name, so the check of names reports it."""
-    if name in _GLOBAL_NAMES:
-        return _GLOBAL_NAMES[name]
-    match = _LAYER.fullmatch(name)
-    if match is None or match[2] not in layer_names:
-        return name
-    return f"model.layers.{match[1]}.{layer_names[match[2]]}.{match[3]}"
+def _own_tensors(tensor: GgufEntry, layer_names: dict[str, str]) -> list[tuple[str, GgufEntry]]:
+    """Our tensors that a stored one holds, by their Hugging Face names.
+
+    An unknown tensor keeps its own name, so the check of names reports it.
+    """
+    if tensor.name in _GLOBAL_NAMES:
+        return [(_GLOBAL_NAMES[tensor.name], tensor)]
+    match = _LAYER.fullmatch(tensor.name)
+    if match is None:
+        return [(tensor.name, tensor)]
+    prefix, shape = f"model.layers.{match[1]}", tensor.shape
+    if match[2] in _EXPERT_NAMES and len(shape) == 3:
+        name = _EXPERT_NAMES[match[2]]
+        experts = [replace(tensor.rows(index, index + 1), shape=shape[1:]) for index in range(shape[0])]
+        return [(f"{prefix}.mlp.experts.{index}.{name}.{match[3]}", entry) for index, entry in enumerate(experts)]
+    if match[2] not in layer_names:
+        return [(tensor.name, tensor)]
+    if match[2] == "ffn_gate_inp_shexp" and len(shape) == 1:  # the converter leaves out axes of one
+        tensor = replace(tensor, shape=(1, *shape))
+    return [(f"{prefix}.{layer_names[match[2]]}.{match[3]}", tensor)]
 
 
 def _interleaved_heads(config: ModelConfig, name: str) -> int:

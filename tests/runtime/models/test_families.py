@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,9 +21,11 @@ from ramet.lang.recording.primitives import gen
 from ramet.lang.recording.state import State
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.build import build_decoder
+from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.layers import DecoderLayer, SparseFeedForward
 from ramet.runtime.models.load import LoadedModel, open_weights
+from ramet.runtime.models.weights import Weights
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.types import SamplingParams
 
@@ -48,6 +53,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("Qwen2MoeConfig", {**QWEN_EXPERTS, "shared_expert_intermediate_size": 32}),
     "qwen3_moe": ("Qwen3MoeConfig", {**QWEN_EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
 }
+# The architecture in GGUF files of those that llama.cpp's converter writes with experts stacked.
+GGUF = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 NUM_NEW = 12
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
 
@@ -150,3 +157,70 @@ def test_experts_on_a_gpu_name_the_way_out(tmp_path: Path) -> None:
     config, weights = open_weights(tmp_path)
     with pytest.raises(ConfigError, match="on cuda, transformers runs them: --model-impl transformers"):
         build_decoder(config, weights, device="cuda")
+
+
+def write_gguf(path: Path, name: str, config: ModelConfig, weights: Weights, kind: gguf.GGMLQuantizationType) -> None:
+    """Write a mixture as llama.cpp's converter does, with the names of the gguf package."""
+    architecture = GGUF[name]
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_layers)
+    writer = gguf.GGUFWriter(path, architecture)
+    experts = config.experts
+    assert experts is not None
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_expert_count(experts.count)
+    writer.add_expert_used_count(experts.per_token)
+    if name != "mixtral":
+        writer.add_expert_feed_forward_length(experts.size)
+    stacked: dict[str, list[np.ndarray[Any, Any]]] = {}
+    for key, tensor in weights.items():
+        stem, end = key.rsplit(".", 1)
+        values = tensor.float().numpy()
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(stem.split(".")[-1])
+        if name == "mixtral" and heads is not None:  # rotary halves interleaved
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        if ".experts." in stem:
+            block, _, part = stem.partition(".experts.")
+            stem = f"{block}.experts.{part.split('.')[1]}"
+            stacked.setdefault(f"{names.get_name(stem)}.{end}", []).append(values)
+            continue
+        values = np.ascontiguousarray(values.squeeze())
+        if values.ndim == 2 and not stem.endswith("mlp.gate"):
+            writer.add_tensor(f"{names.get_name(stem)}.{end}", gguf.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{names.get_name(stem)}.{end}", values)
+    for key, matrices in stacked.items():
+        writer.add_tensor(key, gguf.quantize(np.stack(matrices), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_mixtures_in_gguf_files_are_those_of_the_folder(tmp_path: Path, name: str) -> None:
+    write_model(name, tmp_path)
+    config, weights = open_weights(tmp_path)
+    kind = gguf.GGMLQuantizationType.F32
+    write_gguf(tmp_path / "f32.gguf", name, config, weights, kind)
+    theirs, stored = open_weights(tmp_path / "f32.gguf")
+    ids: dict[str, Any] = {"bos_id": None, "eos_ids": (), "pad_id": None}
+    assert dataclasses.replace(theirs, **ids) == dataclasses.replace(config, **ids)
+    assert set(stored) == set(weights)
+    for key, tensor in weights.items():
+        torch.testing.assert_close(stored[key], tensor.float(), rtol=0, atol=0, msg=key)
+    write_gguf(tmp_path / "q8.gguf", name, config, weights, gguf.GGMLQuantizationType.Q8_0)
+    key = "model.layers.1.mlp.experts.3.down_proj.weight"
+    _, rounded = open_weights(tmp_path / "q8.gguf")
+    blocks = rounded.quantized(key)
+    assert blocks is not None
+    assert blocks.shape == tuple(weights[key].shape)
+    np.testing.assert_array_equal(blocks.rows, gguf.quantize(weights[key].numpy(), gguf.GGMLQuantizationType.Q8_0))
