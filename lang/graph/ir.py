@@ -174,7 +174,8 @@ class Generate(Node, frozen=True, tag="generate"):
     `grammar`; a capture that may be there several times has a list.
 
     `checks` narrow the constraint where they can (narrowing.py). A value that fails one is generated again, up to
-    `retries` times. Its text never joins the branch.
+    `retries` times. Its text never joins the branch. `tells_text`: its text is reported as it is generated, whatever
+    the options of the run say.
     """
 
     name: str | None = None
@@ -182,6 +183,7 @@ class Generate(Node, frozen=True, tag="generate"):
     constraint: Constraint | None = None
     checks: tuple[Check, ...] = ()
     retries: int = 0
+    tells_text: bool = False
     type: Literal["str", "int", "float", "bool", "json", "tools", "captures"] = "str"
 
     run_by = "model"

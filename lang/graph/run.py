@@ -169,7 +169,8 @@ class GraphRun:
 
     def tells_text(self, run: NodeRun) -> bool:
         """Return whether the caller wants text as it is generated. Text that checks may still refuse is held back."""
-        return self.options.text_events and isinstance(run.node, ir.Generate) and not run.node.checks
+        node = run.node
+        return isinstance(node, ir.Generate) and (self.options.text_events or node.tells_text) and not node.checks
 
     def say(self, run: NodeRun, text: str) -> None:
         """Report a piece of generated text, if the caller wants it."""

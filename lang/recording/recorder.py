@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from ramet.errors import InvalidProgram, RametError
 from ramet.lang.graph import ir
@@ -23,6 +23,8 @@ from ramet.lang.running.run import Run
 from ramet.lang.running.source_lines import caller_line
 from ramet.lang.running.tools import Tool, declared
 from ramet.lang.running.values import NodeSource, Readable, Value, placeholder_for
+
+T = TypeVar("T")
 
 
 class Expr(ABC):
@@ -340,19 +342,29 @@ class Recorder:
         self.check_open()
         self.record_late()
         self._num_forks += 1
-        return [
-            Recorder(
-                self.run,
-                tip,
-                place=(*self.place, self._num_forks, index),
-                variables=self.variables,
-                counts=self.counts,
-                role=self.role,
-                tools=self.tools,
-                sampling=self.sampling,
-            )
-            for index, tip in enumerate(self.run.record_fork(self.tip, width))
-        ]
+        return [self._branch(tip, index) for index, tip in enumerate(self.run.record_fork(self.tip, width))]
+
+    def fork_for(self, items: Iterable[T]) -> Iterator[tuple[Recorder, T]]:
+        """Split off a branch for each item, when the item comes. Like a fork, but its width is not known before."""
+        self.check_open()
+        self.record_late()
+        self._num_forks += 1
+        tip, number = self.tip, self._num_forks
+        for index, item in enumerate(items):
+            yield self._branch(self.run.record_fork(tip, 1)[0], index, number), item
+
+    def _branch(self, tip: int, index: int, number: int | None = None) -> Recorder:
+        """Return branch `index` of a fork, whose number on this branch is the last one by default."""
+        return Recorder(
+            self.run,
+            tip,
+            place=(*self.place, number or self._num_forks, index),
+            variables=self.variables,
+            counts=self.counts,
+            role=self.role,
+            tools=self.tools,
+            sampling=self.sampling,
+        )
 
     def join(self, branches: Sequence[Recorder], mode: str) -> None:
         """Make every variable of the branches a list here. With `mode="append"`, also append their texts."""

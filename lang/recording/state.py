@@ -171,12 +171,29 @@ class State:
     def map(self, items: Iterable[Any], body: Callable[[State, Any], object]) -> Branches:
         """Fork one branch for each item, and call `body(branch, item)`, which appends to it.
 
-        A body that reads a value waits alone: the others go on (Branches.each).
+        A body that reads a value waits alone: the others go on (Branches.each). A generated list of texts, integers or
+        booleans is followed while the model writes it: a branch starts as soon as its item is there.
         """
+        followed = source_of(items).items("map") if isinstance(items, Value) else None
+        if followed is not None:
+            return self._map_followed(followed, body)
         rows = list(items)
         branches = self.fork(len(rows)) if rows else Branches(self, [])
         self.recorder.run.together(body, branches, rows)
         return branches
+
+    def _map_followed(self, items: Iterable[Any], body: Callable[[State, Any], object]) -> Branches:
+        states: list[State] = []
+
+        def begun() -> Iterator[State]:
+            for branch, item in self.recorder.fork_for(items):
+                states.append(State(branch))
+                values.append(item)
+                yield states[-1]
+
+        values: list[Any] = []
+        self.recorder.run.together(lambda state: body(state, values[state.recorder.place[-1]]), begun())
+        return Branches(self, states)
 
     def best_of(self, n: int, item: Appendable, by: Callable[[State], float]) -> State:
         """Append `item` on `n` branches, continue as the one with the highest `by(branch)`, and return that branch.

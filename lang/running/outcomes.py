@@ -33,6 +33,7 @@ class Outcomes:
         self._waiters: dict[int | None, list[tuple[Ready, Callable[[], object]]]] = {}
         self._listeners: list[Listener] = []
         self._events: list[ir.NodeEvent] | None = [] if keep_events else None
+        self._texts: dict[int, str] = {}  # of the followed nodes, so far
 
     def __len__(self) -> int:
         return len(self._ended)
@@ -55,19 +56,31 @@ class Outcomes:
     def put(self, event: ir.NodeEvent) -> None:
         """Pass an event of a node to the listeners, and wake those who wait for it. Ignored once the node ended."""
         is_end = event.kind in ("done", "error")
+        is_news = is_end
         with self._lock:
             if event.node in self._ended:
                 return
             if is_end:
                 self._ended[event.node] = event
+            elif event.node in self._texts:
+                self._texts[event.node] += event.text
+                is_news = True
             if self._events is not None:
                 self._events.append(event)
         try:
             for listener in self._listeners:
                 listener(event)
         finally:  # any error of a listener must reach those who wait for this event
-            if is_end:
+            if is_news:
                 self._wake(event.node)
+
+    def follow(self, node: int) -> None:
+        """Keep the text of a node as it comes (`text_of`), and wake those who wait for the node at each piece."""
+        self._texts[node] = ""
+
+    def text_of(self, node: int) -> str:
+        """Return the text so far of a followed node."""
+        return self._texts[node]
 
     def fail(self, error: Exception) -> None:
         """Fail the whole run."""

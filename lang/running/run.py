@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -20,8 +20,10 @@ import ramet.errors
 from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, ProgramCancelled, ProgramError
 from ramet.lang.backends.protocol import Backend, Session, block_backend
 from ramet.lang.graph import ir
+from ramet.lang.graph.operations import follow
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord, Stage
+from ramet.lang.running.list_items import ListItems
 from ramet.lang.running.outcomes import Outcomes
 from ramet.lang.running.output_types import OutputType
 from ramet.lang.running.placeholders import Placeholders
@@ -173,6 +175,35 @@ class Run:
         """`read` for an event loop."""
         await self.aread_quietly(node, "await")
         return self._value(node, output)
+
+    def items(self, node: int, output: OutputType, path: Sequence[str], why: str) -> Iterator[Any] | None:
+        """Return the items of a list in the value of a generation, each as soon as it is written.
+
+        `path`: the fields that lead to the list. None: they can't be followed, so the whole value has to be read.
+        """
+        with self._lock:
+            found = self.nodes[node]
+            is_sent = node < len(self.index.nodes)
+            if is_sent or self._backend is None or self.stage_always or not isinstance(found, ir.Generate):
+                return None
+            if found.checks or found.type != "json":
+                return None  # a check may still refuse what is written
+            self.nodes[node] = msgspec.structs.replace(found, tells_text=True)
+        self.outcomes.follow(node)
+        return self._followed(node, output, path, why)
+
+    def _followed(self, node: int, output: OutputType, path: Sequence[str], why: str) -> Iterator[Any]:
+        reader, size, count = ListItems(path), 0, 0
+        self.need(node, why)
+        while node not in self.outcomes:
+            self.wait(lambda known=size: node in self.outcomes or len(self.outcomes.text_of(node)) > known, node)
+            text = self.outcomes.text_of(node)
+            piece, size = text[size:], len(text)
+            for item in reader.push(piece):
+                count += 1
+                yield item
+        whole = follow(self.read(node, output, why), path)
+        yield from whole[count:]
 
     def read_text(self, text: str) -> str:
         """Return the text with every placeholder replaced by its value."""

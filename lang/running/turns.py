@@ -78,21 +78,29 @@ class _Turns:
     def run(self, body: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> list[T]:
         results: dict[int, T] = {}
         left = enumerate(calls)
-        are_begun = False
+        is_taking = is_over = False  # the next arguments are being taken; no call begins any more
 
         def call() -> None:
-            nonlocal are_begun
-            for index, arguments in left:  # up to the first one that waits
-                results[index] = copy_context().run(_called, body, arguments)
-            are_begun = True
+            nonlocal is_taking, is_over
+            while not is_over:  # up to the first one that waits
+                is_taking = True
+                taken = next(left, None)
+                is_taking = False
+                if taken is None:
+                    is_over = True
+                else:
+                    results[taken[0]] = copy_context().run(_called, body, taken[1])
 
         try:
-            while not are_begun:
-                _Stack(self, call).switch()
+            while not is_over:
+                if is_taking:  # whoever takes them waits for them
+                    self._go_on()
+                else:
+                    _Stack(self, call).switch()
             while self._paused:
                 self._go_on()
         except BaseException:
-            deque(left, maxlen=0)  # none begins any more
+            is_over = True
             for stack in list(self._paused.values()):
                 stack.throw(GreenletExit)
             raise
@@ -147,8 +155,8 @@ class _Turns:
 def together(body: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
     """Call a function as `map` does, but so that a call which waits for a value lets the others go on.
 
-    Returns the results in order. The calls start in order, and run on this thread one at a time. The first exception of
-    one stops the others at the place where they wait, and is raised.
+    Returns the results in order. The calls start in order, and run on this thread one at a time; their arguments may be
+    waited for, too. The first exception of one stops the others at the place where they wait, and is raised.
 
     Raises:
         InvalidProgram: the function is `async`, so that its call alone runs nothing.

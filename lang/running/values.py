@@ -70,6 +70,10 @@ class Source(ABC):
     def format(self, spec: str) -> str:
         """Return a placeholder for the value; `spec` as in an f-string."""
 
+    def items(self, why: str) -> Iterator[Any] | None:
+        """Return the items of a list, each as soon as it is written; None: the whole value has to be read."""
+        return None
+
     @abstractmethod
     def child(self, name: str | int) -> Source | None:
         """Return a declared field of the value, or an item of a declared list; None if it is not declared."""
@@ -148,6 +152,13 @@ class NodeSource(Source):
     def format(self, spec: str) -> str:
         label = (self.name or "value") + path_text(self._path)
         return self.run.placeholders.add(Ref(self.node, self._path, spec), label)
+
+    def items(self, why: str) -> Iterator[Any] | None:
+        path = [step for step in self._path if isinstance(step, str)]
+        item = None if self._shape is None else self._shape.child(0)
+        if item is None or item.kind is None or len(path) < len(self._path):
+            return None  # an item's JSON is not surely its value
+        return self.run.items(self.node, self._output, path, why)
 
     def read(self, why: str) -> Any:
         return follow(self.run.read(self.node, self._output, why), self._path)
@@ -343,6 +354,10 @@ class Value(Readable):
         if self._source.is_text and isinstance(other, str):
             return Value(TextSource(self._source.run, f"{other}{self}"))
         return self._computed("r+", other)
+
+    def __iter__(self) -> Iterator[Any]:
+        items = self._source.items("iteration")
+        return super().__iter__() if items is None else items
 
     def _computed(self, symbol: str, other: Any) -> Any:
         operation = by_symbol(self._source.kind, symbol, other)
