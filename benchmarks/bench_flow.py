@@ -10,8 +10,10 @@ same text:
     a check in Python   `where=` with a function, which Python calls for each value
     uneven lengths      branch i reads after 2 i tokens and goes on for 2 (n - i)
     programs in a loop  `sub.run(...)` for each row against `sub.run_batch(rows)`
+    a plan, then a map  eight steps and the risks as JSON on a branch of its own, 24 tokens about each step: the list
+                        read as a whole against the list followed while it is written
 
-Steps: of the engine. `ideal`: the steps of the longest branch alone, by its own run.
+Steps: of the engine. `ideal`: the steps of the longest branch alone, by its own run; of the plan, the plan's.
 """
 
 from __future__ import annotations
@@ -87,6 +89,32 @@ def alone(s: State, body: Body, index: int) -> None:
     body(s, index)
 
 
+PLAN = {
+    "type": "object",
+    "properties": {
+        "steps": {"type": "array", "items": {"type": "string"}, "minItems": 8, "maxItems": 8},
+        "risks": {"type": "string"},
+    },
+    "required": ["steps", "risks"],
+}
+
+
+@function
+def plan_and_map(s: State, is_followed: bool, is_plan_alone: bool = False) -> list[str]:
+    s += RULES
+    aside = s.copy()
+    aside += "Eight steps to move house, and the risks, as JSON:\n"
+    aside += gen("plan", PLAN, max_tokens=400, string_tokens=12, temperature=0)
+    steps = aside["plan"]["steps"]
+    if is_plan_alone:
+        return list(steps.value)
+
+    def about(branch: State, step: str) -> None:
+        branch += f"How do I do this: {step}?\n" + words("how", 24)
+
+    return [branch.text() for branch in s.map(steps if is_followed else list(steps.value), about)]
+
+
 def measured(engine: Engine, run: Callable[[], list[str]], repeats: int) -> tuple[list[str], int, float]:
     """Return the texts, the engine's steps, and the median time of a run."""
     times = []
@@ -129,6 +157,10 @@ def main() -> None:
             args.repeats,
         )
         found["programs in a loop"] = _row(loop, turns, int(found["read, then go on"]["ideal"]))
+        loop = measured(engine, lambda: plan_and_map.run(False, backend=engine).result, args.repeats)
+        turns = measured(engine, lambda: plan_and_map.run(True, backend=engine).result, args.repeats)
+        plan = measured(engine, lambda: plan_and_map.run(True, True, backend=engine).result, 1)[1]
+        found["a plan, then a map"] = _row(loop, turns, plan)
     for name, row in found.items():
         table.add_row(name, *(str(value) for value in row.values()))
     Console().print(table)
