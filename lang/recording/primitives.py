@@ -16,7 +16,7 @@ from ramet.lang.graph.sampling import FIELDS, to_sampling
 from ramet.lang.recording.composition import Composition, Part, composed_gen, holds_description
 from ramet.lang.recording.generations import Gen, SelectExpr
 from ramet.lang.recording.recorder import Appendable, RoleExpr
-from ramet.lang.running.output_types import TEXT, choice, json_schema, output_type
+from ramet.lang.running.output_types import TEXT, Kind, choice, json_schema, output_type
 from ramet.lang.running.values import Value, plain
 
 THINKING_TOKENS = 1024
@@ -24,7 +24,7 @@ THINKING_TOKENS = 1024
 
 def gen(
     name: str | None = None,
-    type: object = None,
+    type: Kind | Composition | None = None,
     *,
     max_tokens: int | None = None,
     min_tokens: int | None = None,

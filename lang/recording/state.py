@@ -25,6 +25,7 @@ from ramet.lang.recording.continuing import loaded, saved
 from ramet.lang.recording.primitives import gen
 from ramet.lang.recording.recorder import Appendable, Recorder, RoleExpr
 from ramet.lang.recording.tool_loop import adrive, drive, tool_loop
+from ramet.lang.running.output_types import Kind
 from ramet.lang.running.run import Run
 from ramet.lang.running.tools import Tool, as_tools
 from ramet.lang.running.values import Value, plain, source_of
@@ -62,7 +63,7 @@ class State:
 
     # Going on after the end of the program.
 
-    def say(self, text: Appendable, name: str = "answer", type: object = None, **options: Any) -> Any:
+    def say(self, text: Appendable, name: str = "answer", type: Kind | None = None, **options: Any) -> Any:
         """Append a user message and an answer of the model, and return the answer. `options`: as `gen` takes them."""
         self.recorder.append(RoleExpr("user", (text,)))
         self.recorder.append(RoleExpr("assistant", (gen(name, type, **options),)))

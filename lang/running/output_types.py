@@ -15,12 +15,18 @@ import json
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin
 
 from ramet.errors import InvalidRequest, InvalidSchema
 from ramet.grammar.service.python_types import readable, schema_of
 from ramet.lang.graph.ir import Constraint, NodeEvent
 
+if TYPE_CHECKING:
+    from types import GenericAlias, UnionType
+    from typing import _SpecialForm
+
+# What stands for a type: a class, `list[str]`, `int | None`, `Literal[...]`, a JSON schema.
+Kind: TypeAlias = "type[Any] | UnionType | GenericAlias | _SpecialForm | Mapping[str, Any]"
 Wire = Literal["str", "int", "float", "bool", "json", "tools", "captures"]
 
 _INT = r"-?(?:0|[1-9][0-9]{0,14})"

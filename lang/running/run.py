@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -193,10 +194,13 @@ class Run:
         return self._followed(node, output, path, why)
 
     def _followed(self, node: int, output: OutputType, path: Sequence[str], why: str) -> Iterator[Any]:
+        def has_more(known: int) -> bool:
+            return node in self.outcomes or len(self.outcomes.text_of(node)) > known
+
         reader, size, count = ListItems(path), 0, 0
         self.need(node, why)
         while node not in self.outcomes:
-            self.wait(lambda known=size: node in self.outcomes or len(self.outcomes.text_of(node)) > known, node)
+            self.wait(partial(has_more, size), node)
             text = self.outcomes.text_of(node)
             piece, size = text[size:], len(text)
             for item in reader.push(piece):

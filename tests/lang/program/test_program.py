@@ -672,7 +672,7 @@ def test_a_cancelled_branch_ends_alone(backend: MockBackend) -> None:
         (lambda: gen("x", stop=""), InvalidSampling, r"stop is \('',\) but must be strings that are not empty"),
         (lambda: gen("x", regex="a", cfg="b"), InvalidRequest, "one of regex and cfg"),
         (lambda: gen("x", choices=[]), InvalidRequest, "non-empty"),
-        (lambda: gen("x", type=3), InvalidRequest, "must be a type"),
+        (lambda: gen("x", type=3), InvalidRequest, "must be a type"),  # type: ignore[arg-type]
         (lambda: select("x", []), InvalidRequest, "needs a list of choices"),
         (lambda: select("x", "abc"), InvalidRequest, "needs a list of choices"),
         (lambda: select("x", ["a"], scorer="best"), InvalidRequest, "scorer is 'best'"),
