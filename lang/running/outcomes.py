@@ -78,6 +78,9 @@ class Outcomes:
         """Keep the text of a node as it comes (`text_of`), and wake those who wait for the node at each piece."""
         self._texts[node] = ""
 
+    def is_followed(self, node: int) -> bool:
+        return node in self._texts
+
     def text_of(self, node: int) -> str:
         """Return the text so far of a followed node."""
         return self._texts[node]

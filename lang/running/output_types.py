@@ -80,6 +80,7 @@ class OutputType:
     convert: Callable[[Any], Any] = field(default=lambda value: value)  # JSON value -> value of the type
     from_event: Callable[[NodeEvent], Any] | None = None  # instead of `convert`, if more than the JSON value is needed
     shape: Shape | None = None
+    is_json: bool = False  # the value in Python is the JSON value itself, and so are its parts
 
 
 class Selected(str):
@@ -147,7 +148,7 @@ def output_type(kind: object) -> OutputType:
     if kind is bool:
         return OutputType("bool", choice(["true", "false"]), bool)
     if isinstance(kind, Mapping):
-        return OutputType("json", json_schema(kind), shape=Shape(kind, kind))
+        return OutputType("json", json_schema(kind), shape=Shape(kind, kind), is_json=True)
     if get_origin(kind) is Literal:
         return _one_of({_plain(value): value for value in get_args(kind)})
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
@@ -202,4 +203,15 @@ def _by_pydantic(kind: object) -> OutputType:
         kind if isinstance(kind, type) and not typing.is_typeddict(kind) and get_origin(kind) is None else None,
         lambda value: adapter.validate_json(json.dumps(value)),
         shape=Shape(schema, schema),
+        is_json=_is_json(kind),
     )
+
+
+def _is_json(kind: object) -> bool:
+    """Return whether values of a type surely are their JSON values: no validator changes them, and no class."""
+    if get_origin(kind) is list:
+        return all(map(_is_json, get_args(kind)))
+    if typing.is_typeddict(kind):
+        assert isinstance(kind, type)
+        return all(map(_is_json, typing.get_type_hints(kind, include_extras=True).values()))
+    return kind in (str, int, bool)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -21,16 +21,15 @@ import ramet.errors
 from ramet.errors import CheckFailed, DeadlineExceeded, InvalidProgram, ProgramCancelled, ProgramError
 from ramet.lang.backends.protocol import Backend, Session, block_backend
 from ramet.lang.graph import ir
-from ramet.lang.graph.operations import follow
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord, Stage
-from ramet.lang.running.list_items import ListItems
 from ramet.lang.running.outcomes import Outcomes
 from ramet.lang.running.output_types import OutputType
 from ramet.lang.running.placeholders import Placeholders
 from ramet.lang.running.source_lines import caller_line
 from ramet.lang.running.tool_runner import ToolRunner
 from ramet.lang.running.turns import together
+from ramet.lang.running.written_json import WrittenJson
 
 current_run: ContextVar[Run | None] = ContextVar("ramet_current_run", default=None)
 T = TypeVar("T")
@@ -177,37 +176,37 @@ class Run:
         await self.aread_quietly(node, "await")
         return self._value(node, output)
 
-    def items(self, node: int, output: OutputType, path: Sequence[str], why: str) -> Iterator[Any] | None:
-        """Return the items of a list in the value of a generation, each as soon as it is written.
-
-        `path`: the fields that lead to the list. None: they can't be followed, so the whole value has to be read.
-        """
+    def can_follow(self, node: int) -> bool:
+        """Return whether the JSON of a generation can be read while it is written, and see to it that it can."""
         with self._lock:
             found = self.nodes[node]
+            if self.outcomes.is_followed(node) or node in self.outcomes:
+                return node not in self.outcomes
             is_sent = node < len(self.index.nodes)
             if is_sent or self._backend is None or self.stage_always or not isinstance(found, ir.Generate):
-                return None
+                return False
             if found.checks or found.type != "json":
-                return None  # a check may still refuse what is written
+                return False  # a check may still refuse what is written
             self.nodes[node] = msgspec.structs.replace(found, tells_text=True)
-        self.outcomes.follow(node)
-        return self._followed(node, output, path, why)
+            self.outcomes.follow(node)
+        return True
 
-    def _followed(self, node: int, output: OutputType, path: Sequence[str], why: str) -> Iterator[Any]:
+    def written(self, node: int, why: str) -> Iterator[WrittenJson]:
+        """Yield the JSON of a generation that can be followed, at each piece, until it is whole or has failed."""
+        json, size = WrittenJson(), 0
+
         def has_more(known: int) -> bool:
             return node in self.outcomes or len(self.outcomes.text_of(node)) > known
 
-        reader, size, count = ListItems(path), 0, 0
         self.need(node, why)
         while node not in self.outcomes:
-            self.wait(partial(has_more, size), node)
             text = self.outcomes.text_of(node)
-            piece, size = text[size:], len(text)
-            for item in reader.push(piece):
-                count += 1
-                yield item
-        whole = follow(self.read(node, output, why), path)
-        yield from whole[count:]
+            if len(text) == size:
+                self.wait(partial(has_more, size), node)
+                continue
+            json.push(text[size:])
+            size = len(text)
+            yield json
 
     def read_text(self, text: str) -> str:
         """Return the text with every placeholder replaced by its value."""

@@ -154,14 +154,37 @@ class NodeSource(Source):
         return self.run.placeholders.add(Ref(self.node, self._path, spec), label)
 
     def items(self, why: str) -> Iterator[Any] | None:
-        path = [step for step in self._path if isinstance(step, str)]
+        fields, rest = self._fields()
         item = None if self._shape is None else self._shape.child(0)
-        if item is None or item.kind is None or len(path) < len(self._path):
-            return None  # an item's JSON is not surely its value
-        return self.run.items(self.node, self._output, path, why)
+        if not self._output.is_json or item is None or item.kind is None or rest:
+            return None
+        return self._items(fields, why) if self.run.can_follow(self.node) else None
+
+    def _items(self, fields: list[str], why: str) -> Iterator[Any]:
+        count = 0
+        for written in self.run.written(self.node, why):
+            for item in written.next_items(fields):
+                count += 1
+                yield item
+        yield from follow(self.run.read(self.node, self._output, why), self._path)[count:]
 
     def read(self, why: str) -> Any:
+        fields, rest = self._fields()
+        if fields and self._output.is_json and self.run.can_follow(self.node):
+            for written in self.run.written(self.node, why):
+                found = written.field(fields)
+                if found is not None:
+                    return follow(found[0], rest)
         return follow(self.run.read(self.node, self._output, why), self._path)
+
+    def _fields(self) -> tuple[list[str], tuple[Step, ...]]:
+        """Return the names of fields that the path begins with, and its rest."""
+        fields = list[str]()
+        for step in self._path:
+            if not isinstance(step, str):
+                break
+            fields.append(step)
+        return fields, self._path[len(fields) :]
 
     async def aread(self) -> Any:
         return follow(await self.run.aread(self.node, self._output), self._path)

@@ -1,4 +1,4 @@
-"""Reads the items of a list in JSON that is still being written, each as soon as it is closed."""
+"""Reads JSON that is still being written: items of a list and values of fields, each as soon as it is closed."""
 
 from __future__ import annotations
 
@@ -8,34 +8,44 @@ from typing import Any
 
 _SPACE = " \t\n\r"
 _DECODER = json.JSONDecoder()
+_NOT_YET = (IndexError, ValueError, RecursionError)  # the text ends there, or is no JSON
 
 
-class ListItems:
-    """The items of the list to which `path` leads: names of fields, from the whole value. Owner: whoever follows it."""
+class WrittenJson:
+    """A JSON value, as far as it is written. Owner: whoever follows it."""
 
-    def __init__(self, path: Sequence[str]) -> None:
-        self._path = path
+    def __init__(self) -> None:
         self._text = ""
         self._at: int | None = None  # behind the last item, or behind the list's bracket; None: it has not begun
 
-    def push(self, piece: str) -> list[Any]:  # Any: JSON
-        """Take the next piece of the text; return the items that it closes."""
+    def push(self, piece: str) -> None:
+        """Take the next piece of the text."""
         self._text += piece
+
+    def field(self, path: Sequence[str]) -> tuple[Any] | None:  # Any: JSON
+        """Return the value of a field, as the only one of a tuple, if it is closed."""
+        try:
+            return (self._value(self._place(path))[0],)
+        except _NOT_YET:
+            return None
+
+    def next_items(self, path: Sequence[str]) -> list[Any]:
+        """Return the items of a list that were closed since the last call, which had the same path."""
         found: list[Any] = []
         try:
             if self._at is None:
-                self._at = self._begin()
+                self._at = self._behind(self._place(path), "[")
             while self._text[(at := self._skip(self._at, ","))] != "]":
                 item, self._at = self._value(at)
                 found.append(item)
-        except (IndexError, ValueError, RecursionError):  # the text ends here; what follows comes with the next piece
-            pass
+        except _NOT_YET:
+            pass  # what follows comes with the next piece
         return found
 
-    def _begin(self) -> int:
-        """Return the place behind the list's opening bracket. Raises IndexError, ValueError if it is not there yet."""
+    def _place(self, path: Sequence[str]) -> int:
+        """Return the place of a field's value. Raises what `_NOT_YET` has if it is not there yet."""
         at = 0
-        for name in self._path:
+        for name in path:
             at = self._behind(at, "{")
             while True:
                 key, at = self._value(self._skip(at, ","))
@@ -43,7 +53,7 @@ class ListItems:
                 if key == name:
                     break
                 _, at = self._value(at)
-        return self._behind(at, "[")
+        return self._skip(at, "")
 
     def _behind(self, at: int, char: str) -> int:
         at = self._skip(at, "")
@@ -57,7 +67,7 @@ class ListItems:
         return at
 
     def _value(self, at: int) -> tuple[Any, int]:
-        """Return the value at a place, and the place behind it. Raises if it is not closed."""
+        """Return the value at a place, and the place behind it."""
         value, end = _DECODER.raw_decode(self._text, at)
         if self._text[end - 1] not in '"]}' and self._text[end] not in _SPACE + ",]}":
             raise ValueError("a number may go on")

@@ -8,17 +8,18 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Annotated, Any, TypedDict, get_origin
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import AfterValidator
 
 from ramet import MockBackend, OpenAI, ProgramError, Remote, State, function, gen
 from ramet.lang.graph import ir
 from ramet.lang.graph.events import NodeEvent, OnEvent
 from ramet.lang.graph.options import ProgramOptions
-from ramet.lang.running.list_items import ListItems
+from ramet.lang.running.written_json import WrittenJson
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 
 Serve = Callable[..., AbstractContextManager[Any]]
@@ -40,6 +41,12 @@ values = st.recursive(
 )
 
 
+def _read(text: str, path: tuple[str, ...]) -> list[Any]:
+    reader = WrittenJson()
+    reader.push(text)
+    return reader.next_items(path)
+
+
 @given(
     st.dictionaries(st.text(max_size=3), values, max_size=3),
     st.lists(values, max_size=4),
@@ -53,10 +60,14 @@ def test_items_of_any_json_come_once_and_in_order(
     whole = {**before, "steps": {"deep": items}, **{k: v for k, v in behind.items() if k != "steps"}}
     text = json.dumps(whole, separators=separators)
     places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    reader, found = ListItems(("steps", "deep")), list[Any]()
+    reader, found = WrittenJson(), list[Any]()
     for start, end in itertools.pairwise(places):
-        found += reader.push(text[start:end])
+        reader.push(text[start:end])
+        found += reader.next_items(("steps", "deep"))
     assert found == items
+    for name, value in before.items():
+        if name != "steps" and name not in behind:
+            assert reader.field((name,)) == (value,)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +85,12 @@ def test_items_of_any_json_come_once_and_in_order(
     ],
 )
 def test_an_item_is_there_when_it_is_closed_and_not_before(piece: str, items: list[Any]) -> None:
-    assert ListItems(()).push(piece) == items
+    assert _read(piece, ()) == items
 
 
 @pytest.mark.parametrize("text", ["", "null", "[", '{"a": 1}', '{"steps": 7, "b": []}', "[" * 100_000, '{"steps"'])
 def test_what_is_no_list_there_gives_nothing(text: str) -> None:
-    assert ListItems(("steps",)).push(text) == []
+    assert _read(text, ("steps",)) == []
 
 
 def body(branch: State, step: str) -> None:
@@ -224,6 +235,59 @@ def test_items_whose_json_is_not_surely_their_value_are_read_at_the_end(kind: An
 
     state = program.run(backend=MockBackend())
     assert not any(node.tells_text for node in state.record.graph.nodes if isinstance(node, ir.Generate))
+
+
+Shout = Annotated[str, AfterValidator(str.upper)]
+
+
+class Typed(TypedDict):
+    words: list[str]
+
+
+class Loud(TypedDict):
+    words: list[Shout]
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_followed"), [(Typed, True), (Loud, False), (list[str], True), (list[Shout], False)]
+)
+def test_a_type_that_changes_its_values_is_not_followed(kind: Any, is_followed: bool) -> None:
+    text = '["one", "two"]' if get_origin(kind) is list else '{"words": ["one", "two"]}'
+
+    @function(max_tokens=64)
+    def program(s: State) -> list[str]:
+        s += "Items: " + gen("items", kind)
+        return [str(word) for word in (s["items"] if get_origin(kind) is list else s["items"]["words"])]
+
+    state = program.run(backend=MockBackend({"Items": text}))
+    assert state.result == (["one", "two"] if is_followed else ["ONE", "TWO"])
+    assert any(isinstance(node, ir.Generate) and node.tells_text for node in state.record.graph.nodes) == is_followed
+
+
+def test_a_field_is_read_while_the_rest_is_still_being_written() -> None:
+    @function(max_tokens=64)
+    def program(s: State) -> int:
+        s += "Plan: " + gen("plan", STEPS)
+        titles.put(str(s["plan"]["title"].upper()))
+        return len(s["plan"]["steps"].value)
+
+    titles: queue.SimpleQueue[str] = queue.SimpleQueue()
+    backend, found = ByHand(), list[Any]()
+    thread = threading.Thread(target=lambda: found.append(program.run(backend=backend)), daemon=True)
+    thread.start()
+    assert backend.parts.get(timeout=30).nodes
+    plan = backend.named("plan")
+    backend.on_event(NodeEvent(plan.id, "text", text='{"title": "My pl'))
+    backend.on_event(NodeEvent(plan.id, "text", text='an", "st'))
+    assert titles.get(timeout=30) == "MY PLAN"
+    backend.on_event(NodeEvent(plan.id, "text", text='eps": ["one"], "wh'))
+    value = {"title": "My plan", "steps": ["one"], "why": "w"}
+    for node in list(backend.nodes):
+        if node.id != plan.id:
+            backend.on_event(NodeEvent(node.id, "done"))
+    backend.on_event(NodeEvent(plan.id, "done", text=json.dumps(value), value=value))
+    thread.join(30)
+    assert found[0].result == 1
 
 
 def test_a_trace_stops_at_the_list() -> None:
