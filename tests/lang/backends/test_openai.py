@@ -238,7 +238,8 @@ def test_types_become_response_formats_and_come_back_as_values() -> None:
     @function
     def program(s: State) -> None:
         s.user("Who?")
-        for name, wanted in {"who": schema, "colour": Literal["red", "blue"], "n": int, "list": list[int]}.items():
+        kinds: dict[str, Any] = {"who": schema, "colour": Literal["red", "blue"], "n": int, "list": list[int]}
+        for name, wanted in kinds.items():
             s.assistant(gen(name, wanted, max_tokens=60))
             s.user("And?")
 

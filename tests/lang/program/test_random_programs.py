@@ -56,6 +56,7 @@ leaves = st.one_of(
     st.tuples(st.just("copy"), st.integers(0, 5)),
     st.tuples(st.just("typed"), st.sampled_from([int, bool, Literal["on", "off"], list[bool]])),
     st.tuples(st.just("field"), st.integers(0, 1)),
+    st.tuples(st.just("loop"), st.just(0)),
     st.tuples(st.just("first of"), st.just(0)),
     st.tuples(st.just("tools"), st.integers(0, 1)),
 )
@@ -122,6 +123,10 @@ def execute(s: State, program: Sequence[Step], known: list[Any], may_read: bool,
         elif kind == "field":
             s += "> " + gen("pair", Pair, max_tokens=60, temperature=what) + gen(max_tokens=1)
             s += f"<{s['pair'].name}, {s['pair'].is_fine}>"
+        elif kind == "loop" and may_read:
+            s += "= " + gen("l", list[bool], max_tokens=30) + gen(max_tokens=1)
+            for number, item in enumerate(s["l"]):
+                s += f"({number}: {item})"
         elif kind == "first of" and may_read:  # of one: which of several is first depends on time
             s.first_of("> " + gen("g"))
             known.append(s["g"])

@@ -47,7 +47,7 @@ class Order(BaseModel):
     places: list[Point]
 
 
-def generate(kind: object, text: str) -> Any:
+def generate(kind: Any, text: str) -> Any:
     @function
     def program(s: State) -> None:
         s += "value: " + gen("x", kind, max_tokens=300)
