@@ -8,7 +8,7 @@ FOLDERS := ramet/*.py ramet/*.pyi ramet/cli ramet/compat lang grammar kernels ru
 NPM_TOURS := tests/runtime/server/openai/npm tests/clients/tours
 NPM_STAMPS := $(NPM_TOURS:%=%/node_modules/.package-lock.json)
 
-.PHONY: demo test test-all soak check house format bench clean
+.PHONY: demo test test-all soak check house docs format bench clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,9 @@ check: $(STAMP)  ## format, lint, types, tests
 	$(BIN)/ruff check $(FOLDERS)
 	$(BIN)/mypy
 	$(MAKE) test
+
+docs: $(STAMP)  ## the pages, in build/site; needs no network, fails for a link that leads nowhere
+	$(BIN)/zensical build --clean --strict
 
 format: $(STAMP)
 	$(BIN)/ruff format $(FOLDERS)
