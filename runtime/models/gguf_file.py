@@ -67,6 +67,11 @@ class GgufEntry:
             values[first : first + chunk.size // type_size * block_size] = gguf.dequantize(chunk[None], self.kind)[0]
         return values.reshape(self.shape)
 
+    def by_row(self) -> NDArray[np.uint8]:
+        """The bytes of a matrix, uint8 [rows, bytes per row]: each row is a run of blocks."""
+        block_size, type_size = gguf.GGML_QUANT_SIZES[self.kind]
+        return self.stored.reshape(self.shape[0], self.shape[1] // block_size * type_size)
+
     def rows(self, start: int, stop: int) -> GgufEntry:
         """The rows [start, stop) of the first axis; of a vector, its elements. No bytes are read."""
         stored = self.stored.reshape(self.shape[0], -1)[start:stop].reshape(-1)

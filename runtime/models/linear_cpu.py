@@ -173,12 +173,12 @@ class BlockStorage:
         if not isinstance(self.weights, Weights):
             return None
         tensors = [self.weights.quantized(name) for name in names]
-        formats = {None if tensor is None else tensor.quantization for tensor in tensors}
+        formats = {None if tensor is None else tensor.kind.name for tensor in tensors}
         block_format = formats.pop()
         if formats or block_format not in FORMATS or block_format == "BF16":
             return None
         return torch.cat(
-            [torch.from_numpy(tensor.rows.copy()) for tensor in tensors if tensor is not None]
+            [torch.from_numpy(tensor.by_row().copy()) for tensor in tensors if tensor is not None]
         ), block_format
 
     def _is_quantized(self, name: str) -> bool:

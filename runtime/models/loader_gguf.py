@@ -23,7 +23,7 @@ from ramet.errors import BrokenModelFile
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.families import family_named
 from ramet.runtime.models.gguf_file import GgufEntry, GgufFile
-from ramet.runtime.models.weights import GgufTensor, Part, QuantizedReader, Reader, Weights, check_names, check_shapes
+from ramet.runtime.models.weights import Part, QuantizedReader, Reader, Weights, check_names, check_shapes
 
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -146,17 +146,14 @@ def _dequantise(tensor: GgufEntry, heads: int, shift: float, part: Part | None) 
     return whole if cut is not None or part is None else part.of(whole)
 
 
-def as_stored(tensor: GgufEntry, heads: int, part: Part | None) -> GgufTensor | None:
+def as_stored(tensor: GgufEntry, heads: int, part: Part | None) -> GgufEntry | None:
     """A quantised matrix or a part of it; None if the part cuts through blocks. heads: those with interleaved rows."""
     cut = _cut(tensor, heads, part)
     if cut is None:
         return None
     entry, heads = cut
-    num_rows, num_columns = entry.shape
     # Blocks run along a row, so whole rows can change places.
-    row_bytes = tensor.stored.size // tensor.shape[0] * num_columns // tensor.shape[1]
-    rows = _split_halves(entry.stored.reshape(num_rows, row_bytes), heads)
-    return GgufTensor(rows=rows, quantization=entry.kind.name, shape=(num_rows, num_columns))
+    return replace(entry, stored=_split_halves(entry.by_row(), heads).reshape(-1))
 
 
 def _can_dequantise(kind: gguf.GGMLQuantizationType) -> bool:

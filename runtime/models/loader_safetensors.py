@@ -17,10 +17,11 @@ from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.config_files import scheme_of
 from ramet.runtime.models.families import Family, family_named
+from ramet.runtime.models.gguf_file import GgufEntry
 from ramet.runtime.models.json_file import read_json
 from ramet.runtime.models.loader_gguf import as_stored
 from ramet.runtime.models.quantized_files import StoredMatrix, stored_matrices
-from ramet.runtime.models.weights import GgufTensor, Part, Reader, Weights, check_names, check_shapes
+from ramet.runtime.models.weights import Part, Reader, Weights, check_names, check_shapes
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -95,7 +96,7 @@ def _dense(matrix: StoredMatrix, part: Part | None) -> Tensor:
     return matrix.dense() if part is None else part.of(matrix.dense())
 
 
-def _blocks(matrix: StoredMatrix, part: Part | None) -> GgufTensor | None:
+def _blocks(matrix: StoredMatrix, part: Part | None) -> GgufEntry | None:
     blocks = matrix.blocks()
     return None if blocks is None else as_stored(blocks, 0, part)
 

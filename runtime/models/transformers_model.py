@@ -136,6 +136,7 @@ def transformers_decoder(model: Any) -> TransformersDecoder:  # Any: a PreTraine
     """
     import_transformers()
     model.eval()
+    model.set_attn_implementation("eager")  # also of a model that an engine had before
     name = type(model).__name__
     head = model.get_output_embeddings()
     if head is None or model.config.is_encoder_decoder:

@@ -16,24 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ramet.errors import BrokenModelFile
 from ramet.runtime.models.config import ModelConfig
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GgufTensor:
-    """A quantised matrix as stored in the file, but with the rows in Hugging Face order.
-
-    `rows`: uint8 [num_rows, bytes per row]; each row is a run of blocks of the type `quantization` (GGML's name, such
-    as `Q4_1` or `Q8_0`). `shape`: (num_rows, num_columns) of the matrix, that is (out features, in features).
-    """
-
-    rows: NDArray[np.uint8]
-    quantization: str
-    shape: tuple[int, int]
+from ramet.runtime.models.gguf_file import GgufEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +40,7 @@ class Part:
 
 # Read a tensor, or the range of a part of it. A quantised reader returns None if a range cuts through blocks.
 Reader = Callable[[Part | None], Tensor]
-QuantizedReader = Callable[[Part | None], GgufTensor | None]
+QuantizedReader = Callable[[Part | None], GgufEntry | None]
 # Read a matrix in FP8 and its scales, fp32 [rows]. None if a row has several scales.
 ScaledReader = Callable[[], tuple[Tensor, Tensor] | None]
 
@@ -100,18 +87,20 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._readers)
 
-    def quantized(self, name: str) -> GgufTensor | None:
-        """The quantised matrix as stored in the file; None if it is missing or stored in a floating-point type.
+    def quantized(self, name: str) -> GgufEntry | None:
+        """The quantised matrix as stored in the file, with the rows in Hugging Face order.
 
-        It is also None if the tensor's part begins or ends inside blocks.
+        It is None if it is missing or stored in a floating-point type, or if the tensor's part begins or ends inside
+        blocks.
         """
         reader, part = self._quantized.get(name), self._parts.get(name)
         found = None if reader is None else reader(part)
         if found is None or part is None or not part.padding:
             return found
-        zeros = np.zeros((part.padding, found.rows.shape[1]), dtype=np.uint8)  # blocks of zeros with the scale 0
+        # Blocks of zeros with the scale 0.
+        zeros = np.zeros(part.padding * found.by_row().shape[1], dtype=np.uint8)
         shape = (found.shape[0] + part.padding, found.shape[1])
-        return replace(found, rows=np.concatenate((found.rows, zeros)), shape=shape)
+        return replace(found, stored=np.concatenate((found.stored, zeros)), shape=shape)
 
     @property
     def fp8_names(self) -> frozenset[str]:

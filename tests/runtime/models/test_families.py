@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ramet.errors import ConfigError
 from ramet.lang.program.function import function
@@ -223,4 +224,27 @@ def test_mixtures_in_gguf_files_are_those_of_the_folder(tmp_path: Path, name: st
     blocks = rounded.quantized(key)
     assert blocks is not None
     assert blocks.shape == tuple(weights[key].shape)
-    np.testing.assert_array_equal(blocks.rows, gguf.quantize(weights[key].numpy(), gguf.GGMLQuantizationType.Q8_0))
+    np.testing.assert_array_equal(blocks.by_row(), gguf.quantize(weights[key].numpy(), gguf.GGMLQuantizationType.Q8_0))
+
+
+@pytest.mark.slow
+def test_experts_divided_among_processes_give_the_same_tokens_from_the_cache_and_under_a_constraint(
+    tmp_path: Path,
+) -> None:
+    write_model("qwen3_moe", tmp_path)
+    vocabulary = {text: index for index, text in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="~").save_pretrained(tmp_path)
+    found = []
+    for tp in (1, 2):
+        with Engine(str(tmp_path), tp=tp, num_kv_tokens=512) as engine:
+            first = engine.submit("the river runs past the old mill", GREEDY).result(timeout_s=120)
+            again = engine.submit("the river runs past the old mill", GREEDY).result(timeout_s=120)
+            assert again.token_ids == first.token_ids
+            assert again.usage.cached_tokens > 0
+            state = forked.run(backend=engine)
+            assert re.fullmatch("[1-9][0-9]{2}", state["number"])
+            found.append((first.token_ids, state["number"]))
+    assert found[0] == found[1]

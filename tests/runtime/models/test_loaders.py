@@ -292,8 +292,8 @@ def test_quantised_rows_are_given_as_stored_and_in_first_order(tmp_path: Path, k
             assert quantized is None
             continue
         assert quantized is not None
-        assert (quantized.quantization, quantized.shape) == (kind.name, tuple(tensor.shape))
-        again = gguf.dequantize(quantized.rows, kind)
+        assert (quantized.kind, quantized.shape) == (kind, tuple(tensor.shape))
+        again = gguf.dequantize(quantized.by_row(), kind)
         np.testing.assert_array_equal(again, weights[name].numpy())
         np.testing.assert_array_equal(again, gguf.dequantize(gguf.quantize(tensor.numpy(), kind), kind))
 
@@ -407,8 +407,7 @@ def assert_parts(config: ModelConfig, weights: Weights, block_size: int = 1) -> 
             assert stored is not None
             assert stored.shape == tuple(expected.shape)
             if len(expected):
-                kind = gguf.GGMLQuantizationType[stored.quantization]
-                np.testing.assert_array_equal(gguf.dequantize(stored.rows, kind), expected.numpy())
+                np.testing.assert_array_equal(gguf.dequantize(stored.by_row(), stored.kind), expected.numpy())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -188,7 +188,7 @@ def test_matrices_are_held_in_few_bits_where_they_can_be(tmp_path: Path, name: s
         part = weights.cut({key: Part(1, 32, 96)}).quantized(key)
         assert part is not None
         assert part.shape == (64, 64)
-        np.testing.assert_array_equal(part.rows, blocks.rows[:, 20:60])
+        np.testing.assert_array_equal(part.by_row(), blocks.by_row()[:, 20:60])
         assert weights.cut({key: Part(1, 3, 96)}).quantized(key) is None
     cut = weights.cut({key: Part(0, 5, 9)})[key]
     torch.testing.assert_close(cut, dense[5:9], rtol=0, atol=0)
@@ -219,7 +219,7 @@ def test_blocks_lose_less_than_a_hundredth_of_a_step(tmp_path: Path) -> None:
         weights = open_weights(tmp_path)[1]
         blocks = weights.quantized(key + "weight")
         assert blocks is not None
-        found = torch.from_numpy(gguf.dequantize(blocks.rows, gguf.GGMLQuantizationType.Q4_1))
+        found = torch.from_numpy(gguf.dequantize(blocks.by_row(), blocks.kind))
         scales = stored[key + "weight_scale"].float().repeat_interleave(GROUP, 1)
         values = (stored[key + "weight_packed"].unsqueeze(2) >> torch.arange(0, 32, 4)) & 15
         zeros = torch.full_like(scales, 8.0)
