@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ramet.errors import BrokenModelFile
 
 Activation = Literal["silu", "gelu_tanh"]
-RopeKind = Literal["linear", "llama3", "divisors"]
+RopeKind = Literal["linear", "llama3", "yarn", "divisors"]
 Fields = Mapping[str, Any]  # parsed JSON: values of any type
 Norms = tuple[str | None, str | None, str | None, str | None]
 QkNorm = Literal["head", "all"]
@@ -44,8 +44,9 @@ class RopeScaling:
     """A reduction of the rotary frequencies for a longer context.
 
     linear: every frequency is divided by `factor`. llama3: low frequencies are divided by `factor`, high ones are kept,
-    with a ramp between them (Llama 3.1). divisors: one divisor for each of the D/2 frequencies (GGUF's
-    `rope_freqs.weight`).
+    with a ramp between them (Llama 3.1). yarn: the same, with a ramp over dimensions, from those that make `beta_fast`
+    turns in the original context to those that make `beta_slow`; cos and sin are multiplied by `magnitude`. divisors:
+    one divisor for each of the D/2 frequencies (GGUF's `rope_freqs.weight`).
     """
 
     kind: RopeKind
@@ -53,10 +54,15 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    is_truncated: bool = True  # the ramp begins and ends at whole dimensions
+    magnitude: float = 1.0
     divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position"):
+        positive = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position", "magnitude")
+        for name in (*positive, "beta_fast", "beta_slow"):
             _check_positive(f"rope scaling's {name}", getattr(self, name))
         if self.high_freq_factor == self.low_freq_factor and self.kind == "llama3":
             raise BrokenModelFile(
@@ -75,11 +81,14 @@ class Rope:
 
     def __post_init__(self) -> None:
         _check_positive("rope_theta", self.theta)
+        if self.scaling is not None and self.scaling.kind == "yarn" and self.theta == 1:
+            raise BrokenModelFile("the model's rope_theta is 1, with which YaRN has no frequencies")
 
     def inverse_frequencies(self, head_dim: int) -> NDArray[np.float64]:
         """Radians per position, float64 [head_dim / 2], scaling applied.
 
-        Source: RoFormer (arXiv:2104.09864); the llama3 ramp as in transformers' `modeling_rope_utils`.
+        Source: RoFormer (arXiv:2104.09864); YaRN (arXiv:2309.00071); the llama3 ramp as in transformers'
+        `modeling_rope_utils`.
         """
         inverse = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         scaling = self.scaling
@@ -89,10 +98,20 @@ class Rope:
             return inverse / scaling.factor
         if scaling.kind == "divisors":
             return inverse / np.asarray(scaling.divisors, dtype=np.float64)
+        if scaling.kind == "yarn":
+            ends = [self._dimension_of(turns, head_dim, scaling) for turns in (scaling.beta_fast, scaling.beta_slow)]
+            low, high = (math.floor(ends[0]), math.ceil(ends[1])) if scaling.is_truncated else ends
+            low, high = max(low, 0), min(high, head_dim - 1)
+            ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
+            return inverse * (1 - ramp) + inverse / scaling.factor * ramp
         turns = scaling.original_max_position * inverse / (2 * math.pi)  # rotations over the original context
         kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         kept = np.clip(kept, 0.0, 1.0)
         return (1 - kept) * inverse / scaling.factor + kept * inverse
+
+    def _dimension_of(self, turns: float, head_dim: int, scaling: RopeScaling) -> float:
+        """The dimension that makes so many turns in the original context."""
+        return head_dim * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
 
 @dataclass(frozen=True, slots=True)

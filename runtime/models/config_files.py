@@ -7,6 +7,7 @@ llama.cpp's model loader and converter. Not here: what differs between families 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -320,9 +321,35 @@ def _rope(parameters: Fields, default_theta: float, fields: Fields) -> Rope:
                 original_max_position=int(parameters["original_max_position_embeddings"]),
             )
             return Rope(theta, scaling)
+        if kind == "yarn":
+            return Rope(theta, _yarn(parameters, fields))
     except KeyError as error:
         raise BrokenModelFile(f"rope scaling of type {kind!r} lacks {error.args[0]!r} in config.json") from error
-    raise UnsupportedArchitecture(f"rope scaling of type {kind!r} is not supported; supported: default, linear, llama3")
+    raise UnsupportedArchitecture(
+        f"rope scaling of type {kind!r} is not supported; supported: default, linear, llama3, yarn"
+    )
+
+
+def _yarn(parameters: Fields, fields: Fields) -> RopeScaling:
+    factor = float(parameters["factor"])
+
+    def magnitude_of(share: float) -> float:
+        return 0.1 * share * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    magnitude = parameters.get("attention_factor")
+    if magnitude is None:
+        part, whole = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        magnitude = magnitude_of(float(part)) / magnitude_of(float(whole)) if part and whole else magnitude_of(1.0)
+    original = parameters.get("original_max_position_embeddings") or fields["max_position_embeddings"]
+    return RopeScaling(
+        "yarn",
+        factor=factor,
+        original_max_position=int(original),
+        beta_fast=float(parameters.get("beta_fast") or 32),
+        beta_slow=float(parameters.get("beta_slow") or 1),
+        is_truncated=bool(parameters.get("truncate", True)),
+        magnitude=float(magnitude),
+    )
 
 
 def _windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:

@@ -29,11 +29,12 @@ class RotaryTable:
     @classmethod
     def build(cls, rope: Rope | None, head_dim: int, max_positions: int, device: torch.device) -> RotaryTable:
         """Compute the table. Angles are in fp64, because fp32 loses 0.004 rad at position 100,000. None: all are 0."""
-        inverse = torch.zeros(head_dim // 2, device=device, dtype=torch.float64)
+        inverse, magnitude = torch.zeros(head_dim // 2, device=device, dtype=torch.float64), 1.0
         if rope is not None:
             inverse = torch.from_numpy(rope.inverse_frequencies(head_dim)).to(device)
+            magnitude = 1.0 if rope.scaling is None else rope.scaling.magnitude
         angles = torch.outer(torch.arange(max_positions, device=device, dtype=torch.float64), inverse)
-        return cls(angles.cos().float(), angles.sin().float())
+        return cls((angles.cos() * magnitude).float(), (angles.sin() * magnitude).float())
 
 
 @dataclass(slots=True, eq=False)

@@ -172,6 +172,10 @@ def transformers_decoder(model: Any) -> TransformersDecoder:  # Any: a PreTraine
 
 def _with_our_attention(model: Any, head: Any, text: Any, ids: Tensor) -> TransformersDecoder:
     """A decoder whose layers call our attention. Raises: _OtherAttentionError."""
+    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds_of_rope = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
+    if kinds_of_rope & {"dynamic", "longrope"}:
+        raise _OtherAttentionError("its rotary frequencies depend on the longest sequence of a batch")
     _register()
     model.set_attn_implementation(_NAME)
     try:

@@ -129,7 +129,7 @@ def test_an_unknown_architecture_names_those_supported(architecture: list[str]) 
     ("fields", "message"),
     [
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
         ({"hidden_act": "relu"}, "relu"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
@@ -171,14 +171,29 @@ def test_a_missing_field_is_named() -> None:
         config_from_hf(fields)
 
 
-@pytest.mark.parametrize("kind", ["linear", "llama3"])
-def test_scaled_frequencies_equal_those_of_transformers(kind: str) -> None:
-    parameters = {"rope_theta": 500000.0, **(LLAMA3_ROPE if kind == "llama3" else {"rope_type": kind, "factor": 4.0})}
-    theirs, _ = ROPE_INIT_FUNCTIONS[kind](
-        LlamaConfig(**SIZES, head_dim=128, rope_parameters=parameters), torch.device("cpu")
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        LLAMA3_ROPE,
+        YARN,
+        {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+        {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
+        {**YARN, "attention_factor": 1.5},
+    ],
+)
+def test_scaled_frequencies_equal_those_of_transformers(parameters: dict[str, Any]) -> None:
+    fields = {"rope_theta": 500000.0, **parameters}
+    theirs, magnitude = ROPE_INIT_FUNCTIONS[str(parameters["rope_type"])](
+        LlamaConfig(**SIZES, head_dim=128, max_position_embeddings=16384, rope_parameters=fields), torch.device("cpu")
     )
-    rope = config_from_hf(llama(head_dim=128, rope_parameters=parameters)).rope
+    rope = config_from_hf(llama(head_dim=128, max_position_embeddings=16384, rope_parameters=fields)).rope
     np.testing.assert_allclose(rope.inverse_frequencies(128), theirs.numpy(), rtol=1e-5)
+    assert rope.scaling is not None
+    assert rope.scaling.magnitude == pytest.approx(magnitude)
 
 
 @given(st.integers(1, 64).map(lambda half: 2 * half), st.floats(100.0, 1e7))

@@ -56,6 +56,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "tie_word_embeddings": True},
     ),
     "linear_rope": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    "yarn": (
+        "Qwen3Config",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 10000.0,
+            },
+        },
+    ),
     "mistral": ("MistralConfig", {"sliding_window": 11, "head_dim": 16}),
     "mistral_full": ("MistralConfig", {"sliding_window": None, "num_key_value_heads": 1, "head_dim": 8}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),

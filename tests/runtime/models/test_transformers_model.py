@@ -177,12 +177,20 @@ def test_a_native_family_may_be_run_by_transformers_and_gives_the_same_tokens(tm
 
 
 def test_rotary_scalings_that_the_native_family_lacks_are_left_to_transformers(tmp_path: Path) -> None:
-    fields = {"architectures": ["LlamaForCausalLM"], **SIZES, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    fields = {"architectures": ["LlamaForCausalLM"], **SIZES, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert is_for_transformers(tmp_path, "auto")
     assert not is_for_transformers(tmp_path, "ramet")
     (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": "gptq"}}))
     assert not is_for_transformers(tmp_path, "auto")
+
+
+def test_frequencies_that_depend_on_a_batchs_longest_sequence_run_one_sequence_at_a_time() -> None:
+    rotary = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_parameters=rotary))
+    with Engine(model, tokenizer=TOKENIZER, num_kv_tokens=512) as engine:
+        assert isinstance(engine.model.decoder, TransformersDecoder)
+        assert engine.model.decoder.cache_name is not None
 
 
 @pytest.mark.parametrize(
