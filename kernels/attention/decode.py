@@ -15,10 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ramet.kernels.attention.extend import gather_pages
+from ramet.kernels.attention.extend import gather_pages, masked_attention
 from ramet.kernels.attention.plan import AttentionTiles
 from ramet.kernels.attention.tree import TreePlan
 
@@ -49,11 +48,12 @@ def attention_decode_reference(
     scale: float,
     window: int | None = None,
     out: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attend from `q [B, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[B, H, D]` (`out` when given).
 
     Gathers whole pages of a few rows at a time. Positions of the last page beyond kv_len are read with weight 0, so the
-    caches must have finite values there.
+    caches must have finite values there. softcap: as in `attention_extend_reference`.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -83,12 +83,13 @@ def attention_decode_reference(
         mask = positions < kv_lens
         if window is not None:
             mask &= positions >= kv_lens - window
-        result = F.scaled_dot_product_attention(
+        result = masked_attention(
             queries[part],
             gather_pages(k_cache, pages),
             gather_pages(v_cache, pages),
-            attn_mask=mask[:, None, None, :].expand(-1, -1, group, -1),
-            scale=scale,
+            mask[:, None, None, :].expand(-1, -1, group, -1),
+            scale,
+            softcap,
         )
         out[part] = result.reshape(high - low, num_heads, head_dim)
         low = high

@@ -59,8 +59,12 @@ def attention_extend_reference(
     scale: float,
     window: int | None = None,
     out: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Attend from `q [T, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[T, H, D]` (`out` when given)."""
+    """Attend from `q [T, H, D]` to `k_cache, v_cache [N, K, P, D]`; returns `[T, H, D]` (`out` when given).
+
+    softcap c: a score s becomes c * tanh(s / c). No other op has it.
+    """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     page_size = k_cache.shape[2]
@@ -77,13 +81,26 @@ def attention_extend_reference(
         keys = gather_pages(k_cache, pages)[:, : kv_len - offset]
         values = gather_pages(v_cache, pages)[:, : kv_len - offset]
         tokens = slice(start, start + q_len)
-        out[tokens] = _attend(q[tokens], keys, values, prefix - offset, scale, window)
+        out[tokens] = _attend(q[tokens], keys, values, prefix - offset, scale, window, softcap)
         start += q_len
     out[start:] = 0  # padding
     return out
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, prefix: int, scale: float, window: int | None) -> Tensor:
+def masked_attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """torch's scaled dot-product attention with a mask, and with a cap on scores, computed in fp32, if there is one."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    scores = (q.float() @ keys.float().transpose(-1, -2)) * scale
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
+    return (torch.softmax(scores, dim=-1) @ values.float()).to(q.dtype)
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, prefix: int, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
     """Attend causally from `q [n, H, D]`, at positions from `prefix` on, to `keys, values [K, prefix + n, D]`."""
     q_len, num_heads, head_dim = q.shape
     num_kv_heads, kv_len = keys.shape[0], keys.shape[1]
@@ -91,7 +108,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, prefix: int, scale: float, 
     # The query heads of one KV head become the batch dimension, so keys and values are expanded, never copied.
     queries = q.view(q_len, num_kv_heads, group, head_dim).permute(2, 1, 0, 3)
     keys, values = keys.expand(group, -1, -1, -1), values.expand(group, -1, -1, -1)
-    if prefix == 0 and (window is None or window >= kv_len):
+    if prefix == 0 and softcap is None and (window is None or window >= kv_len):
         result = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
         return result.permute(2, 1, 0, 3).reshape(q_len, num_heads, head_dim)
     parts = []
@@ -104,8 +121,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, prefix: int, scale: float, 
         mask = key_positions <= query_positions
         if window is not None:
             mask &= key_positions > query_positions - window
-        chunk = F.scaled_dot_product_attention(
-            queries[:, :, low:high], keys[:, :, first:last], values[:, :, first:last], attn_mask=mask, scale=scale
+        chunk = masked_attention(
+            queries[:, :, low:high], keys[:, :, first:last], values[:, :, first:last], mask, scale, softcap
         )
         parts.append(chunk.permute(2, 1, 0, 3).reshape(high - low, num_heads, head_dim))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -40,10 +40,10 @@ def build_decoder(
     device = torch.device(device)
     if device.type == "cpu":
         return _build_on_cpu(config, weights, device, dtype, quantization, ops)
-    if config.experts is not None:
+    if not config.runs_on_gpus:
         raise ConfigError(
-            f"Ramet's layers of {config.architecture} run experts on the CPU only; on {device.type}, transformers runs "
-            "them: --model-impl transformers"
+            f"Ramet's layers of {config.architecture} run on the CPU only; on {device.type}, transformers runs them: "
+            "--model-impl transformers"
         )
     if quantization not in (None, "fp8"):
         raise ConfigError(
@@ -160,6 +160,7 @@ class _Builder:
             rotary=self.rotary(config.layer_rope(index)),
             scale=config.attention_scale,
             window=config.window(index),
+            softcap=config.attention_softcap,
             q_norm=self.norm(prefix + "q_norm") if config.qk_norm is not None else None,
             k_norm=self.norm(prefix + "k_norm") if config.qk_norm is not None else None,
             eps=config.rms_norm_eps,

@@ -102,8 +102,9 @@ class Rope:
             ends = [self._dimension_of(turns, head_dim, scaling) for turns in (scaling.beta_fast, scaling.beta_slow)]
             low, high = (math.floor(ends[0]), math.ceil(ends[1])) if scaling.is_truncated else ends
             low, high = max(low, 0), min(high, head_dim - 1)
-            ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
-            return inverse * (1 - ramp) + inverse / scaling.factor * ramp
+            width = high - low if high != low else 0.001
+            ramp = np.clip((np.arange(head_dim // 2, dtype=np.float64) - low) / width, 0.0, 1.0)
+            return np.asarray(inverse * (1 - ramp) + inverse / scaling.factor * ramp, dtype=np.float64)
         turns = scaling.original_max_position * inverse / (2 * math.pi)  # rotations over the original context
         kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         kept = np.clip(kept, 0.0, 1.0)
@@ -145,11 +146,11 @@ class ModelConfig:
     `sliding_layers[i]`: layer i attends only to the last `sliding_window` positions (the current one included).
     `rope` serves layers with full attention, `local_rope` sliding ones (equal except in Gemma 3), and layers i with
     `unrotated_layers[i]` have no rotary embedding (SmolLM3). `qk_norm`: norms of q and k, in each head or over all
-    heads together. `attention_scale` multiplies q.k; `embedding_scale` multiplies the token embedding; `norm_offset` is
-    added to every norm weight, q/k norms too (1 in Gemma, whose files store w - 1). `norms`: the norms' names in a
-    layer's files: before attention, of its output before it is added to the residual, before the feed-forward block,
-    and of that block's output; None where the layer has no such norm. `residual_scale` multiplies the output of each
-    block.
+    heads together. `attention_scale` multiplies q.k; an `attention_softcap` c makes such a score c * tanh(score / c)
+    (Gemma 2). `embedding_scale` multiplies the token embedding; `norm_offset` is added to every norm weight, q/k norms
+    too (1 in Gemma, whose files store w - 1). `norms`: the norms' names in a layer's files: before attention, of its
+    output before it is added to the residual, before the feed-forward block, and of that block's output; None where the
+    layer has no such norm. `residual_scale` multiplies the output of each block.
     `experts` replace the feed-forward block, but not in layers i with `dense_layers[i]`. `logit_scale` multiplies the
     logits; with a `logit_softcap` c they then become c * tanh(logits / c). `eos_ids` may be empty.
     """
@@ -167,6 +168,7 @@ class ModelConfig:
     rope: Rope
     local_rope: Rope
     attention_scale: float
+    attention_softcap: float | None = None
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
     unrotated_layers: tuple[bool, ...] = ()
@@ -194,8 +196,9 @@ class ModelConfig:
                 check_size(name, getattr(self, name))
         for name in ("rms_norm_eps", "attention_scale", "embedding_scale", "residual_scale", "logit_scale"):
             _check_positive(name, getattr(self, name))
-        if self.logit_softcap is not None:
-            _check_positive("logit_softcap", self.logit_softcap)
+        for name in ("attention_softcap", "logit_softcap"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
         if self.sliding_window is not None:
             check_size("max_position_embeddings", self.sliding_window, "sliding_window")
         for token in (self.bos_id, self.pad_id, *self.eos_ids):
@@ -224,6 +227,11 @@ class ModelConfig:
     def layer_experts(self, layer: int) -> Experts | None:
         """The experts of a layer; None if it has one feed-forward block."""
         return None if self.dense_layers and self.dense_layers[layer] else self.experts
+
+    @property
+    def runs_on_gpus(self) -> bool:
+        """Whether our layers have GPU kernels for all of it."""
+        return self.experts is None and self.attention_softcap is None
 
     @property
     def kv_bytes_per_token_bf16(self) -> int:

@@ -48,6 +48,7 @@ _OTHER_KEYS = {
     "attention.key_length": "head_dim",
     "rope.freq_base": "rope_theta",
     "rope.freq_base_swa": "rope_local_base_freq",
+    "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
 
@@ -133,6 +134,9 @@ def _compressed_tensors(settings: Fields) -> Scheme:
     return found.pop()
 
 
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+
+
 def config_from_hf(config: Fields) -> ModelConfig:
     """Read a parsed `config.json` in the layout of transformers 4.x or 5.x. Of multimodal Gemma 3, read the text part.
 
@@ -148,8 +152,6 @@ def config_from_hf(config: Fields) -> ModelConfig:
     scheme_of(config)  # raises for quantised weights that cannot be read
     if fields.get("use_bidirectional_attention"):
         raise UnsupportedArchitecture("use_bidirectional_attention: an encoder cannot generate text")
-    if fields.get("attn_logit_softcapping"):
-        raise UnsupportedArchitecture("attn_logit_softcapping is not supported (Gemma 2); use a Gemma 3 model")
     return _config(family, fields, {})
 
 
@@ -181,9 +183,10 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     fields["bos_token_id"] = read("tokenizer.ggml.bos_token_id")
     fields["pad_token_id"] = read("tokenizer.ggml.padding_token_id")
     num_layers, num_heads = _check_sizes(fields)
-    # llama.cpp's rule: only the 27B Gemma 3 scales by hidden / heads; all others by the head dimension.
-    head_dim = fields["head_dim"] or fields["hidden_size"] // num_heads
-    fields["query_pre_attn_scalar"] = fields["hidden_size"] // num_heads if num_layers == 62 else head_dim
+    # llama.cpp's rule: only the Gemmas of 27B scale by hidden / heads; all others by the head dimension.
+    each = fields["hidden_size"] // num_heads
+    is_27b = num_layers == _LAYERS_OF_27B.get(str(prefix))
+    fields["query_pre_attn_scalar"] = each if is_27b else fields["head_dim"] or each
     facts: Variations = {
         "qkv_bias": "blk.0.attn_q.bias" in tensors,
         "o_bias": "blk.0.attn_output.bias" in tensors,
@@ -207,7 +210,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         raise UnsupportedArchitecture(f"rope scaling of type {kind!r} is not supported; supported: none, linear")
     window = read(f"{prefix}.attention.sliding_window")
     pattern = _gguf_sliding_layers(
-        read(f"{prefix}.attention.sliding_window_pattern"), num_layers, has_pattern=family.sliding == "pattern"
+        read(f"{prefix}.attention.sliding_window_pattern"), num_layers, fields.get("sliding_window_pattern")
     )
     facts |= {
         "sliding_window": window if window and any(pattern) else None,
@@ -268,6 +271,7 @@ def _config(family: Family, fields: Fields, facts: Variations) -> ModelConfig:
         max_position_embeddings=need("max_position_embeddings"),
         tie_word_embeddings=bool(need("tie_word_embeddings")),
         activation=_ACTIVATIONS[activation],
+        attention_softcap=fields.get("attn_logit_softcapping"),
         logit_softcap=fields.get("final_logit_softcapping"),
         bos_id=fields.get("bos_token_id"),
         eos_ids=token_ids(fields.get("eos_token_id")),
@@ -368,16 +372,17 @@ def _windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | Non
             raise UnsupportedArchitecture(f"layer types {', '.join(unknown)} are not supported")
         return window, tuple(kind == "sliding_attention" for kind in layer_types)
     if family.sliding == "pattern":
-        pattern = int(fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern") or 6)
+        pattern = int(fields.get("_sliding_window_pattern") or fields["sliding_window_pattern"])
         return window, tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
     first = int(fields.get("max_window_layers", 28))
     return window, tuple(layer >= first for layer in range(num_layers))
 
 
-def _gguf_sliding_layers(stored: object, num_layers: int, *, has_pattern: bool) -> tuple[bool, ...]:
+def _gguf_sliding_layers(stored: object, num_layers: int, own_period: int | None) -> tuple[bool, ...]:
+    """For each layer whether it slides. own_period: of the family; None if all its layers slide, or none."""
     if isinstance(stored, list):
         return tuple(bool(item) for item in stored)
-    period = stored if isinstance(stored, int) and not isinstance(stored, bool) else 6
+    period = stored if isinstance(stored, int) and not isinstance(stored, bool) else own_period or 1
     if period < 1:
         raise BrokenModelFile(f"attention.sliding_window_pattern is {period} but must be at least 1")
-    return tuple((layer + 1) % period != 0 if has_pattern else True for layer in range(num_layers))
+    return tuple((layer + 1) % period != 0 if own_period is not None else True for layer in range(num_layers))

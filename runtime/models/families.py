@@ -79,6 +79,7 @@ _GEMMA3: Fields = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
     "sliding_window": 4096,
+    "sliding_window_pattern": 6,
     "query_pre_attn_scalar": 256,
     "rope_theta": 1_000_000.0,
     "rope_local_base_freq": 10_000.0,
@@ -88,9 +89,32 @@ _GEMMA3: Fields = {
 }
 
 
-def _gemma3(fields: Fields) -> Variations:
+_GEMMA2: Fields = {
+    "vocab_size": 256_000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 2,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "rope_theta": 10_000.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def _gemma(fields: Fields) -> Variations:
     return {
-        "qk_norm": "head",
         "attention_scale": float(fields["query_pre_attn_scalar"]) ** -0.5,
         "embedding_scale": math.sqrt(fields["hidden_size"]),
         "norm_offset": 1.0,
@@ -167,12 +191,13 @@ FAMILIES = (
         sliding="optional",
         gguf="qwen3",
     ),
+    Family("gemma2", ("Gemma2ForCausalLM",), defaults=_GEMMA2, variations=_gemma, sliding="pattern", gguf="gemma2"),
     Family(
         "gemma3",
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
         ("gemma3_text",),
         defaults=_GEMMA3,
-        variations=_gemma3,
+        variations=lambda fields: _gemma(fields) | {"qk_norm": "head"},
         sliding="pattern",
         gguf="gemma3",
     ),

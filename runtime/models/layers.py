@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ramet.kernels.attention.decode import attention_decode_reference
+from ramet.kernels.attention.extend import attention_extend_reference
 from ramet.kernels.ops import Ops
 from ramet.runtime.models.config import Rope
 from ramet.runtime.models.context import ForwardContext
@@ -51,6 +54,7 @@ class Attention:
     rotary: RotaryTable
     scale: float
     window: int | None
+    softcap: float | None
     q_norm: Tensor | None  # [D]; over all heads [H * D]
     k_norm: Tensor | None  # [D]; over all heads [K * D]
     eps: float
@@ -81,7 +85,7 @@ class Attention:
             k_norm,
             self.eps,
         )
-        out = attend_over_cache(self.ops, q, (k_cache, v_cache), context, self.scale, self.window)
+        out = attend_over_cache(self.ops, q, (k_cache, v_cache), context, self.scale, self.window, self.softcap)
         return out.view(-1, self.num_heads * self.head_dim)
 
     def _normed_whole(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -90,20 +94,33 @@ class Attention:
 
 
 def attend_over_cache(
-    ops: Ops, q: Tensor, caches: tuple[Tensor, Tensor], context: ForwardContext, scale: float, window: int | None
+    ops: Ops,
+    q: Tensor,
+    caches: tuple[Tensor, Tensor],
+    context: ForwardContext,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Attend from `q` [T, H, D] over a layer's caches, which already hold this step's keys and values."""
+    """Attend from `q` [T, H, D] over a layer's caches, which already hold this step's keys and values.
+
+    softcap: a cap on scores, which the references alone have.
+    """
+    attend_decode, attend_extend = ops.attention_decode, ops.attention_extend
+    if softcap is not None:
+        attend_decode = partial(attention_decode_reference, softcap=softcap)
+        attend_extend = partial(attention_extend_reference, softcap=softcap)
     decode, extend = context.decode, context.extend
     if decode is not None and extend is None:
-        return ops.attention_decode(q, *caches, decode, scale, window, None)
+        return attend_decode(q, *caches, decode, scale, window, None)
     if decode is None:
         assert extend is not None
-        return ops.attention_extend(q, *caches, extend, scale, window, None)
+        return attend_extend(q, *caches, extend, scale, window, None)
     assert extend is not None
     out = torch.empty_like(q)
     num_decode, start = context.num_decode, context.extend_start
-    ops.attention_decode(q[:num_decode], *caches, decode, scale, window, out[:num_decode])
-    ops.attention_extend(q[start:], *caches, extend, scale, window, out[start:])
+    attend_decode(q[:num_decode], *caches, decode, scale, window, out[:num_decode])
+    attend_extend(q[start:], *caches, extend, scale, window, out[start:])
     return out
 
 

@@ -102,7 +102,7 @@ def load_model(
     start_s = time.monotonic()
     name = os.fspath(name_or_path) if name_or_path is not None else None
     path = resolve_model(name)
-    if is_for_transformers(path, model_impl):
+    if is_for_transformers(path, model_impl, device):
         return _load_by_transformers(name or path.stem, path, torch.device(device), parse_dtype(dtype), quantization)
     files = open_model(path)
     decoder = build_decoder(
@@ -112,19 +112,20 @@ def load_model(
     return LoadedModel(name or files.path.stem, decoder, files.tokenizer, files.config, files.generation)
 
 
-def is_for_transformers(path: Path, model_impl: ModelImpl) -> bool:
-    """Return whether transformers is to compute a model's layers. Raises: ConfigError, BrokenModelFile."""
+def is_for_transformers(path: Path, model_impl: ModelImpl, device: torch.device | str = "cpu") -> bool:
+    """Return whether transformers is to compute a model's layers on a device. Raises: ConfigError, BrokenModelFile."""
     if not path.is_dir():
         if model_impl == "transformers":
             raise ConfigError(f"model_impl is 'transformers' but {path} is a GGUF file; give a Hugging Face folder")
         return False
     if model_impl != "auto":
         return model_impl == "transformers"
+    is_quantized = bool(read_json(path / "config.json").get("quantization_config"))
     try:
-        load_hf_config(path)
+        config = load_hf_config(path)
     except UnsupportedArchitecture:
-        return not read_json(path / "config.json").get("quantization_config")
-    return False
+        return not is_quantized
+    return torch.device(device).type == "cuda" and not config.runs_on_gpus and not is_quantized
 
 
 def _load_by_transformers(

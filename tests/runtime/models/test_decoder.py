@@ -74,6 +74,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_sliding": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {"head_dim": 20, "tie_word_embeddings": False}),
     "qwen3_tied": ("Qwen3Config", {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "sliding_window": 13,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
     "gemma3": (
         "Gemma3TextConfig",
         {"sliding_window": 13, "layer_types": _GEMMA_LAYERS, "head_dim": 16, "query_pre_attn_scalar": 24},

@@ -25,7 +25,7 @@ from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.layers import DecoderLayer, SparseFeedForward
-from ramet.runtime.models.load import LoadedModel, open_weights
+from ramet.runtime.models.load import LoadedModel, is_for_transformers, open_weights
 from ramet.runtime.models.weights import Weights
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.types import SamplingParams
@@ -49,6 +49,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2Config", {}),
     "phi3": ("Phi3Config", {}),
     "granite": ("GraniteConfig", {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}),
     "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": ("Qwen2MoeConfig", {**QWEN_EXPERTS, "shared_expert_intermediate_size": 32}),
@@ -153,8 +154,12 @@ def test_a_tokens_experts_do_not_depend_on_the_tokens_beside_it(tmp_path: Path) 
         torch.testing.assert_close(experts(x[rows]), together[rows], rtol=0, atol=2e-6)
 
 
-def test_experts_on_a_gpu_name_the_way_out(tmp_path: Path) -> None:
-    write_model("mixtral", tmp_path)
+@pytest.mark.parametrize("name", ["mixtral", "gemma2"])
+def test_what_has_no_gpu_kernels_is_left_to_transformers_there(tmp_path: Path, name: str) -> None:
+    write_model(name, tmp_path)
+    assert is_for_transformers(tmp_path, "auto", "cuda")
+    assert not is_for_transformers(tmp_path, "auto", "cpu")
+    assert not is_for_transformers(tmp_path, "ramet", "cuda")
     config, weights = open_weights(tmp_path)
     with pytest.raises(ConfigError, match="on cuda, transformers runs them: --model-impl transformers"):
         build_decoder(config, weights, device="cuda")

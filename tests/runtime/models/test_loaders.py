@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -52,6 +54,7 @@ MODELS: dict[str, Any] = {
     "mistral": (MistralConfig, MistralForCausalLM, {}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"sliding_window": 8}),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"sliding_window": 8}),
 }
 
@@ -217,7 +220,7 @@ def as_llama_cpp_stores(name: str, tensor: Tensor, architecture: str) -> np.ndar
     if architecture == "llama" and heads is not None:
         rows = [head * 16 + half * 8 + index for head in range(heads) for index in range(8) for half in range(2)]
         return values[rows]
-    return values + 1 if architecture == "gemma3" and name.endswith("norm.weight") else values
+    return values + 1 if architecture.startswith("gemma") and name.endswith("norm.weight") else values
 
 
 def write_gguf(
@@ -236,13 +239,16 @@ def write_gguf(
     writer.add_key_length(16)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1e6 if name == "gemma3" else 1e4)
-    if name == "gemma3":
+    if name.startswith("gemma"):
         writer.add_sliding_window(8)
+    if name == "gemma2":
+        writer.add_attn_logit_softcapping(50.0)
+        writer.add_final_logit_softcapping(30.0)
     for tensor_name, tensor in (tensors | changes.pop("tensors", {})).items():
         if tensor is None:
             continue
         values = as_llama_cpp_stores(tensor_name, tensor, architecture)
-        stored_name = gguf_name(tensor_name, name == "gemma3")
+        stored_name = gguf_name(tensor_name, name.startswith("gemma"))
         if kind is not None and values.ndim == 2:
             writer.add_tensor(stored_name, gguf.quantize(values, kind), raw_dtype=kind)
         else:
@@ -266,9 +272,9 @@ def open_weights(path: Path) -> tuple[ModelConfig, Weights]:
 def test_gguf_tensors_come_back_under_their_first_names_and_order(tmp_path: Path, name: str) -> None:
     tensors = write_gguf(tmp_path / "m.gguf", name)
     config, weights = open_weights(tmp_path / "m.gguf")
-    assert_same(weights, tensors, tolerance=1e-6 if name == "gemma3" else 0.0)
+    assert_same(weights, tensors, tolerance=1e-6 if name.startswith("gemma") else 0.0)
     theirs = config_from_hf(tiny(name)[0].config.to_dict())
-    same = (
+    same = [
         "qkv_bias",
         "o_bias",
         "mlp_bias",
@@ -277,7 +283,9 @@ def test_gguf_tensors_come_back_under_their_first_names_and_order(tmp_path: Path
         "norm_offset",
         "embedding_scale",
         "rope",
-    )
+    ]
+    if name.startswith("gemma"):  # of others, no key says that layers slide
+        same += ["sliding_layers", "attention_softcap", "logit_softcap"]
     for field in (*same, "local_rope", "head_dim", "num_kv_heads", "vocab_size", "rms_norm_eps", "activation"):
         assert getattr(config, field) == getattr(theirs, field), field
 
@@ -341,7 +349,7 @@ def test_one_part_of_a_split_file_says_how_to_join(tmp_path: Path) -> None:
 
 def test_an_unknown_gguf_architecture_names_those_supported(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", "llama", architecture="mamba")
-    with pytest.raises(UnsupportedArchitecture, match=r"'mamba'.*GGUF: llama, mistral, qwen2, qwen3, gemma3"):
+    with pytest.raises(UnsupportedArchitecture, match=r"'mamba'.*GGUF: llama, mistral, qwen2, qwen3, gemma2, gemma3"):
         open_weights(tmp_path / "m.gguf")
 
 
