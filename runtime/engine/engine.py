@@ -204,6 +204,16 @@ class Engine:
             handle.cancel()
             raise
 
+    def score(self, text: str | list[int], **options: Any) -> tuple[float, ...]:
+        """Return the natural log-probability of each token of a text given those before it, from the second one on.
+
+        For perplexity and evaluation; it is computed beside whatever else runs. `options` are those of `submit`.
+        """
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else text
+        if len(ids) < 2:
+            return ()
+        return self.generate(ids, score_from=1, **options).prompt_logprobs or ()
+
     def _push_to(self, handle: RequestHandle) -> OnOutput:
         """Return a function that pushes outputs to a handle without keeping it alive.
 

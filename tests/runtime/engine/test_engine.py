@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from ramet.errors import (
@@ -29,6 +30,7 @@ from ramet.errors import (
 )
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.testing.bare_cache import BareCache
 from ramet.runtime.types import FinishReason, RequestOptions, RequestOutput, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
@@ -490,3 +492,16 @@ def test_a_context_that_the_cache_limits_names_the_caches_option(tiny_model: Loa
     overflow = pytest.raises(ContextOverflow, match=r"the context is 128; .* raise --num-kv-tokens")
     with Engine(tiny_model, num_kv_tokens=128) as engine, overflow:
         engine.submit("x" * 200)
+
+
+def test_a_score_is_the_log_probability_of_each_token_after_the_first(engine: Engine) -> None:
+    ids = list(b"a text whose tokens are scored")
+    cache = BareCache(engine.model.decoder, 1, len(ids))
+    expected = torch.log_softmax(cache.step([], [(0, ids)]).float(), dim=-1)[:-1].gather(
+        1, torch.tensor(ids[1:])[:, None]
+    )
+    for text in (ids, bytes(ids).decode()):  # the second is in the cache
+        assert engine.score(text) == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
+    assert engine.score("a") == engine.score([]) == ()
+    with pytest.raises(InvalidRequest):
+        engine.score([1, -5])

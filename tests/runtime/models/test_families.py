@@ -151,7 +151,7 @@ def test_a_tokens_experts_do_not_depend_on_the_tokens_beside_it(tmp_path: Path) 
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
     together = experts(x)
     for rows in (slice(0, 1), slice(7, 20), slice(49, 50)):
-        torch.testing.assert_close(experts(x[rows]), together[rows], rtol=0, atol=2e-6)
+        torch.testing.assert_close(experts(x[rows]), together[rows], rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gemma2"])
