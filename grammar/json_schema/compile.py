@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,7 @@ from ramet.grammar.json_schema.frames.arrays import open_array
 from ramet.grammar.json_schema.frames.compilation import Compilation, Opener, TextContext
 from ramet.grammar.json_schema.frames.layout import layout_of
 from ramet.grammar.json_schema.frames.objects import open_object, prepare
-from ramet.grammar.json_schema.frames.scalars import open_literal, open_number, open_string
+from ramet.grammar.json_schema.frames.scalars import open_literal, open_number, open_string, prepare_scalars
 from ramet.grammar.json_schema.frames.tables import ARRAY, AT_VALUE, LITERALS, NUMBER, OBJECT, STRING
 from ramet.grammar.json_schema.keywords.interpreter import Interpreter
 from ramet.grammar.json_schema.keywords.schema_errors import survey
@@ -24,6 +26,7 @@ from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.compiled_grammar import Problem
 from ramet.grammar.machine.frame import target
 
+WARM_S = 0.002  # for patterns and ranges ahead; the others are read when a text reaches them
 WARM_NODES = 64  # nodes prepared at once; the rest of a larger schema is prepared when a text reaches it
 
 OPENERS: Mapping[int, Opener] = {
@@ -88,6 +91,12 @@ def place_schema(source: ir.JsonSchema, machine: Machine) -> tuple[int, list[Pro
             objects = expressions.values(expressions.of_schema(node)).objects
             if len(objects) == 1 and not expressions.values_are_empty(Values(objects=objects)):
                 prepare(compilation, objects[0])
+        end = time.thread_time() + WARM_S
+        for node in nodes:
+            if time.thread_time() >= end:
+                break
+            with suppress(GrammarTooLarge):  # a text that gets there raises it
+                prepare_scalars(compilation, expressions.values(expressions.of_schema(node)))
         return compilation.value((root,), TextContext(target(machine.done), 0), AT_VALUE), schemas.unenforced
     except RecursionError as error:
         raise GrammarTooLarge("schemas are nested too deeply to be combined") from error

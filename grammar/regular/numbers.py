@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice
 from typing import Any
 
@@ -225,15 +225,15 @@ def automaton(numbers: Numbers) -> Dfa:
     """
     if numbers == ANY:
         return regular.compile_bytes(ANY_NUMBER)
-    if numbers.plain is not None:
-        base, plain = automaton(replace(numbers, plain=None)), regular.compile_bytes(_PLAIN_INTEGER)
+    if numbers.plain is False or (numbers.plain and numbers.finite is not None):
+        base, plain = automaton(replace(numbers, plain=None)), _plain_integers()
         return dfas.intersect([base, plain if numbers.plain else dfas.complement(plain)])
     if numbers.finite is not None:
         return _listed(numbers.finite, is_exact=True)
     base = unexcluded(numbers)
     if numbers.excluded:
         base = dfas.intersect([base, dfas.complement(_listed(numbers.excluded, is_exact=False))])
-    return _exact(base) if numbers.integer else base
+    return _exact(base) if numbers.integer and not numbers.plain else base
 
 
 def _listed(values: frozenset[Fraction], *, is_exact: bool) -> Dfa:
@@ -243,18 +243,24 @@ def _listed(values: frozenset[Fraction], *, is_exact: bool) -> Dfa:
 
 def _exact(dfa: Dfa) -> Dfa:
     """Remove the texts of large integers with a fraction part; if that needs too many states, all with one."""
-    plain = regular.compile_bytes(_PLAIN_INTEGER)
-    if len(dfa.transitions) * (_LARGE_DIGITS + 4) > MAX_STATES:
-        return dfas.intersect([dfa, plain])
+    is_large = len(dfa.transitions) * (_LARGE_DIGITS + 4) > MAX_STATES
+    return dfas.intersect([dfa, _plain_integers() if is_large else _exact_integers()])
+
+
+@cache
+def _plain_integers() -> Dfa:
+    return regular.compile_bytes(_PLAIN_INTEGER)
+
+
+@cache
+def _exact_integers() -> Dfa:
     small = ir.Concatenation((ir.optional(ir.text("-")), ir.Repeat(_DIGIT, 1, _LARGE_DIGITS - 1), _FRACTION))
-    return dfas.intersect([dfa, dfas.union([plain, regular.compile_bytes(small)])])
+    return dfas.union([_plain_integers(), regular.compile_bytes(small)])
 
 
 def unexcluded(numbers: Numbers) -> Dfa:
     """Do as `automaton`, but without exponents, and with the single excluded numbers put back."""
-    return _track(
-        Numbers(numbers.low, numbers.low_open, numbers.high, numbers.high_open, numbers.integer, numbers.multiples)
-    )
+    return _track(replace(numbers, excluded=frozenset()))
 
 
 def divisors_text(numbers: Numbers) -> str:
@@ -541,6 +547,7 @@ class _Tracks:
 
     def __init__(self, numbers: Numbers) -> None:
         self.integer = numbers.integer
+        self.plain = numbers.plain
         self.sides = {}
         for sign, interval in _intervals(numbers).items():
             if interval is not None:
@@ -562,7 +569,7 @@ class _Tracks:
         _, sign, a, b, odd, parts = state
         _, low, high = self.sides[sign]
         if symbol == 10:
-            if phase not in ("zero", "int") or not self._may_divide(parts):
+            if self.plain or phase not in ("zero", "int") or not self._may_divide(parts):
                 return None
             return ("point", sign, low and low.point(a), high and high.point(b), odd, parts)
         if symbol == 11 or phase == "zero":

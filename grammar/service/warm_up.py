@@ -46,8 +46,10 @@ _SCHEMA = {
     "additionalProperties": {"type": "boolean"},
     "required": ["text"],
 }
+_CLOSED = {"type": "object", "properties": {"a": {}, "/": {}}, "additionalProperties": False}
 SAMPLES = (
     ("json_schema", json.dumps(_SCHEMA), rb'{"text": "a", "pattern": "b", "other": true, "set": [1, 2]}'),
+    ("json_schema", json.dumps(_CLOSED), b'{"a": 1, "/": 2}'),
     ("regex", "a[1-9]{1,3}b*", b"a12"),
     ("cfg", 'start: "(" start ")" | "x"', b"((x"),
 )
@@ -96,9 +98,12 @@ def _run_samples() -> None:
         assert state is not None
         grammar.ends(state)
         grammar.completion_bound(0)
+        grammar.close(64)
     row = np.zeros(1, dtype=np.int32)
     walker.clear(row, np.zeros(1, dtype=np.int64))  # of these tokens, none is refused
+    walker.row_digest(row)
     row.flags.writeable = False
+    walker.row_digest(row)
     walker.rows_equal(row, row)  # as for rows that were interned before
     if are_compiled():
         return
@@ -118,8 +123,10 @@ def warm_up(vocabulary: Vocabulary) -> None:
     for name in sorted(formats.KNOWN):
         of_format = Strings(languages=frozenset(((0, True),)))
         string_rows(((of_format,),), (("format", name),), Limits().max_regular_states)
-    for integer, low in itertools.product((None, True), (None, Fraction(0), Fraction(1))):
-        number_rows(((Numbers(low, integer=integer),),))
+    for (integer, plain), low in itertools.product(
+        ((None, None), (True, None), (True, True)), (None, Fraction(0), Fraction(1))
+    ):
+        number_rows(((Numbers(low, integer=integer, plain=plain),),))
     schema = {"properties": {"a": {"type": "string", "maxLength": 3}}}
     grammar = compile_grammar(ir.JsonSchema(schema, ir.JsonOptions(order="declared")), vocabulary)
     grammar.mask(0)

@@ -100,9 +100,15 @@ class Objects:
     says_others: bool | None = None
     excluded: frozenset[int] = frozenset()
     table: dict[str, Expr] = field(init=False, compare=False, repr=False)  # `properties` as a dictionary
+    hashed: int = field(init=False, compare=False, repr=False)  # specs of hundreds of keys are keys of dictionaries
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", dict(self.properties))
+        parts = (self.properties, self.default, self.rules, self.required, self.low, self.high, self.dependent)
+        object.__setattr__(self, "hashed", hash((*parts, self.exists, self.says_others, self.excluded)))
+
+    def __hash__(self) -> int:
+        return self.hashed
 
     @property
     def languages(self) -> tuple[int, ...]:

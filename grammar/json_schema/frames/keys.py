@@ -13,7 +13,7 @@ from ramet.grammar.json_schema.algebra import specs as object_specs
 from ramet.grammar.json_schema.algebra.values import Exists, Expr, Objects
 from ramet.grammar.json_schema.frames.compilation import Compilation
 from ramet.grammar.json_schema.frames.tables import ANY_CHARS, StringRows, overlay
-from ramet.grammar.machine.frame import FrameTable, leave
+from ramet.grammar.machine.frame import REFUSE, FrameTable, compress_rows, leave, ways_to_exits
 from ramet.grammar.regular import strings
 from ramet.grammar.regular.plain_trie import plain_trie
 
@@ -61,7 +61,8 @@ class KeySpace:
         self._alive: dict[int, tuple[int, int]] = {}
         self._tables: dict[object, FrameTable] = {}
         self._possible: dict[FrameTable, tuple[int, int]] = {}
-        self._master: tuple[bool, StringRows] | None = None
+        self._all_names_rows: StringRows | None = None
+        self._every_key: tuple[strings.Content, tuple[NDArray[np.int32], NDArray[np.uint8]]] | None = None
         self.required = [self.bits(o.required) for o in specs]
         self._dependent = [tuple((self.bits((k,)), self.bits(needs)) for k, needs in o.dependent) for o in specs]
         self._endings: dict[bytes, list[tuple[str, bytes]]] = {}
@@ -276,31 +277,63 @@ class KeySpace:
             key = (named, others, extras)
         found = self._tables.get(key)
         if found is None:
-            if self.is_open(others) or not others:
-                if self._master is None or self._master[0] != bool(others):
-                    self._master = bool(others), self._all_keys(bool(others))
-                rows = self._master[1]
-                if not others:
-                    rows = self._without(rows, [i for i in range(len(self.names)) if not (named >> i) & 1])
+            if self.is_open(others):
+                rows = self._any_keys()
+            elif not others:
+                rows = self._named_keys(named)
             else:
                 rows = self._some_keys(named, others, extras)
             found = self._tables[key] = self.compilation.string_table(rows, self.num_labels)
         return found
 
-    @staticmethod
-    def _without(keys: StringRows, gone: list[int]) -> StringRows:
-        rows = keys.rows.copy()
-        strings.drop_exits(rows, np.array([leave(i) for i in gone], dtype=np.int32))
-        return StringRows(rows, keys.byte_class, keys.depths, keys.loop)
+    def _any_keys(self) -> StringRows:
+        """Return the table with every label."""
+        n = len(self.names)
+        entries = {k: i for i, k in enumerate(self.names)}
+        is_any = self.dfa is ANY_CHARS
+        plain = plain_trie(n, entries) if is_any else None
+        if plain is not None:
+            return StringRows.of_trie(*plain)
+        base = strings.any_string_content(n) if is_any else strings.json_string_rows(self.dfa, self._labels(-1))
+        return StringRows.of(overlay(base, entries))
+
+    def _named_keys(self, named: int) -> StringRows:
+        """Return the table of these names alone."""
+        plain = plain_trie(None, {k: i for i, k in enumerate(self.names) if (named >> i) & 1})
+        if plain is not None:
+            return StringRows.of_trie(*plain)
+        if self._all_names_rows is None:
+            self._all_names_rows = StringRows.of(overlay(None, {k: i for i, k in enumerate(self.names)}))
+        every = self._all_names_rows
+        return StringRows(self._dropped(every.rows, named, 0), every.byte_class, every.depths, every.loop)
 
     def _some_keys(self, named: int, others: int, extras: frozenset[str]) -> StringRows:
         """Return the table of these names, and of the unnamed keys of these signatures except `extras`."""
-        entries = {k: i if (named >> i) & 1 else -1 for i, k in enumerate(self.names)}
-        content = overlay(
-            strings.json_string_rows(self.dfa, self._labels(others)), {**entries, **dict.fromkeys(extras, -1)}
-        )
-        strings.trim(content.rows)
-        return StringRows.of(content)
+        if extras:
+            entries = {k: i if (named >> i) & 1 else -1 for i, k in enumerate(self.names)}
+            content = overlay(
+                strings.json_string_rows(self.dfa, self._labels(others)), {**entries, **dict.fromkeys(extras, -1)}
+            )
+            strings.trim(content.rows)
+            return StringRows.of(content)
+        if self._every_key is None:
+            every = {k: i for i, k in enumerate(self.names)}
+            content = overlay(strings.json_string_rows(self.dfa, self._labels(-1)), every)
+            strings.trim(content.rows)
+            self._every_key = content, compress_rows(content.rows)
+        content, (rows, byte_class) = self._every_key
+        rows = self._dropped(rows, named, others)
+        is_dead = (rows == REFUSE).all(axis=1)
+        beyond = np.where(is_dead[np.maximum(content.beyond, 0)] & (content.beyond >= 0), REFUSE, content.beyond)
+        return StringRows.compressed(rows, byte_class, content.num_content, beyond)
+
+    def _dropped(self, rows: NDArray[np.int32], named: int, others: int) -> NDArray[np.int32]:
+        """Return a copy of rows that refuses the labels that are not among these."""
+        labels = named & ((1 << len(self.names)) - 1) | others << len(self.names)
+        gone = [leave(label) for label in range(self.num_labels) if not (labels >> label) & 1]
+        rows = rows.copy()
+        strings.drop_exits(rows, np.array(gone, dtype=np.int32))
+        return rows
 
     def _labels(self, others: int) -> list[int]:
         """Return the exit of a key that ends in each state of the automaton of unnamed keys.
@@ -321,32 +354,6 @@ class KeySpace:
         table = self.table(named, others, extras)
         found = self._possible.get(table)
         if found is None:
-            found = self._possible[table] = self._reachable(table)
+            labels = sum(1 << i for i in np.flatnonzero(ways_to_exits(table, 0).lengths >= 0).tolist())
+            found = self._possible[table] = labels & ((1 << len(self.names)) - 1), labels >> len(self.names)
         return found
-
-    def _reachable(self, table: FrameTable) -> tuple[int, int]:
-        """Return the labels of the exits that can be reached."""
-        seen, level, exits = {0}, [0], set()
-        while level:
-            entries = np.unique(table.rows[level])
-            exits.update(entries[entries < -1].tolist())
-            level = [t for t in entries[entries >= 0].tolist() if t not in seen]
-            seen.update(level)
-        n = len(self.names)
-        here = [label for label in range(self.num_labels) if leave(label) in exits]
-        return sum(1 << i for i in here if i < n), sum(1 << (i - n) for i in here if i >= n)
-
-    def _all_keys(self, with_others: bool) -> StringRows:
-        """Return the table with every label."""
-        n = len(self.names)
-        entries = {k: i for i, k in enumerate(self.names)}
-        is_any = self.dfa is ANY_CHARS
-        if is_any or not with_others:
-            plain = plain_trie(n if with_others else None, entries)
-            if plain is not None:
-                return StringRows.of_trie(*plain)
-        base: strings.Content | None = None
-        if with_others:
-            base = strings.any_string_content(n) if is_any else strings.json_string_rows(self.dfa, self._labels(-1))
-        content = overlay(base, entries)
-        return StringRows.of(content)

@@ -20,6 +20,7 @@ from ramet.grammar.json_schema.frames.tables import (
     LITERALS,
     NULL,
     TRUE,
+    StringRows,
     counted_string,
     digit_rows,
     free_string,
@@ -58,16 +59,30 @@ def open_string(compilation: Compilation, exprs: tuple[Expr, ...], context: Cont
 
 def open_number(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
     """Return the target before the first byte."""
-    specs: TaggedNumbers = tuple([compilation.expressions.values(e).numbers for e in exprs])
-    if (
-        compilation.plain_integers and len(specs) == 1
-    ):  # with several tags, it must be known which of them are satisfied
-        specs = (tuple(_as_models_write(n) for n in specs[0]),)
+    specs = _numbers_of(compilation, tuple([compilation.expressions.values(e).numbers for e in exprs]))
     if len(specs) == len(specs[0]) == 1 and numeric.is_read_by_value(specs[0][0]):
         if numeric.completion(specs[0][0], "") is None:
             return DEAD
         return target(compilation.frame(DigitsFrame, specs[0][0], "", context, b""))
     return target(compilation.frame(NumberFrame, specs, context, b""))
+
+
+def prepare_scalars(compilation: Compilation, values: Values) -> None:
+    """Make the rows that numbers and strings of these values alone will need. They are kept for all compilations."""
+    strings = values.strings
+    if values.numbers and not any(numeric.is_read_by_value(n) for n in values.numbers):
+        number_rows(_numbers_of(compilation, (values.numbers,)))
+    if not strings or strings == (v.ANY_STRINGS,) or _is_counted((strings,)):
+        return
+    if bounded_strings((strings,), compilation.expressions.languages) is None:
+        _string_rows(compilation, (strings,))
+
+
+def _numbers_of(compilation: Compilation, specs: TaggedNumbers) -> TaggedNumbers:
+    # with several tags, it must be known which of them are satisfied
+    if compilation.plain_integers and len(specs) == 1:
+        return (tuple(_as_models_write(n) for n in specs[0]),)
+    return specs
 
 
 def open_literal(kind: int, compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
@@ -235,14 +250,20 @@ def _string(compilation: Compilation, specs: TaggedStrings, context: Context) ->
 
     A counted number of any characters; layers, if the length and the language are both limited; or one table.
     """
-    if len(specs) == 1 and len(specs[0]) == 1:
-        s = specs[0][0]
-        if s is not v.ANY_STRINGS and s != v.ANY_STRINGS and not (s.languages or s.excluded) and s.finite is None:
-            return _counted(compilation, s.low, s.high, context)
+    if _is_counted(specs):
+        return _counted(compilation, specs[0][0].low, specs[0][0].high, context)
     bounded = compilation.once(_bounded_strings, specs)
     if bounded is not None:
         return _layer(compilation, bounded, 0, 0, context) if bounded.is_alive(0, 0) else DEAD
     return target(compilation.frame(StringFrame, specs, context, b""))
+
+
+def _is_counted(specs: TaggedStrings) -> bool:
+    """Tell whether only the number of characters counts."""
+    if specs == _ANY or len(specs) > 1 or len(specs[0]) > 1:
+        return False
+    s = specs[0][0]
+    return not (s.languages or s.excluded) and s.finite is None
 
 
 class StringFrame(TextFrame):
@@ -261,12 +282,16 @@ class StringFrame(TextFrame):
 def _string_table(compilation: Compilation, specs: TaggedStrings) -> TableOfMasks:
     if specs == _ANY:
         return compilation.string_table(free_string(), 1), (1,)
+    rows, masks = _string_rows(compilation, specs)
+    return compilation.string_table(rows, max(len(masks), 1)), masks
+
+
+def _string_rows(compilation: Compilation, specs: TaggedStrings) -> tuple[StringRows, tuple[int, ...]]:
     languages = compilation.expressions.languages
     used = sorted({n for tag in specs for s in tag for n, _ in s.languages})
     sources = tuple(languages.sources[n] for n in used)
     index = {n: i for i, n in enumerate(used)}
-    rows, masks = string_rows(renumbered(specs, index), sources, languages.max_states)
-    return compilation.string_table(rows, max(len(masks), 1)), masks
+    return string_rows(renumbered(specs, index), sources, languages.max_states)
 
 
 def _counted(compilation: Compilation, low: int, high: int | None, context: Context) -> int:

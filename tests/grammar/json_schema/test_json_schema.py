@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
+import jsonschema
 import pytest
 
 from ramet.errors import GrammarError, GrammarTooLarge, InvalidSchema, UnsupportedSchema
@@ -401,3 +403,30 @@ def test_property_order_is_free_for_many_properties() -> None:
 def test_closing_makes_way_to_every_part_that_is_missing(schema: Any, longest: int) -> None:
     grammar = compiled(schema)
     assert len(grammar.shortest_completion(0)) <= longest
+
+
+@pytest.mark.parametrize("order", ["any", "declared"])
+@pytest.mark.parametrize("more", [{}, {"additionalProperties": False}, {"maxProperties": 3, "required": ["it/1"]}])
+def test_no_beginning_of_a_key_leads_only_to_keys_that_came_or_may_not_come(order: str, more: Any) -> None:
+    names, pattern = ["id", "it/1", "ität", "title"], "^(title_[ab]|it[xy])$"
+    schema: Any = {"type": "object", "properties": {n: {"const": 1} for n in names}, "additionalProperties": False}
+    schema |= {"patternProperties": {pattern: {"const": 1}}, **more}
+    if not more:
+        del schema["patternProperties"]
+    grammar = compiled(schema, whitespace="compact", order=order)
+    rng = random.Random(3)
+    for _ in range(40):
+        state, text = 0, b""
+        while True:
+            allowed = grammar.allowed_tokens(state).tolist()
+            assert allowed == [t for t in range(257) if (t == 256 and grammar.is_accepting(state)) or
+                               (t < 256 and grammar.advance(state, t) is not None)]  # fmt: skip
+            end = text + b"".join(bytes((t,)) for t in grammar.shortest_completion(state))
+            assert jsonschema.Draft202012Validator(schema).is_valid(json.loads(end)), end
+            assert len(json.loads(end)) == end.count(b":"), "no key came twice"
+            token = rng.choice(allowed)
+            if token == 256:
+                break
+            following = grammar.advance(state, token)
+            assert following is not None
+            state, text = following, text + bytes((token,))

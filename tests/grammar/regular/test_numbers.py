@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 
+from ramet.grammar import ir
 from ramet.grammar.json_schema.frames.tables import number_rows
+from ramet.grammar.regular import dfas
 from ramet.grammar.regular.dfas import Dfa
+from ramet.grammar.regular.languages import compile_bytes
 from ramet.grammar.regular.numbers import ANY, Numbers, automaton, fraction, intersect, simplify
 
 
@@ -135,3 +139,16 @@ def test_excluded_integers_are_excluded_in_every_form() -> None:
     dfa = automaton(Numbers(excluded=frozenset((Fraction(2**60), Fraction(7)))))
     assert not any(accepts(dfa, text) for text in (str(2**60), f"{2**60}.0", "7", "7.00"))
     assert accepts(dfa, "8.0")
+
+
+@pytest.mark.parametrize("low", [None, Fraction(0), Fraction(-70), Fraction(7, 2)])
+@pytest.mark.parametrize("high", [None, Fraction(130), Fraction(2**63)])
+@pytest.mark.parametrize(
+    "multiples", [frozenset(), frozenset({(Fraction(3), True)}), frozenset({(Fraction(1, 2), True)})]
+)
+def test_plain_texts_are_those_without_a_fraction_part(
+    low: Fraction | None, high: Fraction | None, multiples: frozenset[tuple[Fraction, bool]]
+) -> None:
+    numbers = Numbers(low, high=high, integer=True, multiples=multiples, excluded=frozenset({Fraction(12)}))
+    plain = dfas.intersect([automaton(numbers), compile_bytes(ir.Repeat(ir.Chars(((45, 45), (48, 57)))))])
+    assert automaton(replace(numbers, plain=True)).key() == plain.key()
