@@ -33,7 +33,7 @@ from ramet.runtime.server.link import on_ray
 from ramet.runtime.server.link.launchers import LocalLauncher
 from ramet.runtime.server.link.protocol import Hello
 from ramet.runtime.server.link.proxy import EngineProxy, Listener
-from ramet.runtime.server.link.replicas import Replicas
+from ramet.runtime.server.link.replicas import MakeProxy, Replicas
 from ramet.runtime.server.native.generate import generate_endpoints
 from ramet.runtime.server.native.status import status_endpoints
 from ramet.runtime.server.openai.chat import ChatEndpoint
@@ -102,31 +102,52 @@ def make_server(
     explain: Explain | None = None,
 ) -> tuple[Starlette, ServedModel]:  # Any: EngineConfig's fields
     """Make the whole server except its socket. Raises ModelError and ConfigError before anything is started."""
-    checked = EngineConfig.from_mapping(engine)
-    wanted = checked.context_length
+    wanted = EngineConfig.from_mapping(engine).context_length
     if config.ray_address is not None:
         on_ray.connect(config.ray_address)
-        on_ray.check_room(config.dp, checked)
     name, tokenizer, context_length = open_tokenizer(model)
-    tenants = Tenants(config)
+    own_tokenizer, tenants = tokenizer, Tenants(config)
 
-    def make_proxy(replica: int | None = None, listener: Listener | None = None) -> EngineProxy:
-        return EngineProxy(
-            model,
-            engine,
-            launcher=LocalLauncher() if config.ray_address is None else on_ray.RayLauncher(checked),
-            max_engine_failures=config.max_engine_failures,
-            log_level=log_level,
-            log_format=config.log_format,
-            accounts=tenants,
-            replica=replica,
-            listener=listener,
-        )
+    def engines(
+        model: str | None, engine: dict[str, Any]
+    ) -> Callable[[int | None, Listener | None], EngineProxy]:  # Any: EngineConfig's fields
+        """What makes the proxies of this server's engines. Raises ConfigError for settings that cannot be."""
+        checked = EngineConfig.from_mapping(engine)
+        if config.ray_address is not None:
+            on_ray.check_room(config.dp, checked)
 
+        def make_proxy(replica: int | None, listener: Listener | None) -> EngineProxy:
+            return EngineProxy(
+                model,
+                engine,
+                launcher=LocalLauncher() if config.ray_address is None else on_ray.RayLauncher(checked),
+                max_engine_failures=config.max_engine_failures,
+                log_level=log_level,
+                log_format=config.log_format,
+                accounts=tenants,
+                replica=replica,
+                listener=listener,
+            )
+
+        return make_proxy
+
+    def others(other: str | None, changes: dict[str, Any]) -> MakeProxy:
+        """What makes engines with another model, or other settings than those of the start."""
+        if "context_length" in changes and changes["context_length"] != wanted:
+            raise ConfigError("context_length cannot change while the server runs: start another server")
+        made = engines(other or model, {**engine, **changes})
+        if other is not None and not _is_like(open_tokenizer(other)[1], own_tokenizer):
+            raise ConfigError(
+                f"the model {other} has other tokens, or another chat template, than {name}: start another server"
+            )
+        return made
+
+    make_proxy = engines(model, engine)
     is_alone = config.dp == 1 and config.ray_address is None and config.max_dp is None
     most, ttft_s = config.max_dp, config.ttft_objective_s
     scaling = None if most is None else ScalingRule(config.dp, most, ttft_s=ttft_s)
-    proxy = make_proxy() if is_alone else Replicas(config.dp, make_proxy, scaling=scaling, drain_s=config.drain_s)
+    replicas = partial(Replicas, config.dp, make_proxy, scaling=scaling, drain_s=config.drain_s)
+    proxy = make_proxy(None, None) if is_alone else replicas()
     tokenizer = BoundedTokenizer(tokenizer, wanted or context_length)
     served = ServedModel(
         config,
@@ -137,8 +158,15 @@ def make_server(
         time.time(),
         explain,
         wanted or context_length,
+        others=others,
     )
     return create_app(served), served
+
+
+def _is_like(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two models read and write the same tokens, in the same form of chats."""
+    forms = [None if each.chat_template is None else each.chat_template.source for each in (one, other)]
+    return one.token_bytes == other.token_bytes and forms[0] == forms[1]
 
 
 class Server(uvicorn.Server):

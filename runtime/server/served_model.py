@@ -17,7 +17,7 @@ from ramet.runtime.programs.target import TokenizerTarget
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.proxy import EngineProxy
-from ramet.runtime.server.link.replicas import Replicas
+from ramet.runtime.server.link.replicas import MakeProxy, Replicas
 from ramet.runtime.server.prompt_log import PromptLog
 from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.text.tokenizer import Tokenizer
@@ -45,6 +45,7 @@ class ServedModel:
     started_s: float  # time.time()
     explain: Explain | None = None
     configured_context_length: int | None = None
+    others: Callable[[str | None, dict[str, Any]], MakeProxy] | None = None  # Any: fields of EngineConfig
     prompts: PromptLog = field(init=False)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="ramet-text"))
 

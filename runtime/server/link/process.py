@@ -38,6 +38,7 @@ from ramet.runtime.server.link.protocol import (
     CacheReport,
     CancelNodes,
     Command,
+    EngineFailed,
     ErrorInfo,
     ExtendProgram,
     Heartbeat,
@@ -48,7 +49,6 @@ from ramet.runtime.server.link.protocol import (
     ProvideTool,
     Report,
     Settings,
-    StartFailed,
     Starting,
     StartProgram,
     Submit,
@@ -333,7 +333,9 @@ def _beat(engine: Engine, send: Callable[[Report], None], is_ending: threading.E
             stats = engine.stats()
             send(Heartbeat(stats))
             collect_if_idle(stats)
-        except EngineStopped:
+        except EngineStopped as error:
+            if not is_ending.is_set():
+                send(EngineFailed(ErrorInfo.of(error)))
             is_ending.set()
 
 
@@ -360,7 +362,7 @@ def serve(settings: Settings) -> int:
         sender.put(Starting("measuring memory, making the KV cache and what runs on the device"))
         engine = Engine(model, config, on_stage=lambda stage: sender.put(Starting(stage)))
     except RametError as error:
-        sender.put(StartFailed(ErrorInfo.of(error)))
+        sender.put(EngineFailed(ErrorInfo.of(error)))
         sender.close()
         return 1
     server = EngineServer(engine, sender.put)

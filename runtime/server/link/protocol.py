@@ -249,14 +249,14 @@ class Starting(msgspec.Struct, frozen=True, tag="starting"):
     stage: str
 
 
-class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
-    """The engine could not be made. The process ends."""
+class EngineFailed(msgspec.Struct, frozen=True, tag="engine_failed"):
+    """The engine could not be made, or it has stopped by itself. The process ends."""
 
     error: ErrorInfo
 
 
 Report: TypeAlias = (
-    Output | ProgramEvent | ProgramEnd | Answer | Hello | Heartbeat | CacheReport | Starting | StartFailed
+    Output | ProgramEvent | ProgramEnd | Answer | Hello | Heartbeat | CacheReport | Starting | EngineFailed
 )
 
 command_decoder = msgspec.msgpack.Decoder(list[Command])
@@ -269,6 +269,7 @@ __all__ = [
     "CacheReport",
     "CancelNodes",
     "Command",
+    "EngineFailed",
     "ErrorInfo",
     "ExtendProgram",
     "Heartbeat",
@@ -279,7 +280,6 @@ __all__ = [
     "ProvideTool",
     "Report",
     "Settings",
-    "StartFailed",
     "StartProgram",
     "Starting",
     "Submit",

@@ -29,6 +29,7 @@ from ramet.runtime.server.link.protocol import (
     CacheReport,
     CancelNodes,
     Command,
+    EngineFailed,
     ErrorInfo,
     ExtendProgram,
     Heartbeat,
@@ -39,7 +40,6 @@ from ramet.runtime.server.link.protocol import (
     ProvideTool,
     Report,
     Settings,
-    StartFailed,
     Starting,
     StartProgram,
     Submit,
@@ -120,7 +120,7 @@ class _State:
     heard_s: float = 0.0  # time.monotonic() of the last heartbeat
     num_steps: float = -1.0
     progressed_s: float = 0.0  # time when num_steps last changed or the engine was idle
-    failure: RametError | None = None  # the error that keeps this process from starting
+    failure: RametError | None = None  # the error that keeps this process from starting, or has stopped its engine
     before: RametError | None = None  # the error that ended the process before it
     ready_s: float = 0.0
     stage: str = "the engine process starts"
@@ -429,7 +429,7 @@ class EngineProxy:
             self._state.stage, self._state.started_s = report.stage, time.monotonic()
             logger.info("starting: %s", report.stage)
         else:
-            assert isinstance(report, StartFailed)
+            assert isinstance(report, EngineFailed)
             self._state.failure = report.error.to_exception()
 
     def _count(self, request: _InFlight | None, output: Output) -> None:
@@ -474,7 +474,7 @@ class EngineProxy:
             if self._listener is not None:
                 self._listener(None)
             self._ready = asyncio.Event() if was_ready else self._ready
-            if failure is not None:
+            if failure is not None and not was_ready:
                 self._ready.set()  # all waiting callers get the reason
             self._fail_in_flight(EngineStopped(f"the engine process crashed while this was in flight ({cause})"))
 

@@ -255,14 +255,31 @@ class Replicas:
             times[len(times) * 9 // 10] if times else 0.0,
         )
 
-    async def restart(self, drain_s: float) -> None:
-        """Restart all replicas, one after the other; the others serve meanwhile. Raises: ConfigError; as `scale`."""
+    async def restart(self, drain_s: float, make_proxy: MakeProxy | None = None) -> None:
+        """Restart all replicas, one after the other; the others serve meanwhile.
+
+        make_proxy: makes them from now on, with other settings. If one does not start so, all are again what they were.
+        Raises: ConfigError, if there is only one; the error that kept a replica from starting.
+        """
         async with self._changing:
             if len(self._members) < 2:
                 raise ConfigError("there is one replica: nothing would serve while it restarts; scale to 2 first")
-            for number in sorted(self._members):
-                await self._remove(number, drain_s)
-                await self._add(number)
+            before, self._make_proxy = self._make_proxy, make_proxy or self._make_proxy
+            done: list[int] = []
+            try:
+                for number in sorted(self._members):
+                    done.append(number)
+                    await self._replace(number, drain_s)
+            except RametError:
+                self._make_proxy = before
+                for number in reversed(done):
+                    await self._replace(number, drain_s)
+                raise
+
+    async def _replace(self, number: int, drain_s: float) -> None:
+        if number in self._members:
+            await self._remove(number, drain_s)
+        await self._add(number)
 
     async def _add(self, number: int) -> None:
         proxy = self._make_proxy(number, partial(self.note, number))

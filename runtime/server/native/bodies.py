@@ -119,6 +119,12 @@ class ScaleBody(Strict):
         default=None, ge=1, le=MAX_REPLICAS, description="how many engines there are to be; null: as many as now"
     )
     restart: bool = Field(default=False, description="restart them one after the other, while the others serve")
+    model: str | None = Field(
+        default=None, max_length=4096, description="with restart: another model with the same tokens; null: the start's"
+    )
+    engine: dict[str, Any] = Field(  # Any: EngineConfig checks its fields
+        default_factory=dict, description="with restart: flags of the engines that differ from those of the start"
+    )
 
 
 class AppendBody(Strict):

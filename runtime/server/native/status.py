@@ -162,6 +162,8 @@ class StatusEndpoints:
 
     async def scale(self, request: Request, body: ScaleBody) -> Scaled:
         """Change the number of engines, or restart them in turn. Answers when it is done; no request is lost by it."""
+        if not body.restart and (body.model is not None or body.engine):
+            raise HttpError(400, "a model or flags of engines take effect with restart alone", param="restart")
         engines = self._served.proxy
         if not isinstance(engines, Replicas):
             raise HttpError(
@@ -170,10 +172,15 @@ class StatusEndpoints:
         if body.replicas is not None:
             await engines.scale(body.replicas, self._served.config.drain_s)
         if body.restart:
+            others = None
+            if body.model is not None or body.engine:
+                assert self._served.others is not None, "whoever makes several engines can make others"
+                others = await self._served.off_loop(self._served.others, body.model, body.engine)
             try:
-                await engines.restart(self._served.config.drain_s)
+                await engines.restart(self._served.config.drain_s, others)
             except ConfigError as error:
-                raise HttpError(409, str(error), code="one_engine") from error
+                code = "one_engine" if len(engines.engines()) == 1 else "cannot_start"
+                raise HttpError(409, str(error), code=code) from error
         return Scaled(replicas=[number for number, _ in engines.engines() if number is not None])
 
     async def metrics(self, request: Request) -> Response:

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 
 from ramet.cli.main import main
-from ramet.errors import ConfigError
+from ramet.errors import ConfigError, ModelNotFound
+from ramet.runtime.models.catalog import TINY_MODEL
+from ramet.runtime.server.app import make_server
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.link.replicas import Replicas
 
+ENGINE = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu"}
 Start = Callable[..., AbstractContextManager[Any]]  # Any: RunningServer of conftest.py
 
 
@@ -56,18 +59,46 @@ def test_a_server_is_scaled_and_restarted_while_it_serves(
         assert main(["scale", "3", "--url", url, "--api-key", "root"]) == 0
         assert capsys.readouterr().out == "engines: 0, 1, 2\n"
         assert main(["scale", "--restart", "--url", url, "--api-key", "root"]) == 0
+        renew = ["scale", "--restart", "--url", url, "--api-key", "root"]
+        assert main([*renew, "--num-kv-tokens", "2048", "--model", TINY_MODEL]) == 0
+        assert server.client.get("/get_server_info").json()["engine"]["num_kv_tokens"] == 2048
+        assert main([*renew, "--tp", "7"]) == 1, "the first engine finds out that its heads are not divided by 7"
+        assert server.client.get("/ready").json()["stage"] == "ready", "all are what they were"
         assert main(["scale", "1", "--url", url, "--api-key", "root"]) == 0
-        assert capsys.readouterr().out == "engines: 0, 1, 2\nengines: 0\n"
+        assert capsys.readouterr().out == "engines: 0, 1, 2\n" * 2 + "engines: 0\n"
         assert main(["scale", "--restart", "--url", url, "--api-key", "root"]) == 1
         assert "refused (409): there is one replica" in capsys.readouterr().err
         body = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
         assert server.client.post("/v1/completions", json=body).status_code == 200
 
 
+def test_other_engines_are_refused_before_any_is_stopped() -> None:
+    _, served = make_server(TINY_MODEL, ENGINE, ServerConfig(dp=2))
+    assert served.others is not None
+    served.others(None, {"num_kv_tokens": 2048})
+    for changes, message in (({"page_size": 0}, "page_size"), ({"no_such": 1}, "no_such"), ({"tp": "x"}, "tp")):
+        with pytest.raises(ConfigError, match=message):
+            served.others(None, changes)
+    with pytest.raises(ConfigError, match="context_length cannot change"):
+        served.others(None, {"context_length": 100})
+    with pytest.raises(ModelNotFound):
+        served.others("no-such-model", {})
+
+
+@pytest.mark.model
+def test_a_model_with_other_tokens_is_refused() -> None:
+    _, served = make_server(TINY_MODEL, ENGINE, ServerConfig(dp=2))
+    assert served.others is not None
+    with pytest.raises(ConfigError, match="smollm2-135m has other tokens, or another chat template"):
+        served.others("smollm2-135m", {})
+
+
 def test_a_server_of_one_engine_stays_so(server: Any, capsys: pytest.CaptureFixture[str]) -> None:  # Any: RunningServer
     answer = server.client.post("/scale", json={"replicas": 2})
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "one_engine")
     assert server.client.post("/scale", json={"replicas": 0}).status_code == 400
+    refused = server.client.post("/scale", json={"engine": {"tp": 2}}).json()["error"]
+    assert "take effect with restart alone" in refused["message"]
     assert main(["scale"]) == 1
     assert "nothing to do" in capsys.readouterr().err
     assert main(["scale", "2", "--url", "http://127.0.0.1:9"]) == 1

@@ -8,18 +8,39 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 
-from ramet.errors import EmptyPrompt, EngineStopped, InvalidProgram, InvalidSampling, ModelNotFound, Overloaded
+from ramet.errors import (
+    ConfigError,
+    EmptyPrompt,
+    EngineStopped,
+    InvalidProgram,
+    InvalidSampling,
+    ModelNotFound,
+    Overloaded,
+)
 from ramet.lang.graph.ir import Constraint, Generate, Graph, Sampling, Text
+from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.server.config import ServerConfig
-from ramet.runtime.server.link.protocol import Heartbeat, Hello, Settings, StartProgram, Submit
+from ramet.runtime.server.link.launchers import LocalLauncher
+from ramet.runtime.server.link.process import _beat
+from ramet.runtime.server.link.protocol import (
+    EngineFailed,
+    ErrorInfo,
+    Heartbeat,
+    Hello,
+    Report,
+    Settings,
+    StartProgram,
+    Submit,
+)
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.types import RequestOptions, SamplingParams
@@ -250,3 +271,64 @@ def test_an_engine_process_whose_parent_is_gone_ends() -> None:
         capture_output=True,
     )
     assert process.returncode == 0, process.stderr
+
+
+class ScriptedLauncher(LocalLauncher):
+    """Starts nothing; `processes` says how each one goes on and ends."""
+
+    def __init__(self, *processes: Callable[[], str]) -> None:
+        super().__init__()
+        self.processes = iter(processes)
+
+    async def start(self, settings: Settings) -> None:
+        self.current = next(self.processes, None)
+
+    async def wait(self) -> str:
+        return self.current() if self.current is not None else await asyncio.Future()
+
+
+def test_an_engine_that_stops_by_itself_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        def stops() -> str:
+            proxy._take(Hello(1, "tiny", 2048, 256, "cpu", "float32", 4096, 0.1))
+            proxy._take(EngineFailed(ErrorInfo("EngineStopped", "the engine is stopped: rank 1 was killed")))
+            return "it ended with status 0"
+
+        proxy = EngineProxy(TINY_MODEL, CONFIG, launcher=ScriptedLauncher(stops))
+        await proxy.start()
+        while proxy.counters.num_starts < 2:
+            await asyncio.sleep(0.01)
+        with pytest.raises(TimeoutError):  # the next one may well be ready; it has not failed
+            await proxy.wait_ready(0.05)
+        await proxy.stop()
+
+    asyncio.run(main())
+    assert "the engine process ended (the engine is stopped: rank 1 was killed); starting another" in caplog.text
+
+
+def test_a_launcher_that_cannot_start_a_process_is_heard_of() -> None:
+    class Unable(ScriptedLauncher):
+        async def start(self, settings: Settings) -> None:
+            raise ConfigError("no node has room")
+
+    async def main() -> None:
+        proxy = EngineProxy(TINY_MODEL, CONFIG, launcher=Unable(), max_engine_failures=2)
+        await proxy.start()
+        with pytest.raises(ConfigError, match="no node has room"):
+            await proxy.wait_ready(5)
+        assert "no node has room" in str(await proxy.wait_given_up())
+        await proxy.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_heart_that_stops_tells_the_reason() -> None:
+    class Stopped:
+        def stats(self) -> dict[str, float]:
+            raise EngineStopped("the engine is stopped: rank 2 was killed")
+
+    sent: list[Report] = []
+    is_ending = threading.Event()
+    _beat(cast(Engine, Stopped()), sent.append, is_ending)
+    assert is_ending.is_set()
+    assert sent == [EngineFailed(ErrorInfo("EngineStopped", "the engine is stopped: rank 2 was killed"))]

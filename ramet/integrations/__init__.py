@@ -1,0 +1,1 @@
+"""Ramet inside of other systems."""
