@@ -2,6 +2,7 @@
 
     python benchmarks/bench_replicas.py                          two engines, one thread each, 64 chains
     python benchmarks/bench_replicas.py --kills 100              an engine is killed so often, under load
+    python benchmarks/bench_replicas.py --http                   what requests and streams cost the HTTP process
     python benchmarks/bench_replicas.py --autoscale              1 -> 3 -> 1 engines under a load that rises and falls
 
 Workloads are those of workloads.py at an eighth of their lengths (RAG: with eight documents), with more chains than
@@ -12,14 +13,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import random
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import httpx
 from json_line import commit, print_record
 from workloads import Chain, Turn
 
@@ -184,6 +189,51 @@ async def kill(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def cpu_s(pid: int) -> float:
+    """CPU seconds that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def http(arguments: argparse.Namespace) -> dict[str, Any]:
+    """CPU time of the HTTP process for a request, and for a token that is streamed alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["serve", arguments.model, "--port", str(port), "--dp", str(arguments.replicas), "--device", "cpu"]
+    command += ["--num-threads", "1", "--log-level", "error"]
+    server = await asyncio.create_subprocess_exec(sys.executable, "-m", "ramet.cli", *command)
+    found: dict[str, Any] = {}
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if (await client.get("/ready")).json()["ready"]:
+                        break
+                await asyncio.sleep(0.2)
+
+            async def ask(number: int, max_tokens: int, *, stream: bool) -> int:
+                body = {"prompt": f"{number} " * 100, "max_tokens": max_tokens, "ignore_eos": True, "stream": stream}
+                if not stream:
+                    (await client.post("/v1/completions", json=body)).raise_for_status()
+                    return 1
+                async with client.stream("POST", "/v1/completions", json=body) as answer:
+                    return sum([line.startswith("data: {") async for line in answer.aiter_lines()])
+
+            for name, count, max_tokens, stream in (("request", 400, 1, False), ("streamed_event", 16, 400, True)):
+                await asyncio.gather(*(ask(n, max_tokens, stream=stream) for n in range(8)))
+                before_s, events = cpu_s(server.pid), 0
+                for start in range(0, count, 8):
+                    asked = (ask(start + n, max_tokens, stream=stream) for n in range(8))
+                    events += sum(await asyncio.gather(*asked))
+                found[f"{name}_us"] = round(1e6 * (cpu_s(server.pid) - before_s) / events, 1)
+                found[f"{name}s"] = events
+    finally:
+        server.terminate()
+        await server.wait()
+    return found
+
+
 async def autoscale(arguments: argparse.Namespace) -> dict[str, Any]:
     """Let the number of engines follow a load that rises and falls. Windows are short; the model is a small one."""
     rule = ScalingRule(1, 3, ttft_s=arguments.ttft, up_s=3.0, down_s=10.0)
@@ -236,6 +286,7 @@ def main() -> None:
     parser.add_argument("--kv-tokens", type=int, default=8_192, help="of all engines together")
     parser.add_argument("--kills", type=int, default=0, help="kill an engine so often instead")
     parser.add_argument("--autoscale", action="store_true", help="let the number of engines follow the load instead")
+    parser.add_argument("--http", action="store_true", help="measure the HTTP process instead")
     parser.add_argument("--clients", type=int, default=24, help="of --autoscale, at most")
     parser.add_argument("--ttft", type=float, default=0.5, help="of --autoscale: seconds to the first token")
     parser.add_argument("--out", type=Path)
@@ -249,6 +300,9 @@ def main() -> None:
     if arguments.autoscale:
         record["autoscale"] = asyncio.run(autoscale(arguments))
         print(record["autoscale"])
+    elif arguments.http:
+        record["http"] = asyncio.run(http(arguments))
+        print(record["http"])
     elif arguments.kills:
         record["kills"] = asyncio.run(kill(arguments))
         print(record["kills"])

@@ -500,10 +500,12 @@ def decision_cost(num_replicas: int, num_requests: int) -> dict[str, Any]:
             costs[name].append(stop - start)
     parts = {f"{name}_us": round(1e6 * float(np.median(values)), 1) for name, values in costs.items()}
     whole = sum(np.array(values) for values in costs.values())
+    cores = num_replicas * RATE * float(np.mean(whole))
     return {
         **parts,
         "request_us_p50": round(1e6 * float(np.percentile(whole, 50)), 1),
         "request_us_p99": round(1e6 * float(np.percentile(whole, 99)), 1),
+        "cores_at_rate": round(cores, 3),  # of the process with the router, if all replicas get RATE requests a second
         "index": full,
         "index_mb": round(router.index.num_bytes() / 1e6, 1),
         "process_mb": round(held_kb / 1e3, 1),
