@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -72,25 +73,30 @@ def test_a_server_is_scaled_and_restarted_while_it_serves(
         assert server.client.post("/v1/completions", json=body).status_code == 200
 
 
-def test_other_engines_are_refused_before_any_is_stopped() -> None:
+@pytest.fixture
+def others() -> Iterator[Callable[[str | None, dict[str, Any]], object]]:  # Any: fields of EngineConfig
+    """What a server of two engines, which are not started, says to other settings."""
     _, served = make_server(TINY_MODEL, ENGINE, ServerConfig(dp=2))
     assert served.others is not None
-    served.others(None, {"num_kv_tokens": 2048})
-    for changes, message in (({"page_size": 0}, "page_size"), ({"no_such": 1}, "no_such"), ({"tp": "x"}, "tp")):
+    yield served.others
+    asyncio.run(served.proxy.stop())
+
+
+def test_other_engines_are_refused_before_any_is_stopped(others: Callable[..., object]) -> None:
+    others(None, {"num_kv_tokens": 2048})
+    for changes, message in (({"page_size": 0}, "page_size"), ({"no_such": 1}, "no_such"), ({"tp": 0}, "tp")):
         with pytest.raises(ConfigError, match=message):
-            served.others(None, changes)
+            others(None, changes)
     with pytest.raises(ConfigError, match="context_length cannot change"):
-        served.others(None, {"context_length": 100})
+        others(None, {"context_length": 100})
     with pytest.raises(ModelNotFound):
-        served.others("no-such-model", {})
+        others("no-such-model", {})
 
 
 @pytest.mark.model
-def test_a_model_with_other_tokens_is_refused() -> None:
-    _, served = make_server(TINY_MODEL, ENGINE, ServerConfig(dp=2))
-    assert served.others is not None
+def test_a_model_with_other_tokens_is_refused(others: Callable[..., object]) -> None:
     with pytest.raises(ConfigError, match="smollm2-135m has other tokens, or another chat template"):
-        served.others("smollm2-135m", {})
+        others("smollm2-135m", {})
 
 
 def test_a_server_of_one_engine_stays_so(server: Any, capsys: pytest.CaptureFixture[str]) -> None:  # Any: RunningServer
