@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-FOLDERS := ramet/*.py ramet/*.pyi ramet/cli ramet/compat lang grammar kernels runtime tests examples benchmarks tools
+FOLDERS := ramet/*.py ramet/*.pyi ramet/cli ramet/compat ramet/integrations lang grammar kernels runtime tests examples benchmarks tools
 
 NPM_TOURS := tests/runtime/server/openai/npm tests/clients/tours
 NPM_STAMPS := $(NPM_TOURS:%=%/node_modules/.package-lock.json)

@@ -12,7 +12,7 @@ FOLDERS = ("grammar", "kernels", "lang", "runtime")
 
 
 def packages_on_disk() -> set[str]:
-    found = {"ramet", "ramet.cli", "ramet.compat"}
+    found = {"ramet", "ramet.cli", "ramet.compat", "ramet.integrations"}
     for folder in FOLDERS:
         for init in (ROOT / folder).rglob("__init__.py"):
             found.add("ramet." + ".".join(init.parent.relative_to(ROOT).parts))

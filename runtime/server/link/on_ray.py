@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import socket
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from ramet.errors import ConfigError
 from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.models.catalog import TINY_MODEL, resolve_model
 from ramet.runtime.server.link.launchers import LocalLauncher, unbounded_socket
 from ramet.runtime.server.link.protocol import Settings
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ANSWER_S = 5.0
+_PLACE_S = 300.0  # for Ray to find a node with room
+_FIRST_BYTES = 1 << 20  # of a file of weights: the names, shapes and places of its tensors
 _LAST_WORDS_S = 15.0  # for an actor to end its process: longer than a process gets to end by itself
 
 
@@ -87,6 +91,20 @@ def resources(config: EngineConfig) -> dict[str, int]:
     if kind == "cuda" or (kind == "auto" and ray.cluster_resources().get("GPU", 0) >= 1):
         needs["GPU"] = config.tp
     return needs
+
+
+def fingerprint(model: str | None) -> str:
+    """Tell whether two nodes have the same model: by the sizes and first bytes of its files. Raises ModelError."""
+    if model == TINY_MODEL:
+        return TINY_MODEL
+    path = resolve_model(model)
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.gguf"), path / "config.json"]
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(files):
+        if file.exists():
+            with file.open("rb") as opened:
+                digest.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(_FIRST_BYTES))
+    return digest.hexdigest()
 
 
 class EngineActor:
@@ -153,7 +171,11 @@ class RayLauncher:
             )
             self._actor = made.remote()
         try:
-            host, found = await self._actor.place.options(max_task_retries=-1).remote()
+            placed = self._actor.place.options(max_task_retries=-1).remote()
+            host, found = await asyncio.wait_for(placed, _PLACE_S)
+        except TimeoutError:
+            needs = " and ".join(f"{need} {name}s" for name, need in self._needs.items())
+            raise ConfigError(f"no node of the Ray cluster had {needs} free within {_PLACE_S:.0f} s") from None
         except ray.exceptions.RayActorError as error:
             raise ConfigError(f"the engine cannot run on the node that Ray chose: {_first_line(error)}") from error
         if found != (own := version("ramet")):
@@ -161,7 +183,9 @@ class RayLauncher:
         logger.info("the engine %s runs on node %s", settings.replica, host)
         keys = (self._public.decode(), self._engine_public.decode(), self._engine_secret.decode())
         # Ray shows a process only the cards of its actor, so each engine is the first one there.
-        self._run = self._actor.run.remote(msgspec.json.encode(msgspec.structs.replace(settings, replica=0, keys=keys)))
+        same = await asyncio.to_thread(fingerprint, settings.model)
+        told = msgspec.structs.replace(settings, replica=0, keys=keys, fingerprint=same)
+        self._run = self._actor.run.remote(msgspec.json.encode(told))
 
     async def wait(self) -> str:
         import ray

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from socket import gethostname
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ import msgspec
 import torch
 import zmq
 
-from ramet.errors import EngineStopped, RametError
+from ramet.errors import ConfigError, EngineStopped, RametError
 from ramet.lang.graph.ir import Constraint, Graph, NodeEvent
 from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.engine.config import EngineConfig
@@ -31,6 +32,7 @@ from ramet.runtime.engine.loading import config_of_replica, load
 from ramet.runtime.programs.executor import ProgramExecutor, ProgramHost
 from ramet.runtime.server.link.garbage import collect_if_idle, postpone_full_collections
 from ramet.runtime.server.link.logs import set_up_logging
+from ramet.runtime.server.link.on_ray import fingerprint
 from ramet.runtime.server.link.protocol import (
     Abort,
     Answer,
@@ -355,6 +357,11 @@ def serve(settings: Settings) -> int:
     start_s = time.monotonic()
     try:
         config = EngineConfig.from_mapping(settings.config)
+        if settings.fingerprint is not None and fingerprint(settings.model) != settings.fingerprint:
+            raise ConfigError(
+                f"the model {settings.model or 'of the catalogue'} on {gethostname()} has other files than the "
+                "server's; put the same ones on every node"
+            )
         if settings.replica is not None:
             config = config_of_replica(config, settings.replica, torch.cuda.device_count())
         sender.put(Starting(f"loading the model {settings.model or 'of the catalogue'}"))

@@ -32,6 +32,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_format: LogFormat = "text"
     replica: int | None = None  # the number of this engine among several; it then tells what its cache holds
     parent_pid: int | None = None  # this process ends with its parent, which may be gone before it has started
+    fingerprint: str | None = None  # of the parent's model, which this process must have, too
     keys: tuple[str, str, str] | None = None  # CURVE: the parent's public key; this process's public and secret ones
 
 

@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import zmq
 
-from ramet.errors import ConfigError, EngineStopped
+from ramet.errors import ConfigError, EngineStopped, ModelNotFound
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.server.link import on_ray
@@ -195,6 +196,47 @@ def test_a_node_with_another_version_is_refused_before_anything_is_loaded(
 
     async def scenario(proxy: EngineProxy) -> None:
         with pytest.raises(ConfigError, match=r"the node 10\.0\.0\.7 has Ramet 0\.0\.9, but this server"):
+            await proxy.wait_ready(60)
+
+    run(scenario)
+
+
+def test_a_node_with_other_files_of_the_model_is_refused_before_it_is_loaded(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_ray, "fingerprint", lambda model: "of other files")  # the engine's process has its own
+
+    async def scenario(proxy: EngineProxy) -> None:
+        with pytest.raises(ConfigError, match=r"the model tiny-random on .* has other files than the server's"):
+            await proxy.wait_ready(60)
+
+    run(scenario)
+
+
+def test_a_fingerprint_tells_models_apart_by_their_files(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "same", "tuned", "longer")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "README.md").write_text(str(folder))
+        (folder / "model.safetensors").write_bytes(b"header" + (b"x" if folder.name == "tuned" else b"y"))
+    (folders[3] / "model-2.safetensors").write_bytes(b"more")
+    one, same, tuned, longer = (on_ray.fingerprint(str(folder)) for folder in folders)
+    assert one == same
+    assert len({one, tuned, longer}) == 3
+    with pytest.raises(ModelNotFound):
+        on_ray.fingerprint(str(tmp_path / "none"))
+
+
+def test_a_cluster_without_room_is_said_after_a_while(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(actor: on_ray.EngineActor) -> tuple[str, str]:
+        return await asyncio.Future()
+
+    monkeypatch.setattr(on_ray.EngineActor, "place", never)
+    monkeypatch.setattr(on_ray, "_PLACE_S", 0.05)
+
+    async def scenario(proxy: EngineProxy) -> None:
+        with pytest.raises(ConfigError, match="no node of the Ray cluster had 1 CPUs free within"):
             await proxy.wait_ready(60)
 
     run(scenario)
