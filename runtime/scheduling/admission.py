@@ -11,6 +11,8 @@ Not here: pages and slots (`scheduler`).
 
 from __future__ import annotations
 
+from collections.abc import KeysView
+
 from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.radix_cache import PrefixMatch
 from ramet.runtime.scheduling.priority import OwnerService, ProgramService, Waiting, WaitingQueue
@@ -48,6 +50,11 @@ class AdmissionQueue:
             return False
         waiting.is_removed = True
         return True
+
+    @property
+    def owners(self) -> KeysView[str]:
+        """The owners of queued requests; perhaps also of some whose last one has been removed."""
+        return self._queue.owners
 
     def pop(self) -> Waiting | None:
         """Take the first queued request. It counts as waiting until `remove`. Parked requests are not in the queue."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, OrderedDict
+from collections.abc import KeysView, Mapping
 from dataclasses import dataclass
 
 from ramet.runtime.types import Sequence
@@ -68,6 +69,11 @@ class OwnerService:
         """Number of owners that have requests."""
         return len(self._num_live)
 
+    @property
+    def num_served(self) -> int:
+        """Number of owners that have running requests."""
+        return sum(count > 0 for count in self.num_running.values())
+
     def enter(self, owner: str) -> None:
         """Note a new request."""
         if owner not in self._num_live:
@@ -95,6 +101,18 @@ class OwnerService:
 
     def attained(self, owner: str) -> int:
         return self._tokens[owner]
+
+
+def equal_parts(wanted: Mapping[str, int], most: int) -> dict[str, int]:
+    """Divide `most` among owners that want so much: equally, but what one does not want is the others'.
+
+    Each gets at least 1. Source: max-min fairness.
+    """
+    parts: dict[str, int] = {}
+    for index, (owner, count) in enumerate(sorted(wanted.items(), key=lambda item: item[1])):
+        parts[owner] = min(count, max(most // (len(wanted) - index), 1))
+        most -= parts[owner]
+    return parts
 
 
 class ProgramService:
@@ -134,6 +152,11 @@ class WaitingQueue:
         penalty = MAX_PENALTY_S * attained / (attained + _HALF_PENALTY)
         credit = MAX_CREDIT_S * waiting.cached_share
         return waiting.queued_s + request.priority * PRIORITY_STEP_S + penalty - credit
+
+    @property
+    def owners(self) -> KeysView[str]:
+        """The owners of the requests here, removed ones included."""
+        return self._heaps.keys()
 
     def push(self, waiting: Waiting) -> None:
         waiting.key = self.key_of(waiting)

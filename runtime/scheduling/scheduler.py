@@ -26,8 +26,10 @@ import heapq
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from operator import itemgetter
 from types import MappingProxyType
 
 from ramet.errors import ContextOverflow, InvalidRequest, Overloaded
@@ -36,7 +38,7 @@ from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache
 from ramet.runtime.scheduling.admission import AdmissionQueue, Reservation
 from ramet.runtime.scheduling.config import SchedulerConfig, SchedulerCounters
-from ramet.runtime.scheduling.priority import OwnerService, ProgramService, Waiting
+from ramet.runtime.scheduling.priority import OwnerService, ProgramService, Waiting, equal_parts
 from ramet.runtime.scheduling.sequence_pages import SequencePages, known_end, matchable
 from ramet.runtime.scheduling.step_costs import StepBudget, StepCosts
 from ramet.runtime.types import Batch, FinishReason, PageCopy, Request, RowOutput, ScheduledSequence, Sequence, Status
@@ -221,11 +223,19 @@ class Scheduler:
         """
         self._copies = []
         self._grow_decoding()
+        has_several = self._owners.num_owners > 1
+        if has_several and self._may_admit:
+            self._share_slots()
         decoding = self._decoding
+        if drafts:
+            drafts = {sequence: tokens for sequence, tokens in drafts.items() if sequence in decoding}
         extends: list[ScheduledSequence] = []
         room = (self.config.max_num_tokens_per_step - len(decoding)) // 2 if drafts else 0
         if self._prefilling or self._may_admit:
             self._plan_extends(extends, self._budget(min(room, sum(map(len, drafts.values())))))
+        if has_several and self.config.max_step_s:
+            decoding = self._within_shares(extends)
+            drafts = {sequence: tokens for sequence, tokens in drafts.items() if sequence in decoding}
         verified = self._plan_drafts(drafts, room) if drafts else {}
         items: list[ScheduledSequence] = []
         held = self.held
@@ -245,7 +255,7 @@ class Scheduler:
             item.sequence.num_computed = item.start + item.num_tokens
             item.sequence.num_in_flight += 1
         items += verified.values()
-        if self._owners.num_owners > 1:
+        if has_several:
             for item in items:
                 self._owners.add(item.sequence.request.owner, _DECODE_WEIGHT)
         num_extend = 0
@@ -349,8 +359,58 @@ class Scheduler:
         seconds = math.inf
         if target_s and num_decode:
             decode_s = self._costs.decode_s(num_decode)
+            if self._owners.num_owners > 1 and self._decoding:
+                target_s, decode_s = self._shared(target_s, decode_s)
             seconds = max(target_s - decode_s, _LEAST_SHARE * decode_s)
         return StepBudget(self._step_tokens() - num_decode, seconds, self._costs, num_decode)
+
+    def _shared(self, target_s: float, decode_s: float) -> tuple[float, float]:
+        """Return how long a step with prompts may take, and its rows in it, where several owners share it.
+
+        The step is as long as suits the owner with the fewest rows, see `_within_shares`, unless this owner itself has
+        prompts. The rows leave an owner without rows, who has prompts alone, its share of the time.
+        """
+        num_rows = Counter(sequence.request.owner for sequence in self._decoding)
+        asking = {sequence.request.owner for sequence in self._prefilling} | self._waiting.owners
+        num_owners = len(asking | num_rows.keys())
+        owner, fewest = min(num_rows.items(), key=itemgetter(1))
+        if asking - num_rows.keys():
+            decode_s = min(decode_s, target_s * (1 - 1 / num_owners))
+        if owner not in asking:
+            share_s = num_owners * self._costs.decode_s(fewest)
+            target_s, decode_s = min(target_s, share_s), min(decode_s, share_s / (1 + _LEAST_SHARE))
+        return target_s, decode_s
+
+    def _within_shares(self, extends: Iterable[ScheduledSequence]) -> dict[Sequence, int]:
+        """Return the rows that decode in this step, where `n` owners share it.
+
+        A step is at most `n` times as long as it would be with the rows and prompts of one owner alone, for each owner
+        that is part of it. So all are at least as fast as alone on a machine that is `n` times as slow, whatever the
+        others ask for; and who has few rows costs the others at most a share of the time. Where the rows are too many
+        for that, each owner has an equal part of them, and those that skip the step are the first ones of the next.
+        """
+        is_held = {s for s in self.held if s.num_in_flight}
+        ready = {s: n for s, n in self._decoding.items() if s.num_computed < n and s not in is_held}
+        costs = self._costs
+        num_rows = Counter(sequence.request.owner for sequence in ready)
+        own_s = {owner: costs.decode_s(count) for owner, count in num_rows.items()}
+        prompts_s = 0.0
+        for item in extends:
+            owner, seconds = item.sequence.request.owner, costs.extend_s(item.sequence, item.start, item.num_tokens)
+            own_s[owner] = own_s.get(owner, costs.decode_s(0)) + seconds
+            prompts_s += seconds
+        most = costs.rows_within(self._owners.num_served * min(own_s.values(), default=0.0) - prompts_s)
+        if most >= len(ready):
+            return ready
+        parts = equal_parts(num_rows, most)
+        chosen: dict[Sequence, int] = {}
+        for sequence in ready:
+            owner = sequence.request.owner
+            if parts[owner]:
+                parts[owner] -= 1
+                chosen[sequence] = self._decoding.pop(sequence)
+        self._decoding |= chosen
+        return chosen
 
     def _step_tokens(self) -> int:
         """Maximum number of tokens in the next step.
@@ -381,7 +441,7 @@ class Scheduler:
         for sequence, tokens in drafts.items():
             limit = self._decoding.get(sequence)
             if limit is None:
-                continue  # preempted meanwhile
+                continue  # preempted for a prompt
             assert not sequence.num_in_flight, f"{sequence.request.request_id}: its last token is not known"
             start = sequence.num_computed
             count = min(len(tokens), limit - start - 1, room)
@@ -395,24 +455,27 @@ class Scheduler:
         return rows
 
     def _plan_extends(self, extends: list[ScheduledSequence], budget: StepBudget) -> None:
-        """Plan chunks of running sequences first, then of newly admitted ones.
+        """Plan chunks of running sequences first, then of newly admitted ones, but those of less served owners before.
 
         Sequences that have generated tokens go before prompts, because their chunks are short.
         """
         planned: set[Sequence] = set()
+        if self._may_admit and self._owners.num_owners > 1:
+            attained = [self._owners.attained(sequence.request.owner) for sequence in self._prefilling]
+            if attained:
+                self._plan_admissions(extends, budget, planned, below=min(attained))
         for sequence in sorted(self._prefilling, key=self._prefill_rank):
-            if budget.has_room and sequence in self._prefilling:
+            if budget.has_room and sequence in self._prefilling and sequence not in planned:
                 self._plan_extend(sequence, budget, planned, extends)
         if self._may_admit:
-            self._share_slots(planned)
             self._plan_admissions(extends, budget, planned)
 
     def _prefill_rank(self, sequence: Sequence) -> tuple[bool, int]:
         return not sequence.output_ids, self._owners.attained(sequence.request.owner)
 
-    def _share_slots(self, planned: Iterable[Sequence]) -> None:
+    def _share_slots(self) -> None:
         """Where all slots are taken, free one for an owner that waits and has less than an equal share of them."""
-        if self._free_slots or self._owners.num_owners == 1:
+        if self._free_slots:
             return
         waiting = self._waiting.pop()
         if waiting is None:
@@ -422,12 +485,22 @@ class Scheduler:
         share = self.config.max_running // self._owners.num_owners
         owner, num_most = num_running.most_common(1)[0]
         if num_running[waiting.sequence.request.owner] < share < num_most:
-            victim = self._victim(planned, owner)
+            victim = self._victim((), owner)
             if victim is not None:
                 self._preempt(victim)
 
-    def _plan_admissions(self, extends: list[ScheduledSequence], budget: StepBudget, planned: set[Sequence]) -> None:
-        """Admit waiting requests that fit, in order, and plan their first chunks."""
+    def _plan_admissions(
+        self,
+        extends: list[ScheduledSequence],
+        budget: StepBudget,
+        planned: set[Sequence],
+        *,
+        below: int | None = None,
+    ) -> None:
+        """Admit waiting requests that fit, in order, and plan their first chunks.
+
+        below: only those of owners who have attained at most so much.
+        """
         blocked: list[Waiting] = []
         reservation: Reservation | None = None
         num_parked = self.counters.num_parked
@@ -437,6 +510,9 @@ class Scheduler:
             if waiting is None:
                 self._may_admit = False
                 break
+            if below is not None and self._owners.attained(waiting.sequence.request.owner) > below:
+                self._waiting.put_back(waiting)
+                break
             if self._try_admit(waiting, blocked, reservation):
                 self._plan_extend(waiting.sequence, budget, planned, extends)
                 continue
@@ -445,6 +521,8 @@ class Scheduler:
                 reservation = self._reserve(blocked[0].sequence)
         for waiting in blocked:
             self._waiting.put_back(waiting)
+        if below is not None:
+            return
         is_full = not self._free_slots and self._owners.num_owners == 1  # else slots may have to change their owner
         if is_full or (blocked and budget.has_room and num_parked == self.counters.num_parked):
             self._may_admit = False  # examine the queue again only after something has changed
@@ -469,6 +547,7 @@ class Scheduler:
         samples = stop == end and sequence.request.score_from is None
         extends.append(ScheduledSequence(sequence, start, stop - start, int(samples)))
         budget.spend(sequence, start, stop - start)
+        self._owners.add(sequence.request.owner, stop - start)
 
     def _launch_extend(self, item: ScheduledSequence) -> None:
         """Count a planned chunk as computed and share its pages: later steps may read the KV that this step writes."""
@@ -546,7 +625,6 @@ class Scheduler:
         if copy is not None:
             self._copies.append(copy)
         sequence.num_cached = sequence.num_computed
-        self._owners.add(sequence.request.owner, known_end(sequence) - sequence.num_computed)
         self._owners.num_running[sequence.request.owner] += 1
         self._running[sequence] = None
         self._prefilling[sequence] = None

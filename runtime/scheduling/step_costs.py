@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 
 from ramet.runtime.types import Batch, ScheduledSequence, Sequence
 
-_FIXED_ROWS = 8  # a step without rows takes about as long as so many rows add to it
-# Rates in units of a new token's: a decode row, a new token, a pair of a new token and a key, a row with new tokens, a
-# scored position, a step of many tokens. Only their order of magnitude matters.
-_RATIOS = np.array((1.0, 1.0, 1 / 4000, 4.0, 2.0, 4.0))
+# Rates in units of a new token's: a step, a decode row, a new token, a pair of a new token and a key, a row with new
+# tokens, a scored position, a step of many tokens. Only their order of magnitude matters.
+_RATIOS = np.array((8.0, 1.0, 1.0, 1 / 4000, 4.0, 2.0, 4.0))
 _NUM_STEPS = 64  # of each kind, decode alone and with new tokens
 _FIT_EVERY = 16  # steps that were predicted well
 _GOOD = 0.1  # relative error of such a prediction
@@ -38,16 +37,16 @@ _SWEEPS = 12
 
 
 def step_amounts(num_decode: int, extends: Seq[ScheduledSequence], num_few: int = 0) -> tuple[float, ...]:
-    """Return what a step is made of, as `_RATIOS` lists it: decode rows (and a constant), new tokens, the keys that
-    these attend to, summed over them, rows with new tokens, scored positions, and 1 if it has new tokens and so many
-    tokens that other kernels compute it (`SchedulerConfig.num_few`). A drafted token counts as a decode row: it is
-    computed like one.
+    """Return what a step is made of, as `_RATIOS` lists it: 1, decode rows, new tokens, the keys that these attend to,
+    summed over them, rows with new tokens, scored positions, and 1 if it has new tokens and so many tokens that other
+    kernels compute it (`SchedulerConfig.num_few`). A drafted token counts as a decode row: it is computed like one.
     """
     num_decode += sum(item.num_tokens for item in extends if item.num_samples > 1)
     extends = [item for item in extends if item.num_samples <= 1]
     num_new = sum(item.num_tokens for item in extends)
     return (
-        _FIXED_ROWS + num_decode,
+        1.0,
+        num_decode,
         num_new,
         sum(num_pairs(item.start, item.num_tokens) for item in extends),
         len(extends),
@@ -92,7 +91,7 @@ class StepCosts:
 
         They are twice what steps had lately: beyond, nobody knows.
         """
-        seen = [(int(a[1]), int(a[3]), int(a[4])) for a, _ in self._mixed] or [(0, 0, 0)]
+        seen = [(int(a[2]), int(a[4]), int(a[5])) for a, _ in self._mixed] or [(0, 0, 0)]
         tokens, rows, scored = (max(column) for column in zip(*seen, strict=True))
         return max(self._first_tokens, 2 * tokens), max(_LEAST_ROWS, 2 * rows), max(_LEAST_SCORED, 2 * scored)
 
@@ -102,7 +101,12 @@ class StepCosts:
 
     def decode_s(self, num_decode: int) -> float:
         """Predict the time of a step with decode rows alone."""
-        return self._rates[0] * (_FIXED_ROWS + num_decode)
+        return self._rates[0] + self._rates[1] * num_decode
+
+    def rows_within(self, seconds: float) -> int:
+        """Return how many decode rows a step of so many seconds has."""
+        fixed_s, row_s = self._rates[:2]
+        return int(min((seconds - fixed_s) / row_s, 1e9)) if row_s > 0 else 1_000_000_000
 
     def most_within(self, seconds: float, num_decode: int) -> tuple[int | None, float]:
         """Return at most how many new tokens (None: as many as fit) and seconds a step should have beside its rows.
@@ -111,7 +115,7 @@ class StepCosts:
         second. What steps of many tokens cost in any case is taken off their seconds.
         """
         room = self._num_few - num_decode
-        token, many_s = self._rates[1], self._rates[-1]
+        token, many_s = self._rates[2], self._rates[-1]
         if not self._num_few or token <= 0:
             return None, seconds
         if room <= 0:
@@ -123,13 +127,13 @@ class StepCosts:
 
     def extend_s(self, sequence: Sequence, start: int, num_tokens: int) -> float:
         """Predict the seconds that a sequence's new tokens add to a step."""
-        _, token, pair, row, scored, _ = self._rates
+        _, _, token, pair, row, scored, _ = self._rates
         extra = scored * num_scored(sequence, start, num_tokens)
         return row + token * num_tokens + pair * num_pairs(start, num_tokens) + extra
 
     def tokens_within(self, seconds: float, sequence: Sequence, start: int) -> int:
         """Return how many new tokens of a sequence add at most `seconds` to a step, from position `start`."""
-        _, token, pair, row, scored, _ = self._rates
+        _, _, token, pair, row, scored, _ = self._rates
         if sequence.request.score_from is not None:
             token += scored
         seconds -= row

@@ -23,7 +23,7 @@ MACHINES = {"two cores": (4e-3, 1e-3, 0.75e-3, 0.2e-6, 0.5e-3), "sixteen": (3e-3
 
 
 def seconds_of(batch: Batch, rates: tuple[float, ...]) -> float:
-    _, new, pairs, extends, *_ = step_amounts(batch.num_decode, batch.items[batch.num_decode :])
+    _, _, new, pairs, extends, *_ = step_amounts(batch.num_decode, batch.items[batch.num_decode :])
     return float(np.dot(rates, (1, batch.num_decode, new, pairs, extends)))
 
 

@@ -35,7 +35,7 @@ class Machine:
         self.rng = random.Random(0)
 
     def step_s(self, batch: Batch) -> float:
-        _, *amounts, _ = step_amounts(batch.num_decode, batch.items[batch.num_decode :])
+        _, _, *amounts, _ = step_amounts(batch.num_decode, batch.items[batch.num_decode :])
         parts = zip(self.rates, (batch.num_decode, *amounts), strict=True)
         seconds = self.fixed + sum(rate * amount for rate, amount in parts)
         return seconds * self.rng.uniform(1 - self.noise, 1 + self.noise)
