@@ -6,6 +6,9 @@ it the same source runs as it is, about a hundred times slower: enough for the t
 
 from __future__ import annotations
 
+import io
+import logging
+import pickletools
 from collections.abc import Callable
 from functools import cache, wraps
 from pathlib import Path
@@ -18,6 +21,8 @@ try:
 except ImportError:  # an installation without an engine
     numba = None
 
+logger = logging.getLogger(__name__)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -26,6 +31,7 @@ def loop(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function whose loops should be compiled. It may not use the interpreter's lock."""
     if numba is not None:
         compiled: Callable[P, R] = numba.njit(cache=True, nogil=True)(function)
+        drop_damaged(folder_of(compiled))
         return compiled
 
     @wraps(function)
@@ -49,3 +55,30 @@ def compiler() -> str:
 def folder_of(compiled: Any) -> Path:  # Any: numba's function
     """Return the folder in which a compiled loop is kept."""
     return Path(compiled.stats.cache_path)
+
+
+@cache
+def drop_damaged(folder: Path) -> None:
+    """Remove compiled code that a full disk or a lost machine left cut off: it is compiled again. Once a process.
+
+    numba would end the process when it reads such a file. A millisecond for five files.
+    """
+    damaged = [path for path in folder.glob("*.nb[ic]") if not _is_whole(path)]
+    if damaged:
+        logger.warning("%d damaged files of compiled code in %s: compiled again", len(damaged), folder)
+    for path in damaged:
+        path.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file consists of pickles from its first to its last byte; an index (.nbi) has two. Runs none."""
+    try:
+        content = io.BytesIO(path.read_bytes())
+        for _ in range(2 if path.suffix == ".nbi" else 1):
+            for _ in pickletools.genops(content):
+                pass
+    except FileNotFoundError:
+        return True  # another process has replaced it
+    except Exception:  # reading arbitrary bytes as a pickle may raise anything
+        return False
+    return not content.read(1)

@@ -21,6 +21,8 @@ import torch
 from numba import cfunc, njit, types
 from numpy.typing import NDArray
 
+from ramet.loops import drop_damaged, folder_of
+
 Function = TypeVar("Function", bound=Callable[..., Any])  # any compiled function keeps its Python signature
 
 # Numba resolves these names when it links a kernel, also one that was compiled by an earlier process.
@@ -71,7 +73,9 @@ def _named(function: Function) -> Function:
 
 def compiled(function: Function) -> Function:
     """Compile at the first call, without the interpreter lock. Annotations give the types of Python's arguments."""
-    return njit(nogil=True, cache=True, fastmath=_REORDER, error_model="numpy")(_named(function))  # type: ignore[no-any-return]
+    made: Function = njit(nogil=True, cache=True, fastmath=_REORDER, error_model="numpy")(_named(function))
+    drop_damaged(folder_of(made))
+    return made
 
 
 def inner(function: Function) -> Function:

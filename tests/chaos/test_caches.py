@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import random
 import resource
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ramet.errors import DownloadFailed
@@ -18,6 +20,7 @@ from ramet.grammar.regular.byte_language import ByteAutomaton
 from ramet.grammar.service.compile_service import CompileService, ServiceConfig
 from ramet.grammar.service.disk_cache import DiskCache
 from ramet.grammar.service.sources import parse_source
+from ramet.loops import drop_damaged
 from ramet.runtime.models.catalog import CatalogModel, WheelPart, cached_path, fetch
 
 BYTES = Vocabulary([*(bytes((i,)) for i in range(256)), b"<eos>"], [256], [256])
@@ -113,3 +116,43 @@ def test_a_full_disk_ends_a_download_with_its_reason_and_leaves_nothing(model: C
     with files_of_at_most(100_000), pytest.raises(DownloadFailed, match="cannot"):
         fetch(model, show_progress=False)
     assert not [path for path in cached_path(model).parent.iterdir() if path.is_dir() or path.suffix == ".gguf"]
+
+
+LOOP = """
+from ramet.loops import loop
+
+@loop
+def doubled(values):
+    for i in range(len(values)):
+        values[i] *= 2
+"""
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+def test_compiled_code_that_was_cut_off_is_compiled_again(
+    suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cut_off.py").write_text(LOOP)
+
+    def run() -> list[int]:
+        drop_damaged.cache_clear()  # as in a new process
+        spec = importlib.util.spec_from_file_location("cut_off", tmp_path / "cut_off.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        values = np.array([1, 2])
+        module.doubled(values)
+        return list(values)
+
+    assert run() == [2, 4]
+    (kept,) = tmp_path.rglob(f"*{suffix}")
+    whole = kept.read_bytes()
+    for data in (whole[: len(whole) // 2], b"", bytes(len(whole))):
+        kept.write_bytes(data)
+        caplog.clear()
+        assert run() == [2, 4]
+        assert [record.name for record in caplog.records] == ["ramet.loops"]
+    caplog.clear()
+    assert run() == [2, 4]
+    assert not caplog.records
