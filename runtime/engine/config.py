@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ramet.errors import ConfigError
 from ramet.lang.graph.json_form import KNOWN, JsonForm, whitespace_named
+from ramet.lang.graph.sampling import MAX_INT32
+
+MAX_INT64 = 2**63 - 1
 
 
 def _doc(default: Any, text: str) -> Any:  # Any: what dataclasses.field returns is typed as the field it stands for
@@ -90,49 +96,19 @@ class EngineConfig:
     seed: int = _doc(0, "seed of the seeds drawn for requests that name none")
 
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, limit: str) -> None:
-            if not ok:
-                raise ConfigError(f"{name} is {getattr(self, name)!r} but must be {limit}")
-
-        check(type(self.tp) is int and self.tp >= 1, "tp", "an integer of at least 1")
-        check(
-            self.tp == 1 or not self.deterministic,
-            "deterministic",
-            "False with tp > 1, where the order of sums over ranks depends on the batch",
-        )
-        check(self.page_size in (8, 16, 32, 64), "page_size", "8, 16, 32 or 64")
-        check(0.1 <= self.mem_fraction_static <= 0.99, "mem_fraction_static", "in [0.1, 0.99]")
-        check(self.max_running_requests >= 1, "max_running_requests", "at least 1")
-        check(self.max_queued_requests >= 1, "max_queued_requests", "at least 1")
-        check(
-            self.chunked_prefill_size is None or self.chunked_prefill_size >= 1,
-            "chunked_prefill_size",
-            "at least 1, or None",
-        )
-        check(self.max_step_ms is None or self.max_step_ms >= 0, "max_step_ms", "at least 0, or None")
-        check(self.cuda_graph_max_extend >= 0, "cuda_graph_max_extend", "at least 0")
-        check(self.context_length is None or self.context_length >= 2, "context_length", "at least 2, or None")
-        check(
-            self.num_kv_tokens is None or self.num_kv_tokens >= 2 * self.page_size,
-            "num_kv_tokens",
-            "at least two pages",
-        )
-        check(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", "auto, float32, bfloat16 or float16")
-        check(self.model_impl in ("auto", "ramet", "transformers"), "model_impl", "auto, ramet or transformers")
-        check(
-            self.quantization in (None, "fp8", "int8", "int4", "gguf"), "quantization", "fp8, int8, int4, gguf or None"
-        )
-        check(self.tree_attention in ("auto", "on", "off"), "tree_attention", "auto, on or off")
-        check(self.speculative in ("off", "auto"), "speculative", "off or auto")
-        check(0 <= self.reservation_ratio <= 1, "reservation_ratio", "in [0, 1]")
-        check(self.default_max_tokens >= 1, "default_max_tokens", "at least 1")
-        check(
-            self.json_whitespace is None or whitespace_named(self.json_whitespace) is not None,
-            "json_whitespace",
-            f"one of {', '.join(KNOWN['whitespace'])}",
-        )
-        for name in ("order", "additional_properties"):
-            check(getattr(self, f"json_{name}") in KNOWN[name], f"json_{name}", f"one of {', '.join(KNOWN[name])}")
+        for name, (is_right, limit) in _limits().items():
+            value = getattr(self, name)
+            if not is_right(value):
+                raise ConfigError(f"{name} is {value!r} but must be {limit}")
+        if self.deterministic and self.tp > 1:
+            raise ConfigError(
+                "deterministic is True but must be False with tp > 1, where the order of sums over ranks depends on "
+                "the batch"
+            )
+        if self.num_kv_tokens is not None and self.num_kv_tokens < 2 * self.page_size:
+            raise ConfigError(
+                f"num_kv_tokens is {self.num_kv_tokens} but must be at least two pages: {2 * self.page_size}"
+            )
 
     @property
     def json_form(self) -> JsonForm:
@@ -155,3 +131,73 @@ class EngineConfig:
             return replace(self, **values)  # type: ignore[arg-type]
         except TypeError as error:
             raise ConfigError(f"a configuration value has the wrong type: {error}") from error
+
+
+Limit = tuple[Callable[[Any], bool], str]  # what a value must be: a check of any value, and its words
+
+
+def _whole(least: int, most: int | None = None) -> Limit:
+    limit = f"an integer of at least {least:,}" if most is None else f"an integer from {least:,} to {most:,}"
+    most = MAX_INT64 if most is None else most
+    return lambda value: _is_number(value, Integral) and least <= int(value) <= most, limit
+
+
+def _part(least: float, most: float) -> Limit:
+    limit = f"a number in [{least}, {most}]"
+    return lambda value: _is_number(value, Real) and least <= float(value) <= most, limit
+
+
+def _is_number(value: Any, kind: type) -> bool:  # Any: what a user gave
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _one_of(*values: object) -> Limit:
+    *first, last = map(str, values)
+    return lambda value: type(value) in (str, int) and value in values, f"{', '.join(first)} or {last}"
+
+
+_SPACES = ", ".join(KNOWN["whitespace"])
+# What the types of the fields do not say. Where None is the default, it is right, too.
+_LIMITS: dict[str, Limit] = {
+    "dtype": _one_of("auto", "float32", "bfloat16", "float16"),
+    "quantization": _one_of("fp8", "int8", "int4", "gguf"),
+    "tp": _whole(1),
+    "context_length": _whole(2, MAX_INT32),
+    "page_size": _one_of(8, 16, 32, 64),
+    "num_kv_tokens": _whole(1),
+    "mem_fraction_static": _part(0.1, 0.99),
+    "kv_cpu_bytes": _whole(1),
+    "max_running_requests": _whole(1, 1 << 16),
+    "max_queued_requests": _whole(1),
+    "chunked_prefill_size": _whole(1, MAX_INT32),
+    "max_step_ms": _whole(0, 1_000_000),
+    "cuda_graph_max_extend": _whole(0, MAX_INT32),
+    "json_whitespace": (lambda value: type(value) is str and whitespace_named(value) is not None, f"one of {_SPACES}"),
+    "default_max_tokens": _whole(1, MAX_INT32),
+    "reservation_ratio": _part(0, 1),
+    "num_threads": _whole(1, 4096),
+    "seed": _whole(-MAX_INT64, MAX_INT64),
+}
+
+
+@cache
+def _limits() -> dict[str, Limit]:
+    """Return the limit of each field: that of the table, or that of its type."""
+    found: dict[str, Limit] = {}
+    hints = get_type_hints(EngineConfig)
+    for one in fields(EngineConfig):
+        limit = _LIMITS.get(one.name) or _limit_of_type(hints[one.name])
+        found[one.name] = _or_none(*limit) if one.default is None else limit
+    return found
+
+
+def _limit_of_type(hint: Any) -> Limit:  # Any: a type
+    if get_origin(hint) is Literal:
+        return _one_of(*get_args(hint))
+    if hint is bool:
+        return lambda value: type(value) is bool, "True or False"
+    return lambda value: type(value) is str, "text"
+
+
+def _or_none(is_right: Callable[[Any], bool], limit: str) -> Limit:
+    return lambda value: value is None or is_right(value), f"{limit}, or None"
