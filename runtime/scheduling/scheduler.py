@@ -11,8 +11,8 @@ after the running step.
 Admission reserves pages for the tokens that a sequence may still generate (`reservation_ratio` of its max_tokens). A
 request that finds too few pages waits in the queue. With a ratio below 1 a sequence may grow beyond its reservation;
 only then can preemption happen. It chooses the newest sequence of the lowest priority, which returns to the queue: its
-tokens are kept and its pages stay in the tree. A request is also preempted if all slots are taken, its owner has more
-than an equal share of them, and another owner waits with less.
+tokens are kept and its pages stay in the tree. A request is also preempted if slots or pages are taken, its owner has
+more than an equal share of them, and another owner waits with less.
 
 A row whose sequence has drafted tokens computes them with its last known token, and yields a token after each. Those
 that follow from each other are read; what was computed beyond them is forgotten.
@@ -224,8 +224,7 @@ class Scheduler:
         self._copies = []
         self._grow_decoding()
         has_several = self._owners.num_owners > 1
-        if has_several and self._may_admit:
-            self._share_slots()
+        has_given = has_several and self._may_admit and self._share_room()
         decoding = self._decoding
         if drafts:
             drafts = {sequence: tokens for sequence, tokens in drafts.items() if sequence in decoding}
@@ -233,6 +232,7 @@ class Scheduler:
         room = (self.config.max_num_tokens_per_step - len(decoding)) // 2 if drafts else 0
         if self._prefilling or self._may_admit:
             self._plan_extends(extends, self._budget(min(room, sum(map(len, drafts.values())))))
+        self._may_admit |= has_given  # perhaps more is given in the next step
         if has_several and self.config.max_step_s:
             decoding = self._within_shares(extends)
             drafts = {sequence: tokens for sequence, tokens in drafts.items() if sequence in decoding}
@@ -473,21 +473,33 @@ class Scheduler:
     def _prefill_rank(self, sequence: Sequence) -> tuple[bool, int]:
         return not sequence.output_ids, self._owners.attained(sequence.request.owner)
 
-    def _share_slots(self) -> None:
-        """Where all slots are taken, free one for an owner that waits and has less than an equal share of them."""
-        if self._free_slots:
-            return
+    def _share_room(self) -> bool:
+        """Where slots or pages are taken, free some for an owner that waits and has less than an equal share of them.
+
+        Who has most of them gives what is beyond its own share: its newest request waits again. So nothing is taken
+        from somebody who could take it back. Returns True if a request has to wait again.
+        """
         waiting = self._waiting.pop()
         if waiting is None:
-            return
+            return False
         self._waiting.put_back(waiting)
-        num_running = self._owners.num_running
-        share = self.config.max_running // self._owners.num_owners
-        owner, num_most = num_running.most_common(1)[0]
-        if num_running[waiting.sequence.request.owner] < share < num_most:
-            victim = self._victim((), owner)
-            if victim is not None:
-                self._preempt(victim)
+        sequence, owner = waiting.sequence, waiting.sequence.request.owner
+        size: Callable[[Sequence], int] = self._pages.size
+        total = self.pool.num_usable
+        if not self._free_slots:
+            size, total = (lambda _: 1), self.config.max_running
+        elif self._pages.fits(sequence):
+            return False
+        held = Counter[str]()
+        for running in self._running:
+            held[running.request.owner] += size(running)
+        share = total // self._owners.num_owners
+        most = max(held, key=held.__getitem__, default=owner)
+        victim = self._victim((), most) if held[owner] + size(sequence) <= share else None
+        if victim is None or held[most] - size(victim) < share:
+            return False
+        self._preempt(victim)
+        return True
 
     def _plan_admissions(
         self,

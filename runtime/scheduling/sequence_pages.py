@@ -46,6 +46,17 @@ class SequencePages:
         num_output = max(1, ceil(ratio * request.max_tokens))
         return -(-(request.num_prompt + num_output - 1) // self._page_size)
 
+    def size(self, sequence: Sequence) -> int:
+        """Number of pages that a sequence has or may take, shared ones included."""
+        return max(self.peak(sequence), len(sequence.page_ids))
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Return whether a waiting sequence finds the pages that it would reserve. O(len(tokens))."""
+        num_cached = 0
+        if self._is_sharing:
+            num_cached = self.cache.match_length(matchable(sequence), sequence.request.cache_salt) // self._page_size
+        return self.peak(sequence) - num_cached <= self.num_available
+
     def outstanding(self, sequence: Sequence) -> int:
         """Number of reserved pages that a running sequence has not taken yet."""
         return max(0, self.peak(sequence) - len(sequence.page_ids))

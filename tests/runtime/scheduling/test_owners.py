@@ -123,6 +123,35 @@ def test_a_newcomer_gets_its_part_of_the_slots_at_once() -> None:
     assert_idle_and_whole(engine)
 
 
+def test_a_newcomer_gets_its_part_of_the_pages_at_once() -> None:
+    engine = make_simulation(num_pages=65, max_running=32, clock=[0.0], max_num_tokens_per_step=64)
+
+    def ask(owner: str, number: int) -> Sequence:
+        return engine.scheduler.add(make_request(f"{owner}{number}", [number] * 8, 25, owner=owner, cache_salt=owner))
+
+    big = [ask("big", number) for number in range(40)]  # eight pages each
+    engine.step()
+    assert [sequence.slot is not None for sequence in big].count(True) == 8
+    small = [ask("small", number) for number in range(6)]
+    for _ in range(8):
+        engine.step()
+    assert [sequence.slot is not None for sequence in small].count(True) == 4, "an equal share of 64 pages"
+    engine.run()
+    assert max(sequence.num_preemptions for sequence in big) <= 1
+    assert not any(sequence.num_preemptions for sequence in small)
+    assert_idle_and_whole(engine)
+
+
+def test_nobody_is_asked_for_pages_of_its_own_share() -> None:
+    engine = make_simulation(num_pages=65, max_running=32, clock=[0.0], max_num_tokens_per_step=64)
+    big = add(engine, 1, "big", 40, 200)  # all but five pages
+    engine.step()
+    small = add(engine, 2, "small", 8, 25)
+    engine.run()
+    assert big.num_preemptions == small.num_preemptions == 0, "it would begin anew for whoever comes next"
+    assert_idle_and_whole(engine)
+
+
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 100))
 def test_equal_parts_are_those_of_giving_one_after_another(wanted: list[int], most: int) -> None:
     owners = {str(number): count for number, count in enumerate(wanted)}
