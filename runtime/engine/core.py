@@ -59,6 +59,7 @@ class EngineCore:
         self.watch = StepWatch()
         self._launched_s: deque[float] = deque()  # of the steps that are not collected
         self._collected_s = 0.0
+        self._worked_s = 0.0  # this thread's time at the last launch: that of a step that others interrupt
         self._with_logprobs: set[Sequence] = set()  # steps look for such rows only if there are any
 
     # --- requests
@@ -156,6 +157,7 @@ class EngineCore:
         """Start a step on the device, with the host's masks, grammar states and edits."""
         self.num_steps += 1
         self._launched_s.append(time.monotonic())
+        self._worked_s = time.thread_time()
         extends = batch.items[batch.num_decode :]
         for item in extends:
             if self._needs_host(item):
@@ -184,7 +186,7 @@ class EngineCore:
         seconds = now - max(self._launched_s.popleft(), self._collected_s)
         self.scheduler.note_time(launched.batch, seconds)
         if self.speculation is not None:
-            self.speculation.note_step(launched.batch, seconds)
+            self.speculation.note_step(launched.batch, time.thread_time() - self._worked_s)
         self._collected_s = now
         return updates
 

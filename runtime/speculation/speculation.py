@@ -150,7 +150,7 @@ class Speculation:
         return self._choose(gains, num_rows)
 
     def note_step(self, batch: Batch, seconds: float) -> None:
-        """Learn from a step that was read, and how long it took."""
+        """Learn from a step that was read, and how long the engine's thread worked on it."""
         verifying = [item for item in batch.items[batch.num_decode :] if item.num_samples > 1]
         for item in verifying:
             found = self._live.get(item.sequence)

@@ -1,0 +1,257 @@
+"""Several tokens a step on a CPU: `speculative=auto` in turns with `off`, on six kinds of work at batch 1, 4 and 16.
+
+    python benchmarks/bench_speculation.py [--batches 1,4,16] [--rounds 3] [--threads 2] [--tokens 160]
+    python benchmarks/bench_speculation.py --kinds edits,free --out benchmarks/results/speculation.jsonl
+    python benchmarks/bench_speculation.py --clock cpu --threads 1      tokens a second of CPU time, on a busy machine
+
+Both engines run in this process, one after the other in each round, on the same prompts, which are cached before the
+clock starts. Every round has other documents, so that nothing is drafted from a round before; only the agent's loop is
+run again and again, as it would be. A row is the median over rounds of tokens a second, and their ratio within rounds.
+The answers of both engines are compared. Accepted: of drafted tokens, by source.
+
+    extraction   JSON under a schema from a document      chat    three turns of a conversation
+    quotes       sentences quoted from a passage          agent   the same four steps, run `--runs` times
+    edits        a file written again with one change,    free    a story at temperature 1
+                 given as the expected answer
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from json_line import commit, print_record
+from rich.console import Console
+from rich.table import Table
+
+from ramet.grammar import Vocabulary
+from ramet.grammar.service.sources import compile_constraint
+from ramet.runtime.engine.engine import Engine
+from ramet.runtime.types import Grammar, SamplingParams
+
+Job = dict[str, Any]  # Any: the arguments of Engine.submit
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+NAMES = ["Ada Lovelace", "Alan Turing", "Grace Hopper", "Edsger Dijkstra", "Barbara Liskov", "Donald Knuth"]
+CITIES = ["Lisbon", "Oslo", "Kyoto", "Nairobi", "Quito", "Riga", "Perth", "Dublin", "Tunis", "Hanoi"]
+THINGS = ["telescope", "wooden table", "steam engine", "garden chair", "copper kettle", "bicycle", "glass lamp", "loom"]
+FACTS = (
+    "The {thing} was built in {city} in {year} by {name}.",
+    "{name} sold the {thing} for {price} dollars to a museum in {city}.",
+    "It is said that the {thing} of {city} weighs more than {price} pounds.",
+    "In the spring of {year}, {name} moved from {city} to the coast and took the {thing} along.",
+    "Nobody in {city} had seen a {thing} like that before the year {year}.",
+)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "city": {"type": "string", "maxLength": 40},
+        "year": {"type": "integer"},
+        "thing": {"type": "string", "maxLength": 60},
+        "price": {"type": "integer"},
+        "summary": {"type": "string", "maxLength": 300},
+    },
+    "required": ["name", "city", "year", "thing", "price", "summary"],
+}
+
+
+def fact(rng: random.Random) -> str:
+    values = {"name": rng.choice(NAMES), "city": rng.choice(CITIES), "thing": rng.choice(THINGS)}
+    return rng.choice(FACTS).format(**values, year=rng.randrange(1700, 2000), price=rng.randrange(20, 9000))
+
+
+def document(rng: random.Random, num_sentences: int) -> str:
+    return " ".join(fact(rng) for _ in range(num_sentences))
+
+
+def source_file(rng: random.Random, num_lines: int) -> str:
+    """A file of functions that differ in their names and numbers."""
+    lines = ["import math", ""]
+    while len(lines) < num_lines:
+        name, number = rng.choice(THINGS).split()[-1], rng.randrange(1000)
+        lines += [
+            f"def {name}_{number}(value, limit={rng.randrange(99)}):",
+            f'    """Return the {name} of a value."""',
+            f"    if value > {rng.randrange(9999)}:",
+            f"        return math.sqrt(value - {rng.randrange(99)})",
+            f"    return value * {rng.randrange(2, 9)} + limit",
+            "",
+        ]
+    return "\n".join(lines[:num_lines])
+
+
+class Work:
+    """Makes the jobs of each kind."""
+
+    def __init__(self, engine: Engine, num_tokens: int, clock: str) -> None:
+        tokenizer = engine.tokenizer
+        words = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+        self.grammar: Grammar = compile_constraint("json_schema", SCHEMA, words)
+        self.num_tokens = num_tokens
+        self.clock = clock
+
+    def sampling(self, **values: Any) -> SamplingParams:  # Any: fields of SamplingParams
+        return SamplingParams(**{"temperature": 0.0, "max_tokens": self.num_tokens, "seed": 1, **values})
+
+    def chat(self, *turns: str) -> str:
+        roles = ("user", "assistant")
+        said = "".join(f"<|im_start|>{roles[i % 2]}\n{turn}<|im_end|>\n" for i, turn in enumerate(turns))
+        return f"{said}<|im_start|>assistant\n"
+
+    def extraction(self, rng: random.Random) -> Job:
+        prompt = self.chat(f"{document(rng, 12)}\n\nExtract the name, city, year, thing, price and a summary as JSON.")
+        return {"prompt": prompt, "sampling": self.sampling(), "grammar": self.grammar}
+
+    def quotes(self, rng: random.Random) -> Job:
+        passages = "\n".join(f"[{i}] {document(rng, 4)}" for i in range(1, 9))
+        question = f"Which passages speak of {rng.choice(CITIES)}? Quote the whole passages word by word."
+        return {"prompt": self.chat(f"{passages}\n\n{question}"), "sampling": self.sampling()}
+
+    def edits(self, rng: random.Random) -> Job:
+        old = source_file(rng, 300)
+        new = old.replace("limit", "bound")
+        begin = "\n".join(new.splitlines()[:9])
+        task = "The file with `limit` renamed to `bound`"
+        prompt = f"The file before:\n```python\n{old}\n```\n\n{task}:\n```python\n{begin}\n"
+        return {"prompt": prompt, "sampling": self.sampling()}
+
+    def free(self, rng: random.Random) -> Job:
+        prompt = self.chat(f"Write a story about a {rng.choice(THINGS)} in {rng.choice(CITIES)}.")
+        return {"prompt": prompt, "sampling": self.sampling(temperature=1.0, seed=rng.randrange(10**6))}
+
+
+def run_jobs(engine: Engine, jobs: list[Job], clock: str) -> tuple[float, list[Any]]:
+    """Run jobs at once, with their prompts cached. Returns the seconds and the results."""
+    for handle in [engine.submit(**{**job, "sampling": SamplingParams(max_tokens=1), "grammar": None}) for job in jobs]:
+        handle.result()
+    start = CLOCKS[clock]()
+    results = [handle.result() for handle in [engine.submit(**job) for job in jobs]]
+    return CLOCKS[clock]() - start, results
+
+
+def run_one_turn(engine: Engine, work: Work, kind: str, batch: int, seed: int) -> tuple[float, list[Any]]:
+    make: Callable[[random.Random], Job] = getattr(work, kind)
+    return run_jobs(engine, [make(random.Random(1000 * seed + row)) for row in range(batch)], work.clock)
+
+
+def run_chat(engine: Engine, work: Work, batch: int, seed: int) -> tuple[float, list[Any]]:
+    """Three turns of conversations about documents; each turn sees the answers before it."""
+    rng = random.Random(seed)
+    turns = [[f"{document(rng, 8)}\n\nWhat is this about?"] for _ in range(batch)]
+    seconds, results = 0.0, []
+    for question in ("Say it again in one sentence.", "List all names and years in the text.", None):
+        jobs = [{"prompt": work.chat(*said), "sampling": work.sampling()} for said in turns]
+        passed, answers = run_jobs(engine, jobs, work.clock)
+        seconds += passed
+        results += answers
+        for said, answer in zip(turns, answers, strict=True):
+            said += [answer.text, question]
+    return seconds, results
+
+
+def run_agent(engine: Engine, work: Work, batch: int, seed: int, num_runs: int) -> tuple[float, list[Any]]:
+    """A loop of four steps whose observations are the same in each run, at temperature 0."""
+    rng = random.Random(seed)
+    tasks = [fact(rng) for _ in range(batch)]
+    steps = ("Make a plan in three steps.", "Do the first step.", "Do the next step.", "Give the final answer.")
+    seconds, results = 0.0, []
+    for _ in range(num_runs):
+        turns = [[f"Task: check this claim. {task} {steps[0]}"] for task in tasks]
+        for following in (*steps[1:], None):
+            jobs = [{"prompt": work.chat(*said), "sampling": work.sampling(max_tokens=64)} for said in turns]
+            passed, answers = run_jobs(engine, jobs, work.clock)
+            seconds += passed
+            results += answers
+            for said, answer in zip(turns, answers, strict=True):
+                said += [answer.text, following]
+    return seconds, results
+
+
+def drafted(engine: Engine) -> dict[str, float]:
+    return {name: value for name, value in engine.stats().items() if "drafted" in name or "accepted" in name}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kinds", default="extraction,quotes,edits,agent,chat,free")
+    parser.add_argument("--batches", default="1,4,16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=10, help="of the agent's loop")
+    parser.add_argument("--tokens", type=int, default=160, help="of an answer, at most")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    settings = {"dtype": arguments.dtype, "num_threads": arguments.threads, "num_kv_tokens": 1 << 17, "device": "cpu"}
+    engines = {mode: Engine(arguments.model, speculative=mode, **settings) for mode in ("off", "auto")}
+    work = Work(engines["off"], arguments.tokens, arguments.clock)
+    for engine in engines.values():  # compiled code, recorded steps
+        run_one_turn(engine, work, "free", 4, 0)
+        run_one_turn(engine, work, "extraction", 1, 0)
+    table = Table("work", "batch", "off tok/s", "auto tok/s", "auto / off", "tokens a step", "same", "accepted")
+    rows = []
+    for kind in arguments.kinds.split(","):
+        for batch in map(int, arguments.batches.split(",")):
+            rates: dict[str, list[float]] = {mode: [] for mode in engines}
+            num_same = num_answers = num_tokens = 0
+            before, steps = drafted(engines["auto"]), engines["auto"].stats()["num_steps"]
+            for round_ in range(1, arguments.rounds + 1):
+                texts = {}
+                for mode in ("off", "auto") if round_ % 2 else ("auto", "off"):
+                    engine, seed = engines[mode], 100 * round_ + batch
+                    engine.flush_cache()
+                    if kind == "agent":
+                        seconds, results = run_agent(engine, work, batch, seed, arguments.runs)
+                    elif kind == "chat":
+                        seconds, results = run_chat(engine, work, batch, seed)
+                    else:
+                        seconds, results = run_one_turn(engine, work, kind, batch, seed)
+                    count = sum(len(result.token_ids) for result in results)
+                    rates[mode].append(count / seconds)
+                    texts[mode] = [result.text for result in results]
+                    num_tokens += count if mode == "auto" else 0
+                num_same += sum(a == b for a, b in zip(texts["off"], texts["auto"], strict=True))
+                num_answers += len(texts["off"])
+            changes = {name: value - before[name] for name, value in drafted(engines["auto"]).items()}
+            steps = engines["auto"].stats()["num_steps"] - steps
+            accepted = {
+                source: [changes[f"num_accepted_tokens_{source}"], changes[f"num_drafted_tokens_{source}"]]
+                for source in (name.rpartition("_")[2] for name in changes if "drafted" in name)
+            }
+            ratio = statistics.median(a / o for a, o in zip(rates["auto"], rates["off"], strict=True))
+            row = {
+                "work": kind,
+                "batch": batch,
+                "off": round(statistics.median(rates["off"]), 1),
+                "auto": round(statistics.median(rates["auto"]), 1),
+                "ratio": round(ratio, 3),
+                "ratios": [round(a / o, 3) for a, o in zip(rates["auto"], rates["off"], strict=True)],
+                "tokens_a_step": round(num_tokens / steps / batch, 2),
+                "same": f"{num_same}/{num_answers}",
+                "accepted": accepted,
+            }
+            rows.append(row)
+            shown = ", ".join(f"{name} {a:.0f}/{d:.0f}" for name, (a, d) in accepted.items() if d)
+            table.add_row(
+                *(str(row[k]) for k in ("work", "batch", "off", "auto", "ratio", "tokens_a_step", "same")), shown
+            )
+            print(row, flush=True)
+    for engine in engines.values():
+        engine.shutdown()
+    Console(width=160).print(table)
+    configuration = {k: v for k, v in vars(arguments).items() if k != "out"}
+    record = {"benchmark": "speculation", "commit": commit(), "cpu": platform.processor() or platform.machine()}
+    print_record({**record, "configuration": configuration, "rows": rows}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
