@@ -129,6 +129,7 @@ class Engine:
             context_limit="--context-length" if self.context_length == wanted else "--num-kv-tokens",
             default_max_tokens=config.default_max_tokens,
             seed=config.seed,
+            drafts=self._core.speculation is not None,
         )
         if self.model.decoder.device.type == "cpu":
             from ramet.kernels.cpu.threads import release_threads  # compiles CPU code: not needed for a GPU

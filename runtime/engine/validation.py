@@ -14,12 +14,14 @@ from ramet.runtime.text.stops import check_pattern
 from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.types import Grammar, Request, RequestOptions, SamplingParams, TokenIds, wrong_option
 
+_MOST_EXPECTED = 100_000  # characters of an expected answer; the rest is not looked at
+
 
 class RequestBorder:
     """Makes the requests of one engine: their ids, seeds and limits. Thread-safe.
 
     `context_limit`: name of the option that limits the context. `default_max_tokens`: for requests without max_tokens.
-    `seed`: seed of the generator that draws seeds for requests without one.
+    `seed`: seed of the generator that draws seeds for requests without one. `drafts`: expected answers are of use.
     """
 
     def __init__(
@@ -31,12 +33,14 @@ class RequestBorder:
         context_limit: str = "--context-length",
         default_max_tokens: int,
         seed: int,
+        drafts: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._context_length = context_length
         self._context_limit = context_limit
         self._default_max_tokens = default_max_tokens
+        self._drafts = drafts
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         self._seed_lock = threading.Lock()
@@ -91,6 +95,7 @@ class RequestBorder:
             with self._seed_lock:
                 seed = self._seeds.getrandbits(63)
         eos = frozenset() if sampling.ignore_eos else self._tokenizer.eos_ids
+        expected = options.expected[:_MOST_EXPECTED] if self._drafts else ""
         now_s = time.monotonic()
         return Request(
             request_id=request_id or f"request-{next(self._ids)}",
@@ -107,4 +112,5 @@ class RequestBorder:
             deadline_s=None if options.deadline_s is None else now_s + options.deadline_s,
             score_from=score_from,
             seed=seed,
+            expected_ids=np.asarray(self._tokenizer.encode(expected), dtype=np.int32) if expected else None,
         )

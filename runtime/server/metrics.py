@@ -251,6 +251,13 @@ def _heartbeat_metrics(
     yield gauge("ramet_kv_evictable_pages", "pages that hold cached prefixes nobody uses", stats["num_evictable_pages"])
     yield gauge("ramet_kv_usage_ratio", "share of the pages that running sequences hold", usage)
     yield gauge("ramet_prefix_cache_hit_ratio", "cached share of the prompt tokens of the last minute", hit_rate)
+    for what in ("drafted", "accepted"):
+        prefix = f"num_{what}_tokens_"
+        by_source = {n.removeprefix(prefix): int(value) for n, value in stats.items() if n.startswith(prefix)}
+        if by_source:
+            yield labelled(
+                f"ramet_{what}_tokens", f"tokens {what}, by what they were drafted from", "source", Tally(by_source)
+            )
     yield counter("ramet_prefix_cache_hit_tokens", "prompt tokens taken from the cache", cached)
     yield counter("ramet_prefix_cache_query_tokens", "prompt tokens looked up in the cache", cached + computed)
     yield counter("ramet_computed_tokens", "prompt tokens computed", computed)

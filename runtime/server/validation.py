@@ -53,7 +53,6 @@ REFUSED: Mapping[str, str] = {
     "max_thinking_tokens": "reasoning has a limit of its own in /v1/chat/completions only",
     "mm_processor_kwargs": "the model reads text",
     "modify_logits": "no code is taken from requests",
-    "prediction": "predicted outputs are not supported",
     "prompt_logprobs": "use /v1/completions with echo and logprobs",
     "request_id": "the answer's id is the request's",
     "return_cached_tokens_details": "cached tokens are always in usage",

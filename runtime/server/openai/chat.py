@@ -205,7 +205,11 @@ class ChatEndpoint:
             sampling,
             constraint,
             field_name,
-            RequestOptions(cache_salt=salt, priority=body.priority or 0),
+            RequestOptions(
+                cache_salt=salt,
+                priority=body.priority or 0,
+                expected="" if body.prediction is None else body.prediction.text,
+            ),
             reasoning,
             shown,
             None if style is None else style.format,

@@ -151,3 +151,12 @@ def test_the_hit_rate_is_that_of_the_last_minute_and_survives_another_engine(mon
     now_s = 93.0
     beat(10, 30)  # another engine process counts from zero
     assert hit_rate.value == pytest.approx(0.25)
+
+
+def test_drafted_tokens_are_counted_by_their_source() -> None:
+    proxy = FakeProxy()
+    proxy.stats |= {"num_drafted_tokens_text": 9.0, "num_accepted_tokens_text": 7.0, "num_drafted_tokens_runs": 2.0}
+    metrics = make_registry(cast(EngineProxy, proxy), RequestCollector(compat=False))
+    assert value(metrics, 'ramet_drafted_tokens_total{source="text"}') == 9
+    assert value(metrics, 'ramet_drafted_tokens_total{source="runs"}') == 2
+    assert value(metrics, 'ramet_accepted_tokens_total{source="text"}') == 7

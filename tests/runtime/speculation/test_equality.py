@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from ramet.errors import RequestCancelled
+from ramet.errors import InvalidRequest, RequestCancelled
 from ramet.grammar import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.engine.engine import Engine
@@ -222,3 +222,30 @@ def test_the_engines_own_drafts_change_no_answer(tiny_model: LoadedModel, plain:
         stats = engine.stats()
         assert stats["num_drafted_tokens_text"] + stats["num_drafted_tokens_runs"] > 0
         engine.check_integrity()
+
+
+def test_an_expected_answer_saves_steps_and_garbage_costs_none(tiny_model: LoadedModel, plain: Engine) -> None:
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=120, ignore_eos=True, logit_bias=dict.fromkeys(range(32, 97), 9.0)
+    )
+    request: dict[str, Any] = {"prompt": "a file to be edited: ", "sampling": sampling}
+    (wanted,) = answers_of(plain, [request])
+    rng, steps = random.Random(1), []
+    garbage = "".join(chr(rng.randrange(32, 97)) for _ in range(300_000))
+    edited = wanted.text[:70] + "(something else)" + wanted.text[75:]
+    for expected in ("", garbage, wanted.text, edited):
+        with Engine(tiny_model, speculative="auto", **SETTINGS) as engine:
+            for name in ("one", "two", "three"):  # other prompts, by which the engine learns what its drafts are worth
+                engine.generate(name, sampling, expected=wanted.text)
+            before = engine.stats()["num_steps"]
+            assert_same(engine.generate(**request, expected=expected), wanted, request)
+            steps.append(engine.stats()["num_steps"] - before)
+    assert steps[1] <= 121
+    assert steps[2] < 0.6 * steps[0]
+    assert steps[3] < 0.8 * steps[0]
+
+
+@pytest.mark.parametrize("expected", [7, None, "\ud800", ["a"]])
+def test_an_expected_answer_that_is_no_text_is_refused_by_name(plain: Engine, expected: Any) -> None:
+    with pytest.raises(InvalidRequest, match="expected"):
+        plain.submit("a", expected=expected)

@@ -61,6 +61,7 @@ EFFECTIVE: dict[str, Json] = {
     CHAT: {
         **SHARED,
         "max_completion_tokens": 7,
+        "prediction": {"type": "content", "content": [{"type": "text", "text": "an answer"}]},
         "logprobs": True,
         "tools": [TOOL],
         "response_format": {"type": "json_object"},

@@ -26,10 +26,8 @@ def test_a_neutral_value_of_a_known_field_is_not_given(client: Any, path: str, n
 
 
 def test_what_is_asked_beside_neutral_values_is_still_refused_by_name(client: Any) -> None:
-    error = client.refusal(
-        CHAT, {**BODIES[CHAT], "lora_path": None, "functions": [], "prediction": {"type": "content"}}
-    )
-    assert error["param"] == "prediction"
+    error = client.refusal(CHAT, {**BODIES[CHAT], "lora_path": None, "functions": [], "web_search_options": {"a": 1}})
+    assert error["param"] == "web_search_options"
 
 
 def test_an_answer_is_taken_back_with_everything_that_clients_add(client: Any) -> None:
