@@ -157,27 +157,38 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 async def kill(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Kill an engine under load, again and again. Every request is answered, or was cut after it had begun."""
+    """Kill an engine under load, again and again, while another one is there. What had not begun must be answered."""
     engines = make(arguments, arguments.replicas, Router)
     assert isinstance(engines, Replicas)
     await engines.start()
     vocab_size = (await engines.wait_ready(600)).vocab_size
     total: dict[str, int] = {"requests": 0, "cut": 0, "lost": 0}
     recoveries: list[float] = []
-    for number in range(arguments.kills):
-        load = asyncio.create_task(drive(engines, chains("multiturn", 16, number, vocab_size), arguments.concurrency))
-        await asyncio.sleep(0.5 + random.random())
-        victim = number % arguments.replicas
-        hello = dict(engines.engines())[victim].hello
-        assert hello is not None
-        os.kill(hello.pid, signal.SIGKILL)
+
+    async def recovered(proxy: EngineProxy, pid: int) -> None:
         killed_s = time.perf_counter()
+        while proxy.hello is None or proxy.hello.pid == pid:
+            await asyncio.sleep(0.02)
+        recoveries.append(time.perf_counter() - killed_s)
+
+    def ready() -> list[EngineProxy]:
+        return [proxy for _, proxy in engines.engines() if proxy.hello is not None]
+
+    waiting: list[asyncio.Task[None]] = []
+    for number in range(arguments.kills):
+        while len(ready()) < 2:
+            await asyncio.sleep(0.02)
+        load = asyncio.create_task(drive(engines, chains("multiturn", 16, number, vocab_size), arguments.concurrency))
+        await asyncio.sleep(0.2 + random.random())
+        victim = random.choice(ready())
+        assert victim.hello is not None
+        os.kill(victim.hello.pid, signal.SIGKILL)
+        waiting.append(asyncio.create_task(recovered(victim, victim.hello.pid)))
         counts = await load
         for name in total:
             total[name] += counts[name]
-        while (again := dict(engines.engines())[victim].hello) is None or again.pid == hello.pid:
-            await asyncio.sleep(0.02)
-        recoveries.append(time.perf_counter() - killed_s)
+        print(f"kill {number + 1}: {total}, {engines.num_retries} sent again", flush=True)
+    await asyncio.gather(*waiting)
     await engines.stop()
     recoveries.sort()
     return {

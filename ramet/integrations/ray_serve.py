@@ -126,7 +126,8 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types her
         chosen = None if placement is None else numbers.get(placement.replica)
         if chosen is None:
             return [candidate_replicas]
-        return [[chosen], [replica for replica in candidate_replicas if replica is not chosen]]
+        others = [replica for replica in candidate_replicas if replica is not chosen]
+        return [[chosen], others] if others else [[chosen]]
 
     def _place(self, request: PendingRequest, avoid: Collection[int]) -> Placement | None:
         if len(avoid) >= len(self._router.replicas):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import socket
@@ -9,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import httpx
@@ -29,6 +31,89 @@ def test_without_ray_the_import_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(sys.modules, "ramet.integrations.ray_serve", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'ramet\[ray\]'"):
         importlib.import_module("ramet.integrations.ray_serve")
+
+
+class FakeRequestRouter:
+    """As much of Serve's RequestRouter as Ramet's uses."""
+
+    def update_replicas(self, replicas: list[Any]) -> None:
+        self.curr_replicas = {replica.replica_id: replica for replica in replicas}
+
+    def on_replica_actor_died(self, replica_id: str) -> None:
+        del self.curr_replicas[replica_id]
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module with stand-ins for Ray, which may not be installed."""
+    names = {
+        "ray": [],
+        "ray.serve": [],
+        "ray.serve.config": ["AutoscalingConfig", "RequestRouterConfig"],
+        "ray.serve.request_router": ["PendingRequest", "ReplicaID", "RunningReplica"],
+    }
+    for name, attributes in names.items():
+        module = ModuleType(name)
+        for attribute in attributes:
+            setattr(module, attribute, object)
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["ray"].serve = sys.modules["ray.serve"]  # type: ignore[attr-defined]
+    sys.modules["ray.serve.request_router"].RequestRouter = FakeRequestRouter  # type: ignore[attr-defined]
+    monkeypatch.delitem(sys.modules, "ramet.integrations.ray_serve", raising=False)
+    yield importlib.import_module("ramet.integrations.ray_serve")
+    sys.modules.pop("ramet.integrations.ray_serve")
+
+
+def replica(name: str) -> Any:
+    return SimpleNamespace(replica_id=name, routing_stats={"num_kv_tokens": 1_000})
+
+
+def pending(number: int, text: str) -> Any:
+    body = json.dumps({"prompt": text}).encode()
+    metadata = SimpleNamespace(internal_request_id=str(number))
+    context = SimpleNamespace(should_backoff=False)
+    return SimpleNamespace(args=["POST", "/v1/completions", b"", [], body], metadata=metadata, routing_context=context)
+
+
+def test_a_request_goes_where_one_like_it_was_sent_and_elsewhere_if_that_replica_is_gone(
+    without_ray: ModuleType,
+) -> None:
+    router: Any = without_ray.PrefixRouter()
+    router.initialize_state(num_drawn=8)
+    there = [replica(name) for name in "abc"]
+    router.update_replicas(there)
+
+    def send(number: int, text: str, taken: int = 0) -> str:
+        """Let Serve take the replica of this rank, and the request end."""
+        request = pending(number, text)
+        ranks = asyncio.run(router.choose_replicas(there, request))
+        assert sorted(one.replica_id for rank in ranks for one in rank) == sorted(r.replica_id for r in there)
+        chosen: str = ranks[taken][0].replica_id
+        router.on_request_routed(request, chosen, None)
+        router.on_request_completed(chosen, str(number))
+        return chosen
+
+    homes = {n: send(n, f"{n} document " * 40) for n in range(9)}
+    assert {n: send(10 + n, f"{n} document " * 40 + "more") for n in range(9)} == homes
+    full = send(20, "0 document " * 40, taken=1)  # its replica was full, and Serve has sent it on
+    assert full != homes[0]
+    gone = homes[5]
+    there = [one for one in there if one.replica_id != gone]
+    router.update_replicas(there)
+    moved = send(30, "5 document " * 40)
+    assert moved != gone
+    assert send(31, "5 document " * 40) == moved
+    there.append(replica("d"))
+    router.update_replicas(there)
+    router.on_replica_actor_died("d")
+    assert send(32, "5 document " * 40) == moved
+    assert asyncio.run(router.choose_replicas(there, None)) == [there]
+    for request in (pending(40, "x" * 900), pending(41, "x" * 900)):  # never sent, and tried again
+        for _ in range(3):
+            asyncio.run(router.choose_replicas(there, request))
+    for number in (40, 41):
+        router.on_request_completed("a", str(number))
+    assert {router._router.load(number) for number in router._router.replicas} == {(0, 0)}
 
 
 @needs_ray

@@ -221,7 +221,10 @@ class Replicas:
 
     async def _follow_load(self, rule: ScalingRule) -> None:
         """Change the number of replicas as the rule says, for ever."""
-        await self.wait_ready()
+        try:
+            await self.wait_ready()
+        except RametError:  # the server ends, and says why
+            return
         scaler = Autoscaler(rule)
         while True:
             await asyncio.sleep(_LOOK_S)
