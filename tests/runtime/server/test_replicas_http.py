@@ -114,3 +114,7 @@ def test_a_server_of_one_engine_stays_so(server: Any, capsys: pytest.CaptureFixt
 def test_an_impossible_number_of_replicas_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"dp is 0 but must be in \[1, 256\]"):
         ServerConfig(dp=0)
+    with pytest.raises(ConfigError, match=r"max_dp is 2 but must be in \[dp, 256\], where dp is 3"):
+        ServerConfig(dp=3, max_dp=2)
+    with pytest.raises(ConfigError, match=r"ttft_objective_s is 0\.0 but must be positive"):
+        ServerConfig(ttft_objective_s=0.0)

@@ -14,6 +14,7 @@ import pytest
 from ramet.errors import ConfigError, EngineStopped, InvalidRequest, ModelNotFound, Overloaded, RequestCancelled
 from ramet.lang.graph.ir import Generate, Graph, Sampling, Text
 from ramet.runtime.cache.prefix_log import CacheChanges
+from ramet.runtime.cluster.autoscaler import ScalingRule
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.loading import config_of_replica
 from ramet.runtime.models.catalog import TINY_MODEL
@@ -28,14 +29,20 @@ CONFIG = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu", "nu
 Scenario = Callable[[Replicas], Awaitable[None]]
 
 
-def run(scenario: Scenario, count: int = 2, model: str = TINY_MODEL, max_in_flight: int = 100) -> None:
+def run(
+    scenario: Scenario,
+    count: int = 2,
+    model: str = TINY_MODEL,
+    max_in_flight: int = 100,
+    scaling: ScalingRule | None = None,
+) -> None:
     tenants = Tenants(ServerConfig(max_in_flight=max_in_flight))
 
     def make_proxy(replica: int, listener: Listener) -> EngineProxy:
         return EngineProxy(model, CONFIG, accounts=tenants, replica=replica, listener=listener, log_level="ERROR")
 
     async def main() -> None:
-        replicas = Replicas(count, make_proxy)
+        replicas = Replicas(count, make_proxy, scaling=scaling)
         await replicas.start()
         try:
             await replicas.wait_ready(120)
@@ -237,6 +244,31 @@ def test_scaling_up_and_down_and_restarting_lose_nothing() -> None:
         assert replicas.num_retries == 0
 
     run(scenario)
+
+
+@pytest.mark.slow
+def test_the_number_of_replicas_follows_the_load_and_no_request_fails() -> None:
+    async def scenario(replicas: Replicas) -> None:
+        is_over = False
+
+        async def load(worker: int) -> None:
+            while not is_over:
+                output = await replicas.submit(request(replicas, prompt_of(worker), 20)).collect()
+                assert len(output.token_ids) == 20
+
+        async def until(count: int) -> None:
+            while sum(proxy.hello is not None for _, proxy in replicas.engines()) != count:
+                await asyncio.sleep(0.05)
+
+        workers = [asyncio.create_task(load(n)) for n in range(4)]
+        await until(3)
+        is_over = True
+        await asyncio.gather(*workers)
+        await until(1)
+        assert replicas.num_retries == 0
+
+    # any request is too much, and none is too little
+    run(scenario, count=1, scaling=ScalingRule(1, 3, ttft_s=1e-9, up_s=1.0, down_s=2.0))
 
 
 @pytest.mark.slow
