@@ -176,15 +176,18 @@ async def kill(arguments: argparse.Namespace) -> dict[str, Any]:
 
     waiting: list[asyncio.Task[None]] = []
     for number in range(arguments.kills):
-        while len(ready()) < 2:
+        while len(ready()) < 2:  # what has not begun goes to another one
             await asyncio.sleep(0.02)
         load = asyncio.create_task(drive(engines, chains("multiturn", 16, number, vocab_size), arguments.concurrency))
         await asyncio.sleep(0.2 + random.random())
         victim = random.choice(ready())
         assert victim.hello is not None
-        os.kill(victim.hello.pid, signal.SIGKILL)
-        waiting.append(asyncio.create_task(recovered(victim, victim.hello.pid)))
+        pid = victim.hello.pid
+        os.kill(pid, signal.SIGKILL)
+        waiting.append(asyncio.create_task(recovered(victim, pid)))
         counts = await load
+        while victim.hello is not None and victim.hello.pid == pid:  # its end has not been noticed
+            await asyncio.sleep(0.02)
         for name in total:
             total[name] += counts[name]
         print(f"kill {number + 1}: {total}, {engines.num_retries} sent again", flush=True)
