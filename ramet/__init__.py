@@ -14,6 +14,8 @@
 Importing the package loads no model code; the names of `__init__.pyi` are loaded when they are first used.
 """
 
+from importlib import metadata as _metadata
+
 import lazy_loader as _lazy_loader
 
 from ramet.errors import explained as _explained
@@ -22,6 +24,8 @@ _load, __dir__, __all__ = _lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return _metadata.version("ramet")
     try:
         return _load(name)
     except ModuleNotFoundError as error:

@@ -35,3 +35,5 @@ from .lang.running.values import ToolUse as ToolUse
 from .runtime.engine.config import EngineConfig as EngineConfig
 from .runtime.engine.engine import Engine as Engine
 from .runtime.types import SamplingParams as SamplingParams
+
+__version__: str

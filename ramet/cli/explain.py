@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ramet.cli.program import add_program, choose_program, from_json, given_arguments, load_file
+from ramet.cli.program import add_program, from_json, given_arguments, load_program
 from ramet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
 
 def run_explain(arguments: argparse.Namespace) -> int:
     """Print the explanation. Exit status 1 where the file, its program or the arguments are wrong."""
-    names = load_file(arguments.file)
-    program = choose_program(names, arguments.program, arguments.file)
+    names, program = load_program(arguments)
     given = given_arguments(names, program, arguments)
     rows = from_json(arguments.rows, "--rows") if arguments.rows else None
     found = program.plan((), {} if rows else given, rows=rows, target=_target(arguments.model))

@@ -55,6 +55,7 @@ def add_grammar(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="validate: compile JSON schemas without the parts that cannot be enforced",
     )
+    check.set_defaults(further="instances")
     check.add_argument("--raw", action="store_true", help="walk JSON instances as they are written, not re-serialised")
 
 

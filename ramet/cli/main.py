@@ -9,13 +9,15 @@ import argparse
 import difflib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from importlib import metadata
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
 
+import ramet
 from ramet.cli.bench import add_bench, run_bench
 from ramet.cli.chat import add_chat, run_chat
 from ramet.cli.completion import add_completion, completion_script
@@ -59,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and hasattr(arguments, "instances") and not any(r.startswith("-") for r in rest):
-        arguments.instances += rest  # argparse stops at an option between the arguments of one list
+    if rest and "further" in arguments and not any(r.startswith("-") for r in rest):
+        vars(arguments)[arguments.further] += rest  # argparse stops at an option between the arguments of one list
     elif rest:
         arguments.parser.refuse(rest)
     limit_spinning(os.environ)
@@ -78,16 +80,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        lines = [line for line in traceback.extract_tb(error.__traceback__) if _is_of_program(line.filename)]
+        if not lines:
+            raise
+        shown = [*traceback.format_list(lines), *traceback.format_exception_only(error)]
+        print("".join(shown), end="", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush goes there
         return 1
     return status
 
 
+def _is_of_program(file: str) -> bool:
+    """Tell whether a line of a traceback stands in a user's program: not in Ramet, Python or an installed package."""
+    return not file.startswith((str(Path(ramet.__file__).parent), sys.prefix, sys.base_prefix, "<"))
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = _Parser(prog="ramet", description="Run LLM programs that share their prefixes.")
-    parser.add_argument("--version", action="version", version=f"ramet {_version()}")
+    parser.add_argument("--version", action="version", version=f"ramet {ramet.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (summary, add_arguments, run) in _COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary)
@@ -126,13 +140,6 @@ def run_completion(arguments: Arguments) -> int:
     """Print a shell's completion script."""
     print(completion_script(arguments.shell, make_parser()), end="")
     return 0
-
-
-def _version() -> str:
-    try:
-        return metadata.version("ramet")
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 # By name: a summary, the function that declares its arguments, and the one that does it.

@@ -19,16 +19,26 @@ if TYPE_CHECKING:
 
 def add_program(parser: argparse.ArgumentParser) -> None:
     """Declare the file, the program and its arguments."""
-    parser.add_argument("file", type=Path, help="a Python file with one program or several")
-    parser.add_argument("--program", help="which one; needed where the file has several")
     parser.add_argument(
-        "--arg",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="one argument: text, or JSON where the parameter is no text; may be repeated",
+        "file", metavar="FILE[:PROGRAM]", help="a Python file, and which of its programs, where it has several"
     )
-    parser.add_argument("--arguments", help="all arguments as a JSON object; default: the file's EXAMPLE, if any")
+    parser.add_argument(
+        "values",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help="arguments: texts, or JSON where the parameter is no text; default: the file's EXAMPLE, if any",
+    )
+    parser.add_argument("--arguments", help="all arguments as a JSON object")
+    parser.set_defaults(further="values")
+
+
+def load_program(arguments: argparse.Namespace) -> tuple[dict[str, Any], Function]:  # Any: whatever the file defines
+    """Return the names of the file and the program that is meant. Raises InvalidRequest."""
+    path, _, wanted = arguments.file.rpartition(":")
+    if not path or not wanted.isidentifier():  # the colon of a drive's letter, or none
+        path, wanted = arguments.file, ""
+    names = load_file(Path(path))
+    return names, choose_program(names, wanted, path)
 
 
 def load_file(file: Path) -> dict[str, Any]:  # Any: whatever the file defines
@@ -53,12 +63,12 @@ def load_file(file: Path) -> dict[str, Any]:  # Any: whatever the file defines
     return vars(module)
 
 
-def choose_program(names: dict[str, Any], wanted: str | None, file: Path) -> Function:
-    """Return the named program; without a name the file's only one, or the one whose parameters match EXAMPLE."""
+def choose_program(names: dict[str, Any], wanted: str, file: str) -> Function:
+    """Return the program `wanted`; if that is empty, the file's only one, or the one whose parameters match EXAMPLE."""
     from ramet.lang.program.function import Function
 
     found = {name: value for name, value in names.items() if isinstance(value, Function)}
-    if wanted is not None:
+    if wanted:
         if wanted not in found:
             raise InvalidRequest(
                 f"{file} has no program {wanted!r}; it has {', '.join(found) or 'none'}", param="program"
@@ -69,7 +79,7 @@ def choose_program(names: dict[str, Any], wanted: str | None, file: Path) -> Fun
         if len(fitting) == 1:
             return fitting[0]
     if len(found) != 1:
-        have = f"{len(found)} programs ({', '.join(found)}); choose one with --program"
+        have = f"{len(found)} programs ({', '.join(found)}); choose one: {file}:{next(iter(found), '')}"
         raise InvalidRequest(
             f"{file} has {have if found else 'no program; mark a function with @function'}", param="program"
         )
@@ -80,23 +90,24 @@ def given_arguments(
     names: dict[str, Any], program: Function, arguments: argparse.Namespace
 ) -> dict[str, Any]:  # Any: arguments of the program
     """Return the arguments of the command line; if there are none, the file's EXAMPLE where it fits the program."""
-    if not arguments.arguments and not arguments.arg:
+    if not arguments.arguments and not arguments.values:
         return _example(names, program)
     found = from_json(arguments.arguments, "--arguments") if arguments.arguments else {}
     if not isinstance(found, dict):
         raise InvalidRequest(f"--arguments is {arguments.arguments}, but must be a JSON object", param="arguments")
     parameters = {p.name: p for p in program.parameters}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in program.parameters)
-    for text in arguments.arg:
+    for text in arguments.values:
         name, is_pair, value = text.partition("=")
         if not is_pair:
-            raise InvalidRequest(f"--arg {text!r} is no NAME=VALUE", param="arg")
+            raise InvalidRequest(f"{text!r} is no NAME=VALUE", param="arg")
         found[name] = _read(value, parameters.get(name))
     for name in found:
         if name not in parameters and not takes_any:
             have = ", ".join(parameters) or "none"
             raise InvalidRequest(f"{program.name} has no parameter {name!r}; it has {have}", param="arg")
-    return found
+    types = inspect.signature(program.body, eval_str=True).parameters
+    return {name: _checked(name, value, types.get(name)) for name, value in found.items()}
 
 
 def check_complete(program: Function, given: dict[str, Any]) -> None:
@@ -107,7 +118,7 @@ def check_complete(program: Function, given: dict[str, Any]) -> None:
         if p.name not in given and p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     ]
     if missing:
-        way = " ".join(f"--arg {name}=..." for name in missing)
+        way = " ".join(f"{name}=..." for name in missing)
         raise InvalidRequest(f"{program.name} needs {', '.join(missing)}: {way}", param="arg")
 
 
@@ -125,6 +136,22 @@ def _read(text: str, parameter: inspect.Parameter | None) -> Any:  # Any: JSON, 
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def _checked(name: str, value: Any, parameter: inspect.Parameter | None) -> Any:  # Any: JSON, and any type
+    """Return the value as its parameter's type, if pydantic knows that type. Raises InvalidRequest."""
+    from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
+
+    if parameter is None or parameter.annotation is parameter.empty:
+        return value
+    try:
+        return TypeAdapter(parameter.annotation).validate_python(value)
+    except (PydanticSchemaGenerationError, PydanticUserError):
+        return value
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = "".join(f"[{part!r}]" for part in problem["loc"])
+        raise InvalidRequest(f"{name}{where} is {problem['input']!r:.200}: {problem['msg']}", param="arg") from error
 
 
 def _example(names: dict[str, Any], program: Function) -> dict[str, Any]:

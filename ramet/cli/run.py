@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from ramet.cli.program import add_program, check_complete, choose_program, given_arguments, load_file
+from ramet.cli.program import add_program, check_complete, given_arguments, load_program
 from ramet.errors import InvalidRequest
+from ramet.lang.graph.options import MAX_TIMEOUT_S
 
 if TYPE_CHECKING:
     from ramet.lang.graph import ir
@@ -32,14 +33,19 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--mock", action="store_true", help="no model: answers by the file's SCRIPT, or made up")
     parser.add_argument("--seed", type=int, help="a seed for every generation is derived from it")
-    parser.add_argument("--timeout", type=float, metavar="S", help="seconds after which the program is cancelled")
+    parser.add_argument("--timeout", type=_seconds, metavar="S", help="seconds after which the program is cancelled")
     parser.add_argument("--json", action="store_true", help="print result, variables and tokens as JSON, and no text")
+
+
+def _seconds(text: str) -> float:
+    if not 0 < float(text) <= MAX_TIMEOUT_S:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds from 0 to {MAX_TIMEOUT_S:,.0f}")
+    return float(text)
 
 
 def run_run(arguments: argparse.Namespace) -> int:
     """Run the program. Exit status 1 where it fails, or the file or the arguments are wrong."""
-    names = load_file(arguments.file)
-    program = choose_program(names, arguments.program, arguments.file)
+    names, program = load_program(arguments)
     given = given_arguments(names, program, arguments)
     check_complete(program, given)
     options = {"seed": arguments.seed, "timeout_s": arguments.timeout}

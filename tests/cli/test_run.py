@@ -62,8 +62,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(file: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        status = main(["run", str(file), "--mock", *arguments])
+    def run(*arguments: str, program: str = "") -> tuple[int, str, str]:
+        status = main(["run", f"{file}:{program}" if program else str(file), "--mock", *arguments])
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return status, captured.out, captured.err
@@ -72,7 +72,7 @@ def run(file: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def test_a_program_runs_and_its_text_is_shown_with_what_it_returned(run: Run) -> None:
-    status, out, _ = run("--program", "colours", "--arg", "name=7", "--arg", "count=3")
+    status, out, _ = run("name=7", "count=3", program="colours")
     assert status == 0
     shown = out.splitlines()
     assert shown[:4] == ["user:", "For 7: 3.", "assistant:", "Colour: blue"]
@@ -83,7 +83,7 @@ def test_a_program_runs_and_its_text_is_shown_with_what_it_returned(run: Run) ->
 
 
 def test_json_has_result_variables_and_tokens_and_nothing_else(run: Run) -> None:
-    status, out, _ = run("--program", "colours", "--arguments", '{"name": "Ann"}', "--json", "--seed", "3")
+    status, out, _ = run("--arguments", '{"name": "Ann"}', "--json", "--seed", "3", program="colours")
     assert status == 0
     found = json.loads(out)
     assert found["result"] == 3
@@ -92,28 +92,59 @@ def test_json_has_result_variables_and_tokens_and_nothing_else(run: Run) -> None
 
 
 def test_types_of_the_file_are_found_and_written_as_json(run: Run) -> None:
-    status, out, _ = run("--program", "person", "--json")
+    status, out, _ = run("--json", program="person")
     assert status == 0
     assert isinstance(json.loads(out)["variables"]["person"]["age"], int)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("program", "arguments", "message"),
     [
-        ([], "has 3 programs (colours, person, broken); choose one with --program"),
-        (["--program", "nothing"], "has no program 'nothing'; it has colours, person, broken"),
-        (["--program", "colours"], "colours needs name: --arg name=..."),
-        (["--program", "colours", "--arg", "size=3"], "colours has no parameter 'size'; it has name, count"),
-        (["--program", "colours", "--arg", "name"], "--arg 'name' is no NAME=VALUE"),
-        (["--program", "colours", "--arguments", "[1]"], "must be a JSON object"),
-        (["--program", "colours", "--arguments", "{"], "--arguments is not JSON"),
+        ("", [], "has 3 programs (colours, person, broken); choose one: "),
+        ("nothing", [], "has no program 'nothing'; it has colours, person, broken"),
+        ("colours", [], "colours needs name: name=..."),
+        ("colours", ["size=3"], "colours has no parameter 'size'; it has name, count"),
+        ("colours", ["name"], "'name' is no NAME=VALUE"),
+        ("colours", ["name=Ann", "count=many"], "count is 'many': Input should be a valid integer"),
+        ("colours", ["--arguments", "[1]"], "must be a JSON object"),
+        ("colours", ["--arguments", "{"], "--arguments is not JSON"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str, run: Run) -> None:
-    status, out, err = run(*arguments)
+def test_what_is_wrong_is_said_in_one_line(program: str, arguments: list[str], message: str, run: Run) -> None:
+    status, out, err = run(*arguments, program=program)
     assert status == 1
     assert out == ""
     assert message in err
+
+
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf", "soon"])
+def test_a_timeout_must_be_a_number_of_seconds(seconds: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("name=Ann", "--timeout", seconds, program="colours")
+    assert "--timeout" in capsys.readouterr().err
+
+
+def test_arguments_are_values_of_their_parameters_types(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "typed.py"
+    path.write_text(
+        "from dataclasses import dataclass\nfrom ramet import State, function\n"
+        "@dataclass\nclass Town:\n    name: str\n    size: int\n"
+        "@function\ndef visit(s: State, towns: list[Town], by: str, more=None):\n"
+        "    s += f'{towns[0].name} by {by}'\n    return [type(towns[0]).__name__, by, more]\n"
+    )
+    given = ['towns=[{"name": "Rome", "size": 3}]', "by=7", "more=[1]"]
+    assert main(["run", str(path), "--mock", "--json", *given]) == 0
+    assert json.loads(capsys.readouterr().out)["result"] == ["Town", "7", [1]]
+    assert main(["run", str(path), "--mock", 'towns=[{"name": "Rome", "size": "big"}]', "by=7"]) == 1
+    assert "towns[0]['size'] is 'big': Input should be a valid integer" in capsys.readouterr().err
+
+
+def test_an_error_of_the_program_is_shown_with_its_own_lines_alone(file: Path, run: Run) -> None:
+    status, _, err = run(program="broken")
+    assert status == 1
+    assert "ZeroDivisionError" in err
+    assert str(file) in err
+    assert "ramet/lang" not in err
 
 
 @pytest.mark.parametrize(
@@ -136,7 +167,7 @@ def test_a_file_that_cannot_be_used_is_named_with_its_line(
 
 
 def test_a_backend_that_is_not_there_is_an_error(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", str(file), "--program", "person", "--backend", "gpu-box"]) == 1
+    assert main(["run", f"{file}:person", "--backend", "gpu-box"]) == 1
     assert "must be an http:// address" in capsys.readouterr().err
 
 
@@ -175,10 +206,10 @@ def served() -> Iterator[str]:
 
 def test_a_program_runs_on_a_server_of_another_process(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with served() as url:
-        arguments = ["--program", "colours", "--arg", "name=Ann", "--json"]
-        assert main(["run", str(file), "--backend", url, *arguments]) == 0
+        arguments = ["name=Ann", "--json"]
+        assert main(["run", f"{file}:colours", "--backend", url, *arguments]) == 0
         there = json.loads(capsys.readouterr().out)
-    assert main(["run", str(file), "--model", "tiny-random", *arguments]) == 0
+    assert main(["run", f"{file}:colours", "--model", "tiny-random", *arguments]) == 0
     here = json.loads(capsys.readouterr().out)
     assert here["variables"] == there["variables"]
     assert here["tokens"] == there["tokens"]

@@ -206,7 +206,7 @@ def test_the_command_prints_plain_data(capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "problem"),
     [
         (["nothing.py"], "nothing.py is no file"),
-        ([str(EXAMPLES / "debate.py"), "--program", "x"], "has no program 'x'"),
+        ([f"{EXAMPLES / 'debate.py'}:x"], "has no program 'x'"),
         ([str(EXAMPLES / "debate.py"), "--arguments", "{"], "--arguments is not JSON"),
     ],
 )
