@@ -13,7 +13,8 @@ SCRIPT = {"roof.": "house, repair", "car.": "traffic, sale"}
 @function(temperature=0)
 def tag(s: State, text: str) -> list[str]:
     s += f"Text: {text}\nTwo tags, with a comma between: " + gen("tags", regex=r"[a-z]{2,12}, [a-z]{2,12}")
-    return str(s["tags"]).split(", ")
+    tags: list[str] = s["tags"].split(", ")  # a value of the program, like s["tags"]
+    return tags
 
 
 def main() -> None:

@@ -328,6 +328,10 @@ class State:
         """Return the graph of the whole run, the events of its nodes, and the lines where recording stopped."""
         return self.recorder.run.report()
 
+    def where(self) -> list[str]:
+        """Return what a running program waits for, as sentences: for programs that hang, from another thread."""
+        return self.recorder.run.where()
+
     def explain(self) -> explanations.Explanation:
         """Return measured tokens and times by node, and the lines that forced a stage. Waits for the run to end."""
         return explanations.explain_run(self._ended().report())

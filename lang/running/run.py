@@ -81,6 +81,7 @@ class Run:
         self._lock = threading.Lock()  # of recording and submitting
         self._converted: dict[int, Any] = {}  # node -> its value in its Python type
         self._attempts: dict[int, list[dict[str, str]]] = {}  # node -> texts refused before it by checks in Python
+        self._waits: dict[object, tuple[str, int | None, float]] = {}  # line, node, since when; None: several nodes
         self._held_back: list[Callable[[], None]] = []  # each records the text that a branch holds back
 
     # Recording.
@@ -299,9 +300,7 @@ class Run:
             self.note_stage(node, why)
 
     def note_stage(self, node: int, why: str) -> Stage:
-        found = self.nodes[node]
-        value = f"{found.kind_name} {found.label!r}" if found.label else f"{found.kind_name} (node {node})"
-        self.stages.append(Stage(caller_line(), why, value, len(self.nodes)))
+        self.stages.append(Stage(caller_line(), why, self._value_name(node), len(self.nodes)))
         return self.stages[-1]
 
     # Waiting.
@@ -390,13 +389,45 @@ class Run:
 
         Raises if the deadline passed and `ready` stays false after all nodes have failed.
         """
-        while not self.outcomes.wait(ready, self._time_left, node, self.submit):
-            self._expire(ready)
+        with self._noted(node):
+            while not self.outcomes.wait(ready, self._time_left, node, self.submit):
+                self._expire(ready)
 
     async def _until(self, ready: Callable[[], bool], node: int | None = None) -> None:
         self.submit()
-        while not await self.outcomes.until(ready, self._time_left, node):
-            self._expire(ready)
+        with self._noted(node):
+            while not await self.outcomes.until(ready, self._time_left, node):
+                self._expire(ready)
+
+    @contextmanager
+    def _noted(self, node: int | None) -> Iterator[None]:
+        """Note in the block which line of the program waits."""
+        key = object()
+        self._waits[key] = (caller_line(), node, time.monotonic())
+        try:
+            yield
+        finally:
+            del self._waits[key]
+
+    def where(self) -> list[str]:
+        """Return the lines that wait, the nodes that run, and how many nodes are not sent yet, as sentences."""
+        now, waits, sent = time.monotonic(), tuple(self._waits.values()), len(self.index.nodes)
+        found = [
+            f"{line} has waited {now - since:.1f} s for {'several values' if node is None else self._value_name(node)}"
+            for line, node, since in waits
+        ]
+        for node in self.nodes[:sent]:
+            is_begun = all(one in self.outcomes for one in ir.dependencies(node))
+            if node.id not in self.outcomes and is_begun:
+                found.append(
+                    f"{self._value_name(node.id)} of {node.line or 'an unknown line'} runs, or waits for its turn"
+                )
+        left = len(self.nodes) - sent
+        return [*found, f"{left:,} recorded nodes are not sent yet"] if left else found
+
+    def _value_name(self, node: int) -> str:
+        found = self.nodes[node]
+        return f"{found.kind_name} {found.label!r}" if found.label else f"{found.kind_name} (node {node})"
 
     def _time_left(self) -> float | None:
         deadline = self.options.deadline_s

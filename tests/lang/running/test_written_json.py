@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import queue
+import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -293,3 +294,22 @@ def test_a_field_is_read_while_the_rest_is_still_being_written() -> None:
 def test_a_trace_stops_at_the_list() -> None:
     assert followed.trace().stop is not None
     assert not followed.explain(backend=MockBackend()).is_complete
+
+
+def test_a_program_that_hangs_says_where() -> None:
+    @function(max_tokens=64)
+    def program(s: State) -> None:
+        s += "Plan: " + gen("plan", STEPS)
+        s += f"{len(str(s['plan']['why']))}"
+
+    backend = ByHand()
+    stream = program.stream(backend=backend)
+    assert backend.parts.get(timeout=30).nodes
+    plan = backend.named("plan")
+    for node in list(backend.nodes):
+        if node.id != plan.id:
+            backend.on_event(NodeEvent(node.id, "done"))
+    waiting, running = stream.state.where()
+    assert re.fullmatch(r"\S*test_written_json.py:\d+ has waited \d\.\d s for generate 'plan'", waiting)
+    assert re.fullmatch(r"generate 'plan' of \S*test_written_json.py:\d+ runs, or waits for its turn", running)
+    stream.state.cancel()
