@@ -559,8 +559,13 @@ def _render_ref(ref: Ref, text_of: Callable[[int], str], value_of: Callable[[int
             raise InvalidProgram(f"{where} has no {step!r}: {value!r}", node=ref.node) from error
     if ref.format == "!r":
         return repr(value)
-    is_result = any(isinstance(step, Operation) for step in ref.path)
-    return format(value, ref.format) if ref.format or is_result else value_text(value)
+    if not ref.format and not any(isinstance(step, Operation) for step in ref.path):
+        return value_text(value)
+    try:
+        return format(value, ref.format)
+    except (TypeError, ValueError) as error:
+        where = f"the value of node {ref.node}"
+        raise InvalidProgram(f"{where} can't be formatted by {ref.format!r}: {error}", node=ref.node) from error
 
 
 def value_text(value: JsonValue) -> str:

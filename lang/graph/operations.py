@@ -180,10 +180,21 @@ def by_symbol(kind: type | None, symbol: str, other: object) -> Operation | None
 
 def by_method(kind: type | None, name: str, args: tuple[object, ...]) -> Operation | None:
     """Return the operation of a method's call on a value of this type, or None."""
-    is_plain = all(arg is None or _is_int(arg) or type(arg) is str or type(arg) is bool for arg in args)
+    is_plain = all(arg is None or _is_int(arg) or type(arg) is bool or _is_text(arg) for arg in args)
     if kind is not str or name not in METHODS or not is_plain:
         return None
     return msgspec.convert({"name": name, "args": args}, Operation)
+
+
+def _is_text(value: object) -> bool:
+    """Return whether a value is a text that JSON's readers take."""
+    if type(value) is not str:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 def is_number(value: object) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ramet.lang.graph import ir
-from ramet.lang.graph.operations import Operation, Step, follow, path_text
+from ramet.lang.graph.operations import MAX_STEPS, Operation, Step, follow, path_text
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.running.run import Run
@@ -90,7 +90,7 @@ class ArgumentSource(Source):
         return None
 
     def result_of(self, operation: Operation) -> ArgumentSource | None:
-        if type(as_argument(*self.examples)) is not type(*self.examples):
+        if type(as_argument(*self.examples)) is not type(*self.examples) or len(self.path) >= MAX_STEPS:
             return None  # the graph has its text
         return ArgumentSource(self.run, self.argument, *self.examples, path=(*self.path, operation))
 

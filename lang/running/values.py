@@ -15,6 +15,7 @@ from typing import Any
 from ramet.lang.graph.ir import Ref
 from ramet.lang.graph.operations import (
     ARITHMETIC,
+    MAX_STEPS,
     METHODS,
     Operation,
     Step,
@@ -144,8 +145,8 @@ class NodeSource(Source):
     def result_of(self, operation: Operation) -> NodeSource | None:
         kind = self.kind
         is_same = self._path or self._output.wire == ("str" if kind is str else getattr(kind, "__name__", ""))
-        if kind is None or not is_same:
-            return None  # the graph has another form of the value: a Literal's text, say
+        if kind is None or not is_same or len(self._path) >= MAX_STEPS:
+            return None  # the graph may have another form of the value: a Literal's text, say
         path = (*self._path, operation)
         return NodeSource(self.run, self.node, self.name, self._output, path, None, operation.kind(kind))
 

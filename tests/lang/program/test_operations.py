@@ -190,6 +190,34 @@ def test_an_operation_that_fails_says_so_and_fails_the_text_alone() -> None:
         read.run(backend=MockBackend(SCRIPT))
 
 
+def test_a_format_that_fails_fails_its_text_and_not_the_generation_before_it() -> None:
+    @function(max_tokens=64)
+    def wrong(s: State) -> None:
+        s += "n:" + gen("n", int) + "x:" + gen("x")
+        s += " and " + gen("m", int) + f"{s['x'].upper():d}"
+
+    state = wrong.run(backend=MockBackend({**SCRIPT, "n:": "17", "and": "3"}))
+    assert (state["x"], state["m"]) == (TEXT, 3)
+    assert "text (node" in str(state.error())
+    assert "can't be formatted by 'd'" in str(state.error())
+
+
+def test_very_many_operations_and_texts_that_no_json_has_are_read() -> None:
+    @function(max_tokens=64)
+    def program(s: State) -> str:
+        s += "x:" + gen("x")
+        found = s["x"]
+        for _ in range(100):
+            found = found.strip().upper()
+        s += f"{found}{s['x'].strip(chr(0xD800))}"
+        return str(found)
+
+    state = program.run(backend=MockBackend(SCRIPT))
+    assert state.result == TEXT.strip().upper()
+    assert state.text() == f"x:{TEXT}{TEXT.strip().upper()}{TEXT}"
+    assert ir.Graph.from_json(state.record.graph.to_json()).nodes
+
+
 def test_operations_on_arguments_keep_a_compiled_program_general() -> None:
     @function(max_tokens=8)
     def greet(s: State, name: str, n: int) -> str:
