@@ -18,6 +18,19 @@ if TYPE_CHECKING:  # rich's tables are loaded when a table is printed
 
 WIDTH = 118  # width of the table as plain text
 _TIMES = ("start_s", "first_token_s", "end_s")
+# What a program can write instead of a need for a value, by the use that needed it (Stage.why).
+_FORMS = (
+    ({"int()", "float()"}, "gen(name, int) and gen(name, float) give numbers without a wait"),
+    (
+        {"str()", "len()", "a text with this value in it", "a width or precision"},
+        "text takes the value itself, also after methods of str, slices, sums; where=length(...) limits a length",
+    ),
+    (
+        {"if, not, bool()", "==", "!=", "<", "<=", ">", ">=", "in", "hash()"},
+        "in a body of s.map(...) or branches.each(...), only the branch waits that reads the value",
+    ),
+    ({"where"}, "checks such as length(...), is_in(...) and contains(...) need no value in Python"),
+)
 MAX_LINES = 40  # rows of the table; further nodes are only counted
 
 
@@ -211,6 +224,8 @@ def _shown(found: Explanation) -> RenderableType:
         stages[text] = stages.get(text, 0) + 1
     for text, times in stages.items():
         parts.append(Text.assemble(("stage  ", "bold yellow"), text + (f" (×{times})" if times > 1 else "")))
+    for form in dict.fromkeys(form for stage in found.stages for whys, form in _FORMS if stage.why in whys):
+        parts.append(Text(f"       {form}", style="dim"))
     if found.stages and not found.measured:
         parts.append(Text("       what comes after that line is planned when the value is there", style="dim"))
     for name, line in found.specialised.items():

@@ -100,6 +100,7 @@ def test_the_line_that_forces_a_stage_is_named_with_its_reason(backend: MockBack
     assert (stage.value, stage.why) == ("generate 'more'", "==")
     assert "test_explain.py:" in stage.line
     assert f"stage  {stage.line} needs generate 'more': ==" in str(found)
+    assert "in a body of s.map(...) or branches.each(...)" in str(found)  # the form that waits less
     assert "for the part up to the stage" in reports(found)["kv bound"].text
 
 
