@@ -348,9 +348,9 @@ class Recorder:
         """Split off a branch for each item, when the item comes. Like a fork, but its width is not known before."""
         self.check_open()
         self.record_late()
-        self._num_forks += 1
-        tip, number = self.tip, self._num_forks
+        tip, number = self.tip, self._num_forks + 1
         for index, item in enumerate(items):
+            self._num_forks = max(self._num_forks, number)  # no items: no fork
             yield self._branch(self.run.record_fork(tip, 1)[0], index, number), item
 
     def _branch(self, tip: int, index: int, number: int | None = None) -> Recorder:

@@ -125,11 +125,15 @@ def test_followed_and_staged_write_the_same_everywhere(serve: Serve) -> None:
                 assert followed.run(backend=backend).result == wanted
 
 
-def test_seeds_are_those_of_a_fork() -> None:
-    script = {"Plan: ": PLAN}  # the other words are drawn
+@pytest.mark.parametrize("plan", [PLAN, '{"title": "T", "steps": [], "why": "because"}'])
+def test_seeds_are_those_of_a_fork(plan: str) -> None:
+    @function(max_tokens=400)
+    def twice(s: State, program: Any) -> Any:
+        found = program(s)
+        return found, [branch.text() for branch in s.map("ab", body)]
 
-    def texts(program: Any) -> Any:
-        return program.run(backend=MockBackend(script), seed=5).result
+    def texts(program: Any) -> Any:  # all words but the plan's are drawn
+        return twice.run(program, backend=MockBackend({"Plan: ": plan}), seed=5).result
 
     assert texts(followed) == texts(staged)
 
