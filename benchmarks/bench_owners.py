@@ -1,11 +1,12 @@
 """What a key costs its neighbour: the latency of a small key alone, alone at its share, and beside ten times its load.
 
-    python benchmarks/bench_owners.py [--times 10] [--seconds 60] [--out benchmarks/results/owners.jsonl]
+    python benchmarks/bench_owners.py [--times 10] [--edits] [--seconds 60] [--out benchmarks/results/owners.jsonl]
 
 SmolLM2-135M-Instruct in this process. Each client asks one request after another, of 20 to 120 new tokens of prompt and
 of answer. The small key has one client, the other one `--times` as many. At its share: the small key is alone, and the
 engine rests after each step as long as the step took, so that it has half of the machine's time. The target is a p95
-beside of at most 1.3 times the p95 at its share.
+beside of at most 1.3 times the p95 at its share. Gap: the longest time between two tokens of the small key. `--edits`:
+the other one asks for log-probabilities, penalties and biases, which a CPU's host applies (`--times 128`: the worst).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 import numpy as np
 import torch
 from json_line import commit, print_record
@@ -29,33 +31,54 @@ from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.types import SamplingParams
 
+PLAIN = SamplingParams(temperature=0.0, ignore_eos=True)
+EDITED = SamplingParams(
+    temperature=0.8,
+    ignore_eos=True,
+    logprobs=5,
+    repetition_penalty=1.1,
+    frequency_penalty=0.3,
+    logit_bias=dict.fromkeys(range(100, 130), 1.0),
+)
 
-def ask(engine: Engine, owner: str, rng: random.Random, seconds: float, latencies: list[tuple[float, int]]) -> None:
-    """One client: requests one after another, with (seconds, tokens) of each that ends in time."""
-    end_s = time.monotonic() + seconds
+
+def ask(engine: Engine, owner: str, sampling: SamplingParams, rng: random.Random, seconds: float) -> list[list[float]]:
+    """One client: requests one after another. Returns when each began and when its tokens came."""
+    end_s, found = time.monotonic() + seconds, []
     while (start_s := time.monotonic()) < end_s:
         prompt = [rng.randrange(100, 40_000) for _ in range(rng.randrange(20, 121))]
-        sampling = SamplingParams(temperature=0.0, max_tokens=rng.randrange(20, 121), ignore_eos=True)
-        result = engine.submit(prompt, sampling, owner=owner, cache_salt=owner).result()
-        latencies.append((time.monotonic() - start_s, len(result.token_ids)))
+        params = msgspec.structs.replace(sampling, max_tokens=rng.randrange(20, 121))
+        handle = engine.submit(prompt, params, owner=owner, cache_salt=owner)
+        found.append([start_s, *(time.monotonic() for output in handle for _ in output.token_ids)])
+    return found
 
 
-def measure(engine: Engine, clients: dict[str, int], seconds: float, seed: int) -> dict[str, Any]:  # Any: JSON
+def measure(
+    engine: Engine, clients: dict[str, int], seconds: float, edits: bool, seed: int = 1
+) -> dict[str, Any]:  # Any: JSON
     """Let the clients of each owner ask for some time. Returns milliseconds of the small one, and tokens a second."""
-    found: dict[str, list[tuple[float, int]]] = {owner: [] for owner in clients}
-    threads = [
-        threading.Thread(target=ask, args=(engine, owner, random.Random(f"{seed} {owner} {i}"), seconds, found[owner]))
-        for owner, count in clients.items()
-        for i in range(count)
-    ]
+    found: dict[str, list[list[float]]] = {owner: [] for owner in clients}
+
+    def run(owner: str, number: int) -> None:
+        sampling = EDITED if edits and owner == "big" else PLAIN
+        found[owner] += ask(engine, owner, sampling, random.Random(f"{seed} {owner} {number}"), seconds)
+
+    threads = [threading.Thread(target=run, args=(owner, i)) for owner, count in clients.items() for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    small = [1000 * taken for taken, _ in found.get("small", [])] or [0.0]
-    p50, p95 = np.percentile(small, (50, 95))
-    tokens = {f"{owner}_tok_s": round(sum(n for _, n in rows) / seconds, 1) for owner, rows in found.items()}
-    return {"requests": len(small), "p50_ms": round(float(p50)), "p95_ms": round(float(p95)), **tokens}
+    small = found.get("small", [])
+    p50, p95 = np.percentile([1000 * (times[-1] - times[0]) for times in small] or [0.0], (50, 95))
+    gap = max((1000 * float(np.diff(times[1:]).max()) for times in small), default=0.0)
+    tokens = {f"{owner}_tok_s": round(sum(len(t) - 1 for t in rows) / seconds, 1) for owner, rows in found.items()}
+    return {
+        "requests": len(small),
+        "p50_ms": round(float(p50)),
+        "p95_ms": round(float(p95)),
+        "gap_ms": round(gap),
+        **tokens,
+    }
 
 
 _step = EngineCore.step
@@ -73,22 +96,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--edits", action="store_true")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with Engine(args.model) as engine:
-        measure(engine, {"small": 1, "big": args.times}, min(args.seconds, 10.0), 0)  # warm-up; steps are measured
-        rows = {"alone": measure(engine, {"small": 1}, args.seconds, 1)}
+        both = {"small": 1, "big": args.times}
+        measure(engine, both, min(args.seconds, 10.0), args.edits, seed=0)  # warm-up; steps are measured
+        rows = {"alone": measure(engine, {"small": 1}, args.seconds, args.edits)}
         with patch.object(EngineCore, "step", half_a_step):
-            rows["alone at its share"] = measure(engine, {"small": 1}, args.seconds, 1)
-        rows["beside"] = measure(engine, {"small": 1, "big": args.times}, args.seconds, 1)
-        rows["the big one alone"] = measure(engine, {"big": args.times}, args.seconds, 1)
+            rows["alone at its share"] = measure(engine, {"small": 1}, args.seconds, args.edits)
+        rows["beside"] = measure(engine, both, args.seconds, args.edits)
+        rows["the big one alone"] = measure(engine, {"big": args.times}, args.seconds, args.edits)
     ratio = round(rows["beside"]["p95_ms"] / rows["alone at its share"]["p95_ms"], 2)
     table = Table(title=f"one client beside {args.times}, {args.model}, {torch.get_num_threads()} threads")
-    for column in ("", "requests", "p50 ms", "p95 ms", "small tok/s", "big tok/s"):
+    for column in ("", "requests", "p50 ms", "p95 ms", "gap ms", "small tok/s", "big tok/s"):
         table.add_column(column, justify="right")
     for name, row in rows.items():
-        values = (row.get(key, "") for key in ("requests", "p50_ms", "p95_ms", "small_tok_s", "big_tok_s"))
+        values = (row.get(key, "") for key in ("requests", "p50_ms", "p95_ms", "gap_ms", "small_tok_s", "big_tok_s"))
         table.add_row(name, *map(str, values))
     Console().print(table)
     print(f"p95 beside / alone at its share: {ratio}")
@@ -100,6 +125,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "times": args.times,
+            "edits": args.edits,
             "ratio": ratio,
             **rows,
         },
