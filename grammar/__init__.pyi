@@ -10,3 +10,4 @@ from .machine.vocabulary import Vocabulary as Vocabulary
 from .service.compile_service import CompileService as CompileService
 from .service.sources import compile_constraint as compile_constraint
 from .service.sources import compile_grammar as compile_grammar
+from .tools.captures import capture_reader as capture_reader

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ramet import grammar
 from ramet.lang.graph.ir import parse_value
 
 
@@ -14,9 +15,7 @@ def captured_values(source: str, text: str) -> dict[str, Any]:  # Any: JSON
 
     Raises: ValueError if the text is not one of the grammar: it was cut off.
     """
-    from ramet.grammar.tools.captures import capture_reader  # loads numba
-
-    reader = capture_reader(source)
+    reader = grammar.capture_reader(source)
     found: dict[str, Any] = {name: [] if form.is_list else None for name, form in reader.captures.items()}
     for part in reader.read(text):
         form = reader.captures[part.name]
