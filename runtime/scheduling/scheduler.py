@@ -620,7 +620,7 @@ class Scheduler:
         return Reservation(num_missing, running)
 
     def _steps_left(self, sequence: Sequence) -> int:
-        """Maximum number of steps until a sequence ends, if prefills do not wait for each other and no row skips one."""
+        """Maximum number of steps until a sequence ends, if prefills do not wait for others and no row skips one."""
         request = sequence.request
         num_output = request.max_tokens - len(sequence.output_ids) if request.score_from is None else 0
         num_known = known_end(sequence) - sequence.num_computed
