@@ -45,12 +45,14 @@ def connect(address: str) -> None:
         import ray
     except ImportError:
         raise ConfigError("--ray-address needs Ray, which is not installed: pip install 'ramet[ray]'") from None
+    host, _, port = address.rpartition(":")
+    if address != "auto" and (not host or "/" in host or not port.isdecimal()):
+        raise ConfigError(f"ray_address is {address!r} but must be HOST:PORT, or auto for this machine's cluster")
     if ray.is_initialized():
         return
     try:
-        host, _, port = address.rpartition(":")
-        if port.isdecimal() and "//" not in host:  # Ray itself tries for minutes
-            socket.create_connection((host, int(port)), _ANSWER_S).close()
+        if host:  # Ray itself tries for minutes
+            socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
         ray.init(address, namespace="ramet", logging_level=logging.WARNING)
     except Exception as error:  # Ray raises whatever its parts raise: ConnectionError, RuntimeError, ValueError, ...
         raise ConfigError(

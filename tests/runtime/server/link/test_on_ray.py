@@ -273,6 +273,9 @@ def test_an_address_where_nothing_answers_is_refused_at_once(
         address = f"127.0.0.1:{free.getsockname()[1]}"  # bound, but nobody listens
         with pytest.raises(ConfigError, match=f"no Ray cluster can be joined at --ray-address {address}: .*refused"):
             on_ray.connect(address)
+    for address in ("", "local", "ray://head:10001", "head", ":6379", "head:port", "head:6379/x"):
+        with pytest.raises(ConfigError, match="must be HOST:PORT, or auto"):  # some would start a cluster of their own
+            on_ray.connect(address)
 
 
 needs_ray = pytest.mark.skipif(
