@@ -33,7 +33,7 @@ from torch import Tensor
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import Budgets, advance_states_reference, build_masks_reference
 from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
-from ramet.kernels.layers import activation, gemv, norm, rope
+from ramet.kernels.layers import activation, gemv, norm, quantize_fp8, rope
 from ramet.kernels.sampling import logit_edits
 from ramet.kernels.sampling import sample as sampling
 from ramet.kernels.sampling.sample_triton import sample_triton
@@ -59,6 +59,9 @@ def check() -> list[Record]:
         expected = norm.fused_add_rms_norm_reference(x, residual, weight, 1e-5)
         record(f"fused_add T={num_tokens}", relative(total, expected[1]), 0.0 if not DRY else 1e-2)
         record(f"fused_add_rms_norm T={num_tokens}", relative(normed, expected[0]), 1e-2)
+        rounded, wanted = (f(x) for f in (quantize_fp8.quantize_fp8_triton, quantize_fp8.quantize_fp8_reference))
+        record(f"quantize_fp8 T={num_tokens}", relative(rounded[0].float() * rounded[1], wanted[0].float() * wanted[1]),
+               1e-3 if not DRY else 0.2)  # fmt: skip
         gate_up = randn(num_tokens, 2 * INTER)
         record(f"silu_and_mul T={num_tokens}", relative(activation.silu_and_mul_triton(gate_up),
                activation.silu_and_mul_reference(gate_up.float())), 1e-2)  # fmt: skip

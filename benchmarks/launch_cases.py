@@ -20,7 +20,7 @@ from ramet.kernels.attention.tree_triton import attention_tree_triton
 from ramet.kernels.card_table import CardTable
 from ramet.kernels.grammar.mask import Budgets, ResidentAutomata, TokenTable
 from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
-from ramet.kernels.layers import activation, gemv, norm, rope
+from ramet.kernels.layers import activation, gemv, norm, quantize_fp8, rope
 from ramet.kernels.layers.matmul_invariant import matmul_invariant_triton
 from ramet.kernels.sampling.logit_edits import EditTables, count_tokens_triton
 from ramet.kernels.sampling.sample import GrammarTables
@@ -106,6 +106,8 @@ def elementwise(model: Model) -> list[Launch]:
         Launch(f"{name} add+norm", partial(norm.fused_add_rms_norm_triton, x, residual, weight, 1e-5)),
         Launch(f"{name} gated T=64", partial(gated, tensor(64, 2 * model.inner))),
         Launch(f"{name} gated T=2048", partial(gated, tensor(2048, 2 * model.inner))),
+        Launch(f"{name} to fp8", partial(quantize_fp8.quantize_fp8_triton, x)),
+        Launch(f"{name} to fp8, inner", partial(quantize_fp8.quantize_fp8_triton, tensor(64, model.inner))),
     ]
     qkv = tensor(64, model.num_heads + 2 * model.num_kv_heads, model.head_dim)
     q, k, v = qkv.split([model.num_heads, model.num_kv_heads, model.num_kv_heads], dim=1)

@@ -14,19 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ramet.kernels.layers.quantize_fp8 import quantize_fp8
 from ramet.runtime.models.linear import LinearMethod, PlainLinear, PlainStorage
 from ramet.runtime.models.weights import Weights
 
-FP8 = torch.float8_e4m3fn
-_LARGEST = torch.finfo(FP8).max  # 448
 _WHOLE = 16  # rows and columns of a matrix must be multiples of this for torch's scaled product
 _KEPT = (".mlp.gate.weight", ".shared_expert_gate.weight")  # routers: a token's experts hang on small differences
-
-
-def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row of x [T, K] to FP8. Returns the values and their scales, fp32 [T, 1]: x is values * scales."""
-    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / _LARGEST
-    return (x.float() / scale).clamp(-_LARGEST, _LARGEST).to(FP8), scale
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +30,7 @@ class Fp8Linear:
     scale: Tensor
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        values, scale = to_fp8(x)
+        values, scale = quantize_fp8(x)
         if x.is_cuda:
             out = torch._scaled_mm(values, self.weight.t(), scale, self.scale.unsqueeze(0), out_dtype=x.dtype)
         else:
@@ -67,7 +60,7 @@ class Fp8Storage(PlainStorage):
         dense = self.dense(names)
         if not _fits(dense):
             return PlainLinear(dense)
-        values, scales = to_fp8(dense)
+        values, scales = quantize_fp8(dense)
         return Fp8Linear(values, scales.reshape(-1))
 
 

@@ -144,7 +144,7 @@ def transformers_decoder(model: Any) -> TransformersDecoder:  # Any: a PreTraine
             f"{name} has no output layer over a decoder; the engine runs causal language models"
         )
     text = model.config.get_text_config()
-    unknown = sorted({*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
+    unknown = sorted({*(text.to_dict().get("layer_types") or ())} - {"full_attention", "sliding_attention"})
     if unknown:
         raise UnsupportedArchitecture(f"{name} has layers of the kinds {', '.join(unknown)}, which have no KV pages")
     if model.dtype not in _TOLERANCE:
@@ -172,7 +172,8 @@ def transformers_decoder(model: Any) -> TransformersDecoder:  # Any: a PreTraine
 
 def _with_our_attention(model: Any, head: Any, text: Any, ids: Tensor) -> TransformersDecoder:
     """A decoder whose layers call our attention. Raises: _OtherAttentionError."""
-    rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    fields = text.to_dict()
+    rotary = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     kinds_of_rope = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
     if kinds_of_rope & {"dynamic", "longrope"}:
         raise _OtherAttentionError("its rotary frequencies depend on the longest sequence of a batch")
@@ -190,7 +191,7 @@ def _with_our_attention(model: Any, head: Any, text: Any, ids: Tensor) -> Transf
             return torch.zeros_like(q)
 
         _with_attention(attend, model.base_model, ids, torch.arange(len(ids), device=ids.device))
-        kinds = getattr(text, "layer_types", None) or ()
+        kinds = fields.get("layer_types") or ()
         if len(shapes) != text.num_hidden_layers:
             raise _OtherAttentionError(f"{len(shapes)} of {text.num_hidden_layers} layers call the attention interface")
         if kinds and [kind == "sliding_attention" for kind in kinds] != [window is not None for window in windows]:
@@ -231,9 +232,7 @@ def _decoder(
         embedding=model.get_input_embeddings(),
         layers=[],
         final_norm=torch.ones(hidden_size, dtype=dtype, device=device),
-        output=Linear(
-            ("lm_head.weight",), PlainLinear(head.weight), getattr(head, "bias", None), hidden_size, vocab_size
-        ),
+        output=Linear(("lm_head.weight",), PlainLinear(head.weight), head.bias, hidden_size, vocab_size),
         model=model.base_model,
         cache_name=cache_name,
     )
@@ -243,7 +242,8 @@ def _config(text: Any, head_dim: int, num_kv_heads: int, vocab_size: int, num_la
     """The sizes that an engine needs. Fields that our own layers alone would read have neutral values."""
     rope = Rope(10000.0)
     names = ("max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length")
-    context = next((size for size in (getattr(text, name, None) for name in names) if size), 2048)
+    fields = text.to_dict()
+    context = next((fields[name] for name in names if fields.get(name)), 2048)
     return ModelConfig(
         architecture=text.model_type,
         hidden_size=text.hidden_size,
@@ -258,7 +258,7 @@ def _config(text: Any, head_dim: int, num_kv_heads: int, vocab_size: int, num_la
         rope=rope,
         local_rope=rope,
         attention_scale=head_dim**-0.5,
-        logit_softcap=getattr(text, "final_logit_softcapping", None),
+        logit_softcap=fields.get("final_logit_softcapping"),
         bos_id=text.bos_token_id,
         eos_ids=token_ids(text.eos_token_id),
         pad_id=text.pad_token_id,
