@@ -16,7 +16,7 @@ from ramet.runtime.models.config import Experts, ModelConfig, Rope
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.layers import Attention, DecoderLayer, FeedForward, RotaryTable, SparseFeedForward
 from ramet.runtime.models.linear import Linear, PlainStorage, Storage
-from ramet.runtime.models.linear_fp8 import Fp8Storage
+from ramet.runtime.models.linear_fp8 import Fp8Storage, has_fp8_products
 from ramet.runtime.models.weights import Weights
 
 
@@ -49,7 +49,12 @@ def build_decoder(
         raise ConfigError(
             f"quantization {quantization!r} runs on the CPU only; use fp8 or leave it out on {device.type}"
         )
-    is_fp8 = quantization == "fp8" or (isinstance(weights, Weights) and bool(weights.fp8_names))
+    is_stored = isinstance(weights, Weights) and bool(weights.fp8_names)
+    is_fp8 = (quantization == "fp8" or is_stored) and has_fp8_products(device)
+    if quantization == "fp8" and not is_fp8:
+        raise ConfigError(
+            f"quantization is 'fp8' but {device} has no FP8 products (compute capability 8.9 or later); leave it out"
+        )
     storage = (Fp8Storage if is_fp8 else PlainStorage)(weights, device, torch.bfloat16 if dtype == "auto" else dtype)
     return _Builder(config, storage, ops or (TRITON if device.type == "cuda" else REFERENCE)).build()
 

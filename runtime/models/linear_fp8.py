@@ -22,6 +22,11 @@ _WHOLE = 16  # rows and columns of a matrix must be multiples of this for torch'
 _KEPT = (".mlp.gate.weight", ".shared_expert_gate.weight")  # routers: a token's experts hang on small differences
 
 
+def has_fp8_products(device: torch.device) -> bool:
+    """Return whether a GPU multiplies FP8 numbers: Ada, Hopper and later."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @dataclass(slots=True, eq=False)
 class Fp8Linear:
     """A product of FP8 numbers. weight: e4m3 [N, K]; scale: fp32 [N]."""
@@ -32,7 +37,9 @@ class Fp8Linear:
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         values, scale = quantize_fp8(x)
         if x.is_cuda:
-            out = torch._scaled_mm(values, self.weight.t(), scale, self.scale.unsqueeze(0), out_dtype=x.dtype)
+            # By rows and columns, the library has results in bfloat16 alone.
+            scales = scale, self.scale.unsqueeze(0)
+            out = torch._scaled_mm(values, self.weight.t(), *scales, out_dtype=torch.bfloat16).to(x.dtype)
         else:
             out = (F.linear(values.float(), self.weight.float()) * scale * self.scale).to(x.dtype)
         return out if bias is None else out + bias

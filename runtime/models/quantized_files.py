@@ -37,18 +37,28 @@ _OTHERS: dict[SchemeKind, tuple[str, ...]] = {
     "awq": (),
     "packed": ("weight_shape", "weight_zero_point", "weight_g_idx"),
 }
+_WORDS, _FLOATS, _INDICES = ("I32",), ("F32", "F16", "BF16"), ("I32", "I64")
+_DTYPES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("qweight", "qzeros", "weight_packed", "weight_zero_point"), _WORDS),
+    **dict.fromkeys(("scales", "weight_scale", "weight_scale_inv"), _FLOATS),
+    **dict.fromkeys(("g_idx", "weight_g_idx"), _INDICES),
+}
 # Scales of activations and of the KV cache. Ours are computed for each token, and the cache has 16 or 32 bits.
 _UNREAD = ("input_scale", "activation_scale", "k_scale", "v_scale", "output_scale")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredMatrix:
-    """A quantised matrix in a file. `parts`: its tensors by the ends of their names, each read on access."""
+    """A quantised matrix in a file. `parts`: its tensors by the ends of their names, each read on access.
+
+    shapes, dtypes: theirs, dtypes as safetensors names them.
+    """
 
     name: str
     scheme: Scheme
     parts: Mapping[str, Callable[[], Tensor]]
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -161,6 +171,11 @@ class StoredMatrix:
                 raise BrokenModelFile(
                     f"{source}: {self.name}'s {name} has {len(self.shapes[name])} axes but must have 2"
                 )
+        for name, dtype in self.dtypes.items():
+            if dtype not in _DTYPES.get(name, (dtype,)):
+                raise BrokenModelFile(
+                    f"{source}: {self.name}'s {name} is {dtype} but must be {' or '.join(_DTYPES[name])}"
+                )
         for name, wanted in self._expected().items():
             found = self.shapes.get(name)
             if found is not None and found not in wanted:
@@ -217,6 +232,7 @@ def stored_matrices(
             scheme,
             {end: read for end, (read, _, _) in parts.items()},
             {end: shape for end, (_, shape, _) in parts.items()},
+            {end: dtype for end, (_, _, dtype) in parts.items()},
         )
         matrix.check(source)
         found[matrix.name] = matrix

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +144,7 @@ def transformers_decoder(model: Any) -> TransformersDecoder:  # Any: a PreTraine
             f"{name} has no output layer over a decoder; the engine runs causal language models"
         )
     text = model.config.get_text_config()
-    unknown = sorted({*(text.to_dict().get("layer_types") or ())} - {"full_attention", "sliding_attention"})
+    unknown = sorted({*_layer_types(text)} - {"full_attention", "sliding_attention"})
     if unknown:
         raise UnsupportedArchitecture(f"{name} has layers of the kinds {', '.join(unknown)}, which have no KV pages")
     if model.dtype not in _TOLERANCE:
@@ -170,6 +170,11 @@ def transformers_decoder(model: Any) -> TransformersDecoder:  # Any: a PreTraine
     )
 
 
+def _layer_types(text: Any) -> Sequence[str]:
+    """The kinds of layers, where a configuration has them; some compute them, so they are not among its fields."""
+    return getattr(text, "layer_types", None) or ()
+
+
 def _with_our_attention(model: Any, head: Any, text: Any, ids: Tensor) -> TransformersDecoder:
     """A decoder whose layers call our attention. Raises: _OtherAttentionError."""
     fields = text.to_dict()
@@ -191,7 +196,7 @@ def _with_our_attention(model: Any, head: Any, text: Any, ids: Tensor) -> Transf
             return torch.zeros_like(q)
 
         _with_attention(attend, model.base_model, ids, torch.arange(len(ids), device=ids.device))
-        kinds = fields.get("layer_types") or ()
+        kinds = _layer_types(text)
         if len(shapes) != text.num_hidden_layers:
             raise _OtherAttentionError(f"{len(shapes)} of {text.num_hidden_layers} layers call the attention interface")
         if kinds and [kind == "sliding_attention" for kind in kinds] != [window is not None for window in windows]:

@@ -99,3 +99,12 @@ def test_other_kinds_are_refused_with_those_that_work() -> None:
     tiny = describe_tiny()
     with pytest.raises(ConfigError, match="'int8' runs on the CPU only; use fp8 or leave it out on cuda"):
         build_decoder(tiny.config, tiny_weights(tiny.config), device="cuda", quantization="int8")
+
+
+def test_a_gpu_without_fp8_products_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = describe_tiny()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(
+        ConfigError, match=r"cuda has no FP8 products \(compute capability 8.9 or later\); leave it out"
+    ):
+        build_decoder(tiny.config, tiny_weights(tiny.config), device="cuda", quantization="fp8")
