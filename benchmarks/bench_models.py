@@ -27,10 +27,12 @@ from json_line import commit, print_record
 from rich.console import Console
 from rich.table import Table
 
+from ramet.kernels.layers.quantize_fp8 import quantize_fp8
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.catalog import resolve_model
 from ramet.runtime.models.load import LoadedModel, ModelFiles, open_model
+from ramet.runtime.models.weights import Weights
 from ramet.runtime.testing.bare_cache import BareCache
 from ramet.runtime.types import SamplingParams
 
@@ -40,16 +42,33 @@ FORMATS: dict[str, dict[str, Any]] = {  # Any: arguments of build_decoder
     "exact (fp32)": {"dtype": torch.float32},
     "as the file (CPU default)": {},
     "fp8": {"quantization": "fp8"},
+    "fp8, of weights alone": {"dtype": torch.float32},
     "int8": {"quantization": "int8"},
     "int4": {"quantization": "int4"},
 }
 
 
 @torch.inference_mode()
-def logits_of(files: ModelFiles, ids: list[int], arguments: dict[str, Any]) -> torch.Tensor:  # Any: see FORMATS
-    decoder = build_decoder(files.config, files.weights, device="cpu", **arguments)
+def logits_of(
+    files: ModelFiles,
+    weights: Weights,
+    ids: list[int],
+    arguments: dict[str, Any],  # Any: see FORMATS
+) -> torch.Tensor:
+    decoder = build_decoder(files.config, weights, device="cpu", **arguments)
     windows = [ids[start : start + WINDOW] for start in range(0, len(ids) - WINDOW + 1, WINDOW)]
     return torch.stack([BareCache(decoder, 1, WINDOW).step([], [(0, window)]).float() for window in windows])
+
+
+def rounded(weights: Weights) -> Weights:
+    """The weights, those of layers' matrices after a rounding to FP8."""
+
+    def fp8(tensor: torch.Tensor) -> torch.Tensor:
+        values, scale = quantize_fp8(tensor)
+        return values.float() * scale
+
+    is_matrix = {name: ".layers." in name and tensor.ndim == 2 for name, tensor in weights.items()}
+    return Weights.from_tensors({name: fp8(weights[name]) if is_matrix[name] else weights[name] for name in weights})
 
 
 def quality(files: ModelFiles, text: str, num_tokens: int) -> dict[str, Any]:  # Any: JSON
@@ -59,7 +78,8 @@ def quality(files: ModelFiles, text: str, num_tokens: int) -> dict[str, Any]:  #
     rows: dict[str, Any] = {}
     best: torch.Tensor | None = None
     for name, arguments in FORMATS.items():
-        logits = logits_of(files, ids, arguments)[:, :-1]
+        weights = rounded(files.weights) if name.endswith("alone") else files.weights
+        logits = logits_of(files, weights, ids, arguments)[:, :-1]
         loss = float(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
         chosen = logits.argmax(-1)
         best = chosen if best is None else best

@@ -91,6 +91,8 @@ def load(model: Any, config: EngineConfig, tokenizer: Any = None) -> LoadedModel
     """
     if isinstance(model, LoadedModel):
         return model
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     if model is not None and not isinstance(model, str):
         return model_in_memory(model, tokenizer, config.quantization)
     if tokenizer is not None:

@@ -94,7 +94,7 @@ def test_experts_are_rounded_and_their_router_is_not() -> None:
 
 
 def test_other_kinds_are_refused_with_those_that_work() -> None:
-    with pytest.raises(ConfigError, match="quantization is 'fp7' but must be fp8, int8, int4, gguf or None"):
+    with pytest.raises(ConfigError, match="quantization is 'fp7' but must be fp8, int8, int4 or gguf, or None"):
         Engine("tiny-random", quantization="fp7")
     tiny = describe_tiny()
     with pytest.raises(ConfigError, match="'int8' runs on the CPU only; use fp8 or leave it out on cuda"):

@@ -156,7 +156,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_without_a_native_family_is_served_by_its_path(folder: Path) -> None:
     memory = Engine(model_of("gpt_neox"), tokenizer=tokenizer_of_bytes(), num_kv_tokens=512)
-    with memory, Engine(str(folder), num_kv_tokens=512) as engine:
+    with memory, Engine(folder, num_kv_tokens=512) as engine:
         assert isinstance(engine.model.decoder, TransformersDecoder)
         assert engine.context_length == 512
         result = engine.submit("the same text", GREEDY).result(timeout_s=60)
