@@ -9,6 +9,7 @@ which is a set of byte strings.
     Choice((a, b, ...))                any of them, no order and no priority; Choice(()) is the empty language
     Repeat(a, low, high | None)        low to high times; None: any number
     Lookahead(a, is_negative)          the rest of the surrounding Terminal must (not) start with a; no width
+    Lookbehind(ranges, at_start)       the character before must be in ranges (regular/lookbehind.py removes it)
     Intersect((a, b)), Complement(a)   of regular languages, inside a Terminal; the complement is within all UTF-8 text
     Terminal(a, name)                  `a` is regular (no Reference to a recursive rule): made into one small automaton
     Table(transitions, accepting)      a deterministic byte automaton that the source built itself (a suffix automaton)
@@ -87,6 +88,16 @@ class Lookahead:
 
     item: Node
     is_negative: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Lookbehind:
+    """A condition without width: the character before is one of `ranges`. Only patterns have it, before they become
+    terminals. at_start: whether it holds where there is no character before; None: that is not known.
+    """
+
+    ranges: Ranges
+    at_start: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +222,7 @@ Node = (
     | Choice
     | Repeat
     | Lookahead
+    | Lookbehind
     | Intersect
     | Complement
     | Terminal

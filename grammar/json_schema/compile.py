@@ -26,7 +26,7 @@ from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.compiled_grammar import Problem
 from ramet.grammar.machine.frame import target
 
-WARM_S = 0.002  # for patterns and ranges ahead; the others are read when a text reaches them
+WARM_S = 0.001  # for patterns and ranges ahead; the others are read when a text reaches them
 WARM_NODES = 64  # nodes prepared at once; the rest of a larger schema is prepared when a text reaches it
 
 OPENERS: Mapping[int, Opener] = {

@@ -54,6 +54,7 @@ class RegularCompiler:
         self.leaves: list[tuple[ir.Ranges, int] | tuple[Dfa, int, int]] = [((), 0)]
         self.run_leaves: dict[tuple[int, int, int], int] = {}
         self.dfas: list[Dfa] = []  # keeps the automata alive, because their id() is a key
+        self.conditions: dict[ir.Node, Dfa] = {}
         self.closures: dict[int, _Formula] = {}
         self.has_and = False
 
@@ -104,8 +105,11 @@ class RegularCompiler:
                 return self._repeat(item, low, high, then)
             case ir.Lookahead(item, is_negative):
                 self.has_and = True
-                starts = self._part(ir.Concatenation((item, ir.Repeat(_AnySymbol()))))  # type: ignore[arg-type]
-                return self._state("and", [self._run(complement(starts) if is_negative else starts, 0), then])
+                condition = self.conditions.get(node)  # equal conditions are one, however often they are asked
+                if condition is None:
+                    starts = self._part(ir.Concatenation((item, ir.Repeat(_AnySymbol()))))  # type: ignore[arg-type]
+                    condition = self.conditions[node] = complement(starts) if is_negative else starts
+                return self._state("and", [self._run(condition, 0), then])
             case ir.Intersect(parts):
                 return self._run(
                     intersect([self._part(p) for p in parts], max_states=self.max_states, name=self.name), then

@@ -71,7 +71,7 @@ def test_a_text_that_ends_too_early_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 def test_what_cannot_be_enforced_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "s.json"
-    path.write_text('{"properties": {"a": {"pattern": "(?<=a)b"}}}')
+    path.write_text('{"properties": {"a": {"pattern": "(?<=aa)b"}}}')
     status, out = check(capsys, str(path), "{}")
     assert status == 1
     assert "/properties/a" in out

@@ -1,18 +1,18 @@
 """Regular expressions of JSON Schema (ECMA-262 with the u flag, leniently) to IR nodes over code points.
 
 A pattern is searched for, not matched whole. So `search` allows any text around it, except where it is anchored.
-Refused by name: back references, lookbehind, word boundaries, and anchors in places that depend on the text before.
+Refused by name: back references, and lookbehinds of more than one character.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
 from functools import cache
 
 from ramet.errors import InvalidRegex
 from ramet.grammar import deadline, ir
+from ramet.grammar.regular.lookbehind import END, without_lookbehinds
 
 _DIGITS: ir.Ranges = ((48, 57),)
 _WORD: ir.Ranges = ((48, 57), (65, 90), (95, 95), (97, 122))
@@ -42,15 +42,14 @@ class UnsupportedPattern(InvalidRegex):
     """A pattern that is valid but cannot be enforced. The message names the construct."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Anchor:
-    """`^` (is_start) or `$`."""
-
-    is_start: bool
-
-
-_START, _END = _Anchor(True), _Anchor(False)
-_Part = ir.Node | _Anchor
+_START = ir.Lookbehind((), at_start=True)
+_AFTER_WORD = ir.Lookbehind(_WORD, at_start=False)
+_NOT_AFTER_WORD = ir.Lookbehind(ir.complement_ranges(_WORD), at_start=True)
+_BEFORE_WORD, _NOT_BEFORE_WORD = ir.Lookahead(ir.Chars(_WORD)), ir.Lookahead(ir.Chars(_WORD), is_negative=True)
+_BOUNDARIES = {
+    "b": ((_AFTER_WORD, _NOT_BEFORE_WORD), (_NOT_AFTER_WORD, _BEFORE_WORD)),
+    "B": ((_AFTER_WORD, _BEFORE_WORD), (_NOT_AFTER_WORD, _NOT_BEFORE_WORD)),
+}
 
 
 def search(pattern: str) -> ir.Node:
@@ -58,7 +57,7 @@ def search(pattern: str) -> ir.Node:
 
     Raises: InvalidRegex with the position; UnsupportedPattern naming the construct.
     """
-    return ir.Choice(tuple(_around(branch) for branch in _branches(_Parser(pattern).parse())))
+    return without_lookbehinds(ir.Concatenation((ir.ANY_TEXT, _Parser(pattern).parse(), ir.ANY_TEXT)))
 
 
 def without_count(source: str) -> tuple[str, tuple[int, int | None]] | tuple[str]:
@@ -74,85 +73,6 @@ def without_count(source: str) -> tuple[str, tuple[int, int | None]] | tuple[str
     if max(int(low), most or 0) < MIN_COUNT or (most is not None and int(low) > most):
         return (source,)
     return f"^{found[1]}*$", (int(low), most)
-
-
-def _branches(node: ir.Node) -> list[ir.Node]:
-    """Split alternatives at the top level, so that each has its own anchors."""
-    if isinstance(node, ir.Choice):
-        return [b for o in node.options for b in _branches(o)]
-    if isinstance(node, ir.Concatenation) and node.parts:
-        parts = list(node.parts)
-        for at in (0, len(parts) - 1):
-            part = parts[at]
-            if isinstance(part, ir.Repeat) and (part.low, part.high) == (0, 1) and _has_anchor(part):
-                part = ir.Choice((part.item, ir.EMPTY))
-            if isinstance(part, ir.Concatenation):
-                return _branches(ir.Concatenation((*parts[:at], *part.parts, *parts[at + 1 :])))
-            if isinstance(part, ir.Choice) and _has_anchor(part):
-                out = []
-                for option in part.options:
-                    out.extend(_branches(ir.Concatenation((*parts[:at], option, *parts[at + 1 :]))))
-                return out
-    return [node]
-
-
-def _around(node: ir.Node) -> ir.Node:
-    parts: list[_Part] = list(node.parts) if isinstance(node, ir.Concatenation) else [node]
-    starts = ends = False
-    while parts and parts[0] is _START:
-        starts = True
-        parts.pop(0)
-    while parts and parts[-1] is _END:
-        ends = True
-        parts.pop()
-    # an anchor between assertions at the very start still holds: ^(?=a)^b
-    inner = [_resolve(p, i == 0 or all(isinstance(q, ir.Lookahead) for q in parts[:i])) for i, p in enumerate(parts)]
-    whole: list[ir.Node] = [] if starts else [ir.ANY_TEXT]
-    whole.extend(inner)
-    if not ends:
-        whole.append(ir.ANY_TEXT)
-    return ir.Concatenation(tuple(whole))
-
-
-def _has_anchor(node: _Part) -> bool:
-    match node:
-        case _Anchor():
-            return True
-        case ir.Concatenation(parts) | ir.Choice(parts):
-            return any(_has_anchor(p) for p in parts)
-        case ir.Repeat(item, _, _):
-            return _has_anchor(item)
-        case _:
-            return False
-
-
-def _resolve(node: _Part, at_start: bool) -> ir.Node:
-    """Turn the anchors inside a part into lookaheads, or refuse them."""
-    match node:
-        case _Anchor(is_start):
-            if is_start:
-                raise UnsupportedPattern("an anchor ^ that is not at the start of an alternative")
-            return ir.Lookahead(ir.ANY_CHAR, is_negative=True)
-        case ir.Concatenation(parts):
-            return ir.Concatenation(tuple(_resolve(p, False) for p in parts))
-        case ir.Choice(parts):
-            return ir.Choice(tuple(_resolve(p, False) for p in parts))
-        case ir.Repeat(item, low, high):
-            return ir.Repeat(_resolve(item, False), low, high)
-        case ir.Lookahead(item, negative):
-            return ir.Lookahead(_lookahead(item, at_start), negative)
-        case _:
-            return node
-
-
-def _lookahead(item: ir.Node, at_start: bool) -> ir.Node:
-    branches = []
-    for branch in _branches(item):
-        parts: list[_Part] = list(branch.parts) if isinstance(branch, ir.Concatenation) else [branch]
-        while at_start and parts and parts[0] is _START:
-            parts.pop(0)
-        branches.append(ir.Concatenation(tuple(_resolve(p, False) for p in parts)))
-    return ir.Choice(tuple(branches))
 
 
 class _Parser:
@@ -196,14 +116,14 @@ class _Parser:
         return options[0] if len(options) == 1 else ir.Choice(tuple(options))
 
     def sequence(self) -> ir.Node:
-        parts: list[_Part] = []
+        parts: list[ir.Node] = []
         while self.peek() not in ("", "|", ")"):
             atom = self.atom()
             if atom is not None:
                 parts.append(self.quantified(atom))
-        return ir.Concatenation(tuple(parts))  # type: ignore[arg-type]  # anchors are resolved by `search`
+        return ir.Concatenation(tuple(parts))
 
-    def quantified(self, atom: _Part) -> _Part:
+    def quantified(self, atom: ir.Node) -> ir.Node:
         low, high = 1, 1
         c = self.peek()
         if c and c in "*+?":
@@ -220,9 +140,7 @@ class _Parser:
             raise self.unsupported("a possessive quantifier")
         if self.peek() and self.peek() in "*+?":
             raise self.error("nothing to repeat")
-        if isinstance(atom, _Anchor):
-            return ir.EMPTY if low == 0 else atom
-        if isinstance(atom, ir.Lookahead):
+        if isinstance(atom, ir.Lookahead | ir.Lookbehind):
             return ir.EMPTY if low == 0 else atom
         return ir.Repeat(atom, low, high)
 
@@ -240,14 +158,14 @@ class _Parser:
             raise self.error("numbers out of order in {}")
         return numbers
 
-    def atom(self) -> _Part | None:
+    def atom(self) -> ir.Node | None:
         deadline.check(self.name)
         c = self.text[self.at]
         self.at += 1
         if c == "^":
             return _START
         if c == "$":
-            return _END
+            return END
         if c == ".":
             return ir.ANY_CHAR if self.dot_all else ir.Chars(ir.complement_ranges(_LINE_ENDS))
         if c == "(":
@@ -277,7 +195,7 @@ class _Parser:
                 out.extend((ord(v), ord(v)) for v in (chr(code).lower(), chr(code).upper()) if len(v) == 1)
         return ir.normalize_ranges(out)
 
-    def group(self) -> _Part | None:
+    def group(self) -> ir.Node | None:
         if not self.take("?"):
             return self.finish_group()
         if self.take(":"):
@@ -286,8 +204,10 @@ class _Parser:
             return ir.Lookahead(self.finish_group())
         if self.take("!"):
             return ir.Lookahead(self.finish_group(), is_negative=True)
-        if self.take("<=") or self.take("<!"):
-            raise self.unsupported("lookbehind")
+        if self.take("<="):
+            return self.lookbehind(is_negative=False)
+        if self.take("<!"):
+            return self.lookbehind(is_negative=True)
         if self.take("#"):
             end = self.text.find(")", self.at)
             if end < 0:
@@ -304,7 +224,17 @@ class _Parser:
             raise self.unsupported("a back reference")
         return self.flags()
 
-    def flags(self) -> _Part | None:
+    def lookbehind(self, *, is_negative: bool) -> ir.Node:
+        at = self.at
+        node = self.finish_group()
+        while isinstance(node, ir.Concatenation | ir.Choice) and len(parts := _parts(node)) == 1:
+            node = parts[0]
+        if not isinstance(node, ir.Chars):
+            self.at = at
+            raise self.unsupported("a lookbehind of more or less than one character")
+        return ir.Lookbehind(ir.complement_ranges(node.ranges) if is_negative else node.ranges, is_negative)
+
+    def flags(self) -> ir.Node | None:
         begin = self.at
         while self.peek() and self.peek() in "imsuxa":
             self.at += 1
@@ -330,15 +260,16 @@ class _Parser:
 
     # --- characters
 
-    def escape(self) -> _Part:
+    def escape(self) -> ir.Node:
         c = self.peek()
-        if c in ("b", "B"):
-            raise self.unsupported("a word boundary")
+        if c in _BOUNDARIES:
+            self.at += 1
+            return ir.Choice(tuple(map(ir.Concatenation, _BOUNDARIES[c])))
         if (c.isdigit() and c != "0") or c == "k":
             raise self.unsupported("a back reference")
         if c in ("A", "Z", "z"):  # not ECMA, but common
             self.at += 1
-            return _START if c == "A" else _END
+            return _START if c == "A" else END
         return ir.Chars(self.folded(self.class_escape()))
 
     def class_escape(self) -> list[tuple[int, int]]:
@@ -450,6 +381,10 @@ class _Parser:
             return 8
         ranges = self.class_escape()
         return ranges[0][0] if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else ranges
+
+
+def _parts(node: ir.Concatenation | ir.Choice) -> tuple[ir.Node, ...]:
+    return node.parts if isinstance(node, ir.Concatenation) else node.options
 
 
 _LONG_NAMES = {

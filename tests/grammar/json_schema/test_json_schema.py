@@ -281,7 +281,7 @@ def test_strict_mode_names_the_rule_that_is_broken() -> None:
 def test_all_problems_are_listed_at_once() -> None:
     schema = {
         "properties": {
-            "a": {"pattern": "(?<=x)y"},
+            "a": {"pattern": "(?<=xx)y"},
             "b": {"type": "array", "items": {"pattern": "(a)\\1"}},
         }
     }

@@ -326,6 +326,9 @@ CASES: list[tuple[str, Any, list[Any], list[Any]]] = [
     ),
     ("pattern uni", {"type": "string", "pattern": "^\\p{L}+$"}, ["é"], ["1"]),
     ("pattern \\d{1,} i", {"type": "string", "pattern": "^(?i)abc$"}, ["ABC"], ["x"]),
+    ("pattern words", {"type": "string", "pattern": "\\bfoo\\b"}, ["foo", "a foo.", "foo-bar"], ["food", "afoo"]),
+    ("pattern behind", {"type": "string", "pattern": "^[a-z-]+(?<!-)$"}, ["a-b", "b"], ["a-", "-", ""]),
+    ("pattern inside", {"type": "string", "pattern": "(^|,)ab?(,|$)"}, ["a", "x,ab", "ab,c"], ["xa", "ac", ""]),
     ("pattern named", {"type": "string", "pattern": "^(?<y>\\d{4})-(?<m>\\d\\d)$"}, ["2024-01"], ["x"]),
     ("pattern backslash /", {"type": "string", "pattern": "^\\/dev\\/[^\\/]+(\\/[^\\/]+)*$"}, ["/dev/sda"], ["dev"]),
     ("pattern mid ^", {"type": "string", "pattern": "(^a|b$)"}, ["ax", "xb"], ["xa"]),
@@ -403,8 +406,7 @@ def test_exactly_the_valid_values_are_accepted(schema: Any, good: list[Any], bad
 
 
 REFUSED: list[tuple[Any, str]] = [
-    ({"pattern": "\\bfoo\\b"}, "pattern"),
-    ({"pattern": "^[a-z-]+(?<!-)$"}, "pattern"),
+    ({"pattern": "^[a-z-]+(?<!--)$"}, "pattern"),
     ({"pattern": "^(a|b)\\1$"}, "pattern"),
     ({"pattern": "^[^@]++@x$"}, "pattern"),
     ({"pattern": "^(?>a|ab)c$"}, "pattern"),

@@ -64,9 +64,7 @@ def test_patterns_are_searched_as_python_does(source: str, parts: list[str]) -> 
     assert regular.compile_chars(pattern.search(source)).accepts(map(ord, text)) == bool(re.search(source, text))
 
 
-@pytest.mark.parametrize(
-    ("source", "what"), [("(?<=a)b", "lookbehind"), (r"(a)\1", "back reference"), (r"\bx", "boundary")]
-)
+@pytest.mark.parametrize(("source", "what"), [("(?<=aa)b", "lookbehind"), (r"(a)\1", "back reference")])
 def test_unsupported_patterns_are_named(source: str, what: str) -> None:
     with pytest.raises(pattern.UnsupportedPattern, match=what):
         pattern.search(source)
