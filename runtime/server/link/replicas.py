@@ -236,8 +236,8 @@ class Replicas:
             start_s = time.monotonic()
             try:
                 await self.scale(wanted, self._drain_s)
-            except RametError as error:
-                logger.error("there are still %d replicas: %s", len(self._members), error)
+            except Exception:  # also of the system: it is tried again, after the rule's rest
+                logger.exception("there are still %d replicas", len(self._members))
             else:
                 logger.info("there are %d replicas after %.1f s", wanted, time.monotonic() - start_s)
 

@@ -233,6 +233,16 @@ def test_scaling_up_and_down_and_restarting_lose_nothing() -> None:
         assert pids(replicas) == before
         await replicas.restart(drain_s=30)
         assert set(pids(replicas).values()).isdisjoint(before.values())
+
+        def smaller(replica: int, listener: Listener) -> EngineProxy:
+            config = {**CONFIG, "num_kv_tokens": 2048}
+            return EngineProxy(TINY_MODEL, config, replica=replica, listener=listener, log_level="ERROR")
+
+        await replicas.restart(30, smaller)
+        with pytest.raises(ModelNotFound):
+            await replicas.restart(30, lambda n, listener: EngineProxy("no-such", CONFIG, replica=n, listener=listener))
+        hellos = [proxy.hello for _, proxy in replicas.engines()]
+        assert [hello.num_kv_tokens for hello in hellos if hello is not None] == [2048, 2048]
         await replicas.scale(1, drain_s=30)
         with pytest.raises(ConfigError, match="nothing would serve while it restarts"):
             await replicas.restart(drain_s=1)
