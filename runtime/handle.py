@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ramet.runtime.types import FinishReason, RequestOutput, TopTokens, Usage
@@ -38,22 +39,30 @@ class RequestResult:
 class RequestHandle:
     """One request's output: iterate over increments (`for`, `async for`), or wait for all (`result`, `await`)."""
 
+    __slots__ = ("__weakref__", "_cancel", "_lock", "_outputs", "_waiters", "request_id")
+
     def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
         self.request_id = request_id
         self._cancel = cancel
         self._outputs: list[RequestOutput] = []
-        self._changed = threading.Condition()
-        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._lock = threading.Lock()
+        self._waiters: list[Callable[[], object]] = []  # called once, when there is a further output
 
     def push(self, output: RequestOutput) -> None:
         """Add an increment. Called by the engine."""
-        with self._changed:
+        with self._lock:
             self._outputs.append(output)
             waiters, self._waiters = self._waiters, []
-            self._changed.notify_all()
-        for loop, future in waiters:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_resolve, future)
+        for wake in waiters:
+            wake()
+
+    def _has_more(self, than: int, wake: Callable[[], object]) -> bool:
+        """Return whether there are more outputs. If there are not, `wake` is called once there are."""
+        with self._lock:
+            has_more = len(self._outputs) > than
+            if not has_more:
+                self._waiters.append(wake)
+            return has_more
 
     def cancel(self) -> None:
         """Abort the request. Its pages are free within one step. Does nothing if the request is finished."""
@@ -61,25 +70,21 @@ class RequestHandle:
 
     def __iter__(self) -> Iterator[RequestOutput]:
         for index in itertools.count():
-            with self._changed:
-                while len(self._outputs) <= index:
-                    self._changed.wait()
-                output = self._outputs[index]
+            arrived = threading.Event()
+            if not self._has_more(index, arrived.set):
+                arrived.wait()
+            output = self._outputs[index]
             yield _raise_error(output)
             if output.finish_reason is not None:
                 return
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         for index in itertools.count():
-            while True:
-                with self._changed:
-                    if len(self._outputs) > index:
-                        output = self._outputs[index]
-                        break
-                    loop = asyncio.get_running_loop()
-                    future = loop.create_future()
-                    self._waiters.append((loop, future))
-                await future
+            loop = asyncio.get_running_loop()
+            arrived = loop.create_future()
+            if not self._has_more(index, partial(_resolve, loop, arrived)):
+                await arrived
+            output = self._outputs[index]
             yield _raise_error(output)
             if output.finish_reason is not None:
                 return
@@ -87,12 +92,11 @@ class RequestHandle:
     def result(self, timeout_s: float | None = None) -> RequestResult:
         """Wait for the result. Raises the request's error, RequestCancelled, or TimeoutError (the request goes on)."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._changed:
-            while not self._outputs or self._outputs[-1].finish_reason is None:
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TimeoutError(f"request {self.request_id} did not finish within {timeout_s} s; it goes on")
-                self._changed.wait(left)
+        while not (num := len(self._outputs)) or self._outputs[num - 1].finish_reason is None:
+            arrived = threading.Event()
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            if not self._has_more(num, arrived.set) and not arrived.wait(left):
+                raise TimeoutError(f"request {self.request_id} did not finish within {timeout_s} s; it goes on")
         return self._collect()
 
     def __await__(self) -> Generator[Any, None, RequestResult]:  # Any: what asyncio yields to its loop
@@ -127,9 +131,10 @@ class RequestHandle:
         )
 
 
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def _resolve(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
+    """Resolve a future of a loop that runs on another thread."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(lambda: None if future.done() else future.set_result(None))
 
 
 def _raise_error(output: RequestOutput) -> RequestOutput:
