@@ -56,7 +56,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     request belongs to. `owner`: whose request it is; owners share the engine's time fairly. Of one owner's requests,
     lower `priority` values run first. `deadline_s`: seconds from submission until the request is aborted. `score_from`:
     generate nothing, and return the log-probabilities of `prompt_ids[score_from:]`, with the `logprobs` most likely
-    tokens of each position, if the sampling parameters ask for some. `expected`: text that the answer is expected to be
+    tokens of each position, if the sampling parameters ask for some. `draft`: text that the answer is expected to be
     like, such as a file that it changes a little; only its speed depends on it (EngineConfig.speculative).
     """
 
@@ -66,14 +66,14 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     priority: int = 0
     deadline_s: float | None = None
     score_from: int | None = None
-    expected: str = ""
+    draft: str = ""
 
     def __post_init__(self) -> None:
         # The scheduler uses these values on the engine's thread, where an error would end all requests.
         if not _is_text(self.cache_salt):
             raise wrong_option("cache_salt", self.cache_salt, "text that UTF-8 can write")
-        if not _is_text(self.expected):
-            raise wrong_option("expected", self.expected, "text that UTF-8 can write")
+        if not _is_text(self.draft):
+            raise wrong_option("draft", self.draft, "text that UTF-8 can write")
         if self.program_id is not None and not isinstance(self.program_id, str):
             raise wrong_option("program_id", self.program_id, "text, or None")
         if not isinstance(self.owner, str):
@@ -120,8 +120,8 @@ class Request:
     `stop_ids`: tokens that end the sequence (end of text unless ignored, and `stop_token_ids`).
     `cache_salt`: requests share cached prefixes only with requests of the same salt.
     `score_from`: if set, nothing is generated; the log-probabilities of `prompt_ids[score_from:]` are returned, with
-    the `sampling.logprobs` most likely tokens of each position. `expected_ids`: what the answer is expected to be like;
-    only its speed depends on it.
+    the `sampling.logprobs` most likely tokens of each position. `expected_ids`: the draft that the
+    client gave; only the answer's speed depends on it.
     `arrival_s`, `deadline_s`: seconds of time.monotonic(). `owner`, `priority`: as in RequestOptions.
     `num_prompt + max_tokens` never exceeds the context: `engine/validation.py`, which makes requests, checks it.
     """

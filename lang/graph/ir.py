@@ -175,7 +175,7 @@ class Generate(Node, frozen=True, tag="generate"):
 
     `checks` narrow the constraint where they can (narrowing.py). A value that fails one is generated again, up to
     `retries` times. Its text never joins the branch. `tells_text`: its text is reported as it is generated, whatever
-    the options of the run say.
+    the options of the run say. `draft`: what the text is expected to be like; only its speed depends on it.
     """
 
     name: str | None = None
@@ -184,6 +184,7 @@ class Generate(Node, frozen=True, tag="generate"):
     checks: tuple[Check, ...] = ()
     retries: int = 0
     tells_text: bool = False
+    draft: str = ""
     type: Literal["str", "int", "float", "bool", "json", "tools", "captures"] = "str"
 
     run_by = "model"

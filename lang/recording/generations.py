@@ -25,7 +25,7 @@ class Gen(Expr):
     """A generation. `sampling` holds only the values given to `gen`; the run's defaults fill the rest.
 
     `grammar`: the description that its constraint was made of, if it was composed. `captures`: the names in that, and
-    how their values are read.
+    how their values are read. `draft`: what the text is expected to be like.
     """
 
     name: str | None
@@ -37,6 +37,7 @@ class Gen(Expr):
     thinking: int | None = None  # the most tokens of the model's thinking before the value; None: it does not think
     grammar: Expr | None = None
     captures: Mapping[str, CapturedType] = field(default_factory=dict)
+    draft: str = ""
 
     def record(self, recorder: Recorder) -> NodeSource:
         """Append the generation, and keep its value and captures as variables.
@@ -97,6 +98,7 @@ class Gen(Expr):
             constraint=self.constraint,
             checks=checks,
             retries=retries,
+            draft=self.draft,
             type=self.output.wire,
         )
         return _kept(recorder, NodeSource(recorder.run, node, self.name, self.output))

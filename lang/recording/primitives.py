@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import msgspec
@@ -10,7 +11,7 @@ import msgspec
 from ramet.errors import InvalidRequest
 from ramet.lang.graph.checks import Check, check_problem
 from ramet.lang.graph.constraint import Tokenization
-from ramet.lang.graph.ir import DEFAULT_SCORER, MAX_RETRIES, SCORERS, Constraint
+from ramet.lang.graph.ir import DEFAULT_SCORER, MAX_RETRIES, SCORERS, Constraint, is_json
 from ramet.lang.graph.json_form import AS_CONFIGURED, AdditionalProperties, Order, Whitespace, json_form
 from ramet.lang.graph.sampling import FIELDS, to_sampling
 from ramet.lang.recording.composition import Composition, Part, composed_gen, holds_description
@@ -55,6 +56,7 @@ def gen(
     where: Check | Callable[[Any], object] | Sequence[Check | Callable[[Any], object]] = (),
     retries: int = 3,
     thinking: bool | int = False,
+    draft: str = "",
 ) -> Gen:
     """Generate text, or a value of `type`, and keep it as variable `name`.
 
@@ -85,12 +87,15 @@ def gen(
     `thinking`: the model thinks before it writes the value: free text of at most this many tokens (True: 1,024) between
     the marks of its chat template. Only the value after it is constrained. `s.meta(name)["thinking"]` has the text.
 
+    `draft`: text that the value is expected to be like, such as a file that it changes a little. The value is the same
+    with any draft; where the engine verifies drafts (`speculative`), it comes sooner.
+
     Raises:
         InvalidSampling: a value outside its range. InvalidRequest: constraints that exclude each other.
     """
     # A generated value can be a part of a constraint; it must be read first.
     regex, cfg, choices, json_schema, substring_of = plain((regex, cfg, choices, json_schema, substring_of))
-    retries, thinking = plain((retries, thinking))
+    retries, thinking, draft = plain((retries, thinking, draft))
     if isinstance(json_schema, str):
         try:
             json_schema = msgspec.json.decode(json_schema, type=dict)
@@ -146,13 +151,15 @@ def gen(
         raise InvalidRequest(f"retries is {retries!r}, but must be in [0, {MAX_RETRIES:,}]", param="retries")
     if not isinstance(thinking, bool | int) or thinking < 0:
         raise InvalidRequest(f"thinking is {thinking!r}, but must be True or a number of tokens", param="thinking")
+    if not isinstance(draft, str) or not is_json(draft):
+        raise InvalidRequest(f"draft is {draft!r}, but must be text that UTF-8 can write", param="draft")
     budget = THINKING_TOKENS if thinking is True else thinking or None
     said = {name: plain(value) for name, value in values.items() if value is not None}
     if isinstance(type, Composition):
         if constraint is not None or checks:
             raise InvalidRequest("constraints and checks of a grammar stand in its parts", param="type")
-        return composed_gen(name, type, to_sampling(said), tokenization, form, budget)
-    return Gen(name, wanted, constraint, to_sampling(said), checks, retries, budget)
+        return replace(composed_gen(name, type, to_sampling(said), tokenization, form, budget), draft=draft)
+    return Gen(name, wanted, constraint, to_sampling(said), checks, retries, budget, draft=draft)
 
 
 def select(

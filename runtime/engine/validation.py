@@ -14,14 +14,14 @@ from ramet.runtime.text.stops import check_pattern
 from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.types import Grammar, Request, RequestOptions, SamplingParams, TokenIds, wrong_option
 
-_MOST_EXPECTED = 100_000  # characters of an expected answer; the rest is not looked at
+_MOST_EXPECTED = 100_000  # characters of a client's draft; the rest is not looked at
 
 
 class RequestBorder:
     """Makes the requests of one engine: their ids, seeds and limits. Thread-safe.
 
     `context_limit`: name of the option that limits the context. `default_max_tokens`: for requests without max_tokens.
-    `seed`: seed of the generator that draws seeds for requests without one. `drafts`: expected answers are of use.
+    `seed`: seed of the generator that draws seeds for requests without one. `drafts`: those of clients are of use.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class RequestBorder:
             with self._seed_lock:
                 seed = self._seeds.getrandbits(63)
         eos = frozenset() if sampling.ignore_eos else self._tokenizer.eos_ids
-        expected = options.expected[:_MOST_EXPECTED] if self._drafts else ""
+        expected = options.draft[:_MOST_EXPECTED] if self._drafts else ""
         now_s = time.monotonic()
         return Request(
             request_id=request_id or f"request-{next(self._ids)}",

@@ -357,6 +357,7 @@ class ProgramExecutor:
                 priority=self._options.priority,
                 deadline_s=left_s,
                 score_from=request.score_from,
+                draft=run.node.draft if isinstance(run.node, ir.Generate) else "",
             ),
             grammar=self._grammar(run, request),
             on_output=lambda output: self._take_in(run, at, index, output),

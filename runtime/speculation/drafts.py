@@ -2,7 +2,7 @@
 
 It is looked for in one array of tokens that a sequence has here:
 
-    earlier answers to prompts with the same end   the expected answer, if the request has one   prompt and output
+    earlier answers to prompts with the same end   the client's draft, if it gave one   prompt and output
 
 The end of the prompt stands before each answer, so that an answer's beginning is found like all that follows. A draft
 costs no model, and it need not be right: `speculation` learns how often the drafts of each kind are.
@@ -17,10 +17,10 @@ import numpy as np
 
 from ramet.runtime.types import Request, Sequence, TokenIds
 
-SOURCES = ("runs", "expected", "text")  # in the order of a sequence's array
+SOURCES = ("runs", "given", "text")  # in the order of a sequence's array
 _APART = np.full(1, -1, dtype=np.int32)  # no token: where one part of an array ends
 _SHORTEST, _LONGEST = 2, 16  # tokens of an occurrence: fewer mean nothing, more are not counted
-_REACH = 16_384  # tokens of the expected answer's beginning, and of the text's end, in which they are looked for
+_REACH = 16_384  # tokens of the client's draft, and of the text's end, in which occurrences are looked for
 _TAIL = 8  # tokens of a prompt's end by which earlier answers are found
 _MAX_RUNS, _MAX_RUN_TOKENS = 4, 2_048  # earlier answers of one kind of prompt, and the tokens kept of each
 _MAX_KEPT_TOKENS = 1_000_000  # of all earlier answers together: 4 MB

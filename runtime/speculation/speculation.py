@@ -25,7 +25,7 @@ from ramet.runtime.speculation.drafts import SOURCES, Draft, EarlierRuns, TextDr
 from ramet.runtime.types import Batch, FinishReason, Sequence
 
 MOST_DRAFTED = 16  # tokens of a draft
-_MOST_IN_STEP = 32  # drafted tokens of a step
+_MOST_IN_STEP = 32  # tokens of a step with drafts: larger ones are no recorded programs, and round otherwise
 _MARGIN = 1.05  # by which a step with drafts must be better, as far as is known
 _NUM_TIMES = 9  # steps of one size whose median counts
 _LEAST_TIMES = 3  # steps without drafts, before there are some
@@ -120,9 +120,10 @@ class SourceCounts:
 class Speculation:
     """Chooses the drafted tokens of each step, and learns from its results. Owner: the engine core."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: StepTimes | None = None) -> None:
+        """times: None begins to measure."""
         self.counts = {source: SourceCounts() for source in SOURCES}
-        self._times = StepTimes()
+        self._times = StepTimes() if times is None else times
         self._kinds: dict[tuple[int, int], Successes] = {}
         self._runs = EarlierRuns()
         self._live: dict[Sequence, _Drafted] = {}
@@ -211,7 +212,7 @@ class Speculation:
         if not gains or not self._times.knows(num_rows):
             return {}
         best, best_rate, num_tokens = 0, _MARGIN * num_rows / self._times.seconds(num_rows), float(num_rows)
-        for count, (gain, _, _) in enumerate(gains[:_MOST_IN_STEP], 1):
+        for count, (gain, _, _) in enumerate(gains[: max(_MOST_IN_STEP - num_rows, 0)], 1):
             num_tokens += gain
             rate = num_tokens / self._times.seconds(num_rows + count)
             if rate > best_rate:

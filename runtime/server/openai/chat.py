@@ -208,7 +208,7 @@ class ChatEndpoint:
             RequestOptions(
                 cache_salt=salt,
                 priority=body.priority or 0,
-                expected="" if body.prediction is None else body.prediction.text,
+                draft="" if body.prediction is None else body.prediction.text,
             ),
             reasoning,
             shown,

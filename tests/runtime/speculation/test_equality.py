@@ -16,7 +16,7 @@ from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.handle import RequestHandle, RequestResult
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.speculation.speculation import Speculation
+from ramet.runtime.speculation.speculation import Speculation, StepTimes
 from ramet.runtime.types import Batch, Grammar, SamplingParams, Sequence
 
 SETTINGS: dict[str, Any] = {"num_kv_tokens": 4096, "context_length": 512, "max_running_requests": 6, "max_step_ms": 0}
@@ -52,8 +52,18 @@ class Guesses(Speculation):
         self.num_drafted += sum(max(item.num_samples - 1, 0) for item in batch.items)
 
 
-def draft_by(engine: Engine, guesses: Guesses) -> None:
-    engine._core.speculation = guesses
+class FixedTimes(StepTimes):
+    """Times of steps that no clock has measured."""
+
+    def knows(self, num_tokens: int) -> bool:
+        return True
+
+    def seconds(self, num_tokens: int) -> float:
+        return 1 + 0.1 * (num_tokens - 1)
+
+
+def draft_by(engine: Engine, speculation: Speculation) -> None:
+    engine._core.speculation = speculation
 
 
 def grammars_of(model: LoadedModel) -> list[Grammar]:
@@ -216,6 +226,7 @@ def test_the_engines_own_drafts_change_no_answer(tiny_model: LoadedModel, plain:
     ]
     expected = answers_of(plain, requests)
     with Engine(tiny_model, speculative="auto", **SETTINGS) as engine:
+        draft_by(engine, Speculation(FixedTimes()))
         for _ in range(3):
             for found, wanted, request in zip(answers_of(engine, requests), expected, requests, strict=True):
                 assert_same(found, wanted, request)
@@ -235,10 +246,11 @@ def test_an_expected_answer_saves_steps_and_garbage_costs_none(tiny_model: Loade
     edited = wanted.text[:70] + "(something else)" + wanted.text[75:]
     for expected in ("", garbage, wanted.text, edited):
         with Engine(tiny_model, speculative="auto", **SETTINGS) as engine:
+            draft_by(engine, Speculation(FixedTimes()))
             for name in ("one", "two", "three"):  # other prompts, by which the engine learns what its drafts are worth
-                engine.generate(name, sampling, expected=wanted.text)
+                engine.generate(name, sampling, draft=wanted.text)
             before = engine.stats()["num_steps"]
-            assert_same(engine.generate(**request, expected=expected), wanted, request)
+            assert_same(engine.generate(**request, draft=expected), wanted, request)
             steps.append(engine.stats()["num_steps"] - before)
     assert steps[1] <= 121
     assert steps[2] < 0.6 * steps[0]
@@ -247,5 +259,5 @@ def test_an_expected_answer_saves_steps_and_garbage_costs_none(tiny_model: Loade
 
 @pytest.mark.parametrize("expected", [7, None, "\ud800", ["a"]])
 def test_an_expected_answer_that_is_no_text_is_refused_by_name(plain: Engine, expected: Any) -> None:
-    with pytest.raises(InvalidRequest, match="expected"):
-        plain.submit("a", expected=expected)
+    with pytest.raises(InvalidRequest, match="draft"):
+        plain.submit("a", draft=expected)
