@@ -42,17 +42,24 @@ class MockBackend(EngineBackend):
     """A backend without a model, for tests. It answers from a script, in milliseconds.
 
     `script`: a dict from a text in the prompt to an answer or a list of answers; or a list of answers in the order of
-    the requests; or a function of the prompt. Without a script, words are drawn by a hash of the prompt.
+    the requests; or a function of the prompt. An answer that is no text is written as JSON. Without a script, words are
+    drawn by a hash of the prompt. `strict`: a prompt for which the script has no answer (any more), and an answer that
+    does not fit its type or constraint, are errors. The choices of a `select` are compared and need no answer.
     """
 
     engine: ScriptedEngine
 
     def __init__(
-        self, script: Script = None, *, failures: Mapping[str, Exception] | None = None, latency_s: float = 0.0
+        self,
+        script: Script = None,
+        *,
+        strict: bool = False,
+        failures: Mapping[str, Exception] | None = None,
+        latency_s: float = 0.0,
     ) -> None:
         from ramet.runtime.testing.scripted_model import ScriptedEngine  # as above
 
-        super().__init__(ScriptedEngine(script, failures=failures, latency_s=latency_s))
+        super().__init__(ScriptedEngine(script, strict=strict, failures=failures, latency_s=latency_s))
 
     def stats(self) -> ScriptedStats:
         """Return the engine's counters."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import threading
 import time
 from collections import deque
@@ -19,8 +20,9 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import to_jsonable_python
 
-from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped
+from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped, InvalidRequest
 from ramet.lang.graph.json_form import AS_CONFIGURED
 from ramet.runtime.cache.probe import Difference, trie_differences
 from ramet.runtime.handle import RequestHandle
@@ -38,7 +40,8 @@ from ramet.runtime.types import (
     Usage,
 )
 
-Script = Mapping[str, "str | Sequence[str]"] | Sequence[str] | Callable[[str], "str | None"] | None
+# An answer is a text, or a value that stands for its JSON text.
+Script = Mapping[str, object] | Sequence[object] | Callable[[str], object] | None
 
 _TEXT = (
     "the river light stone garden evening small boat across water quiet bread market old tower green hill walk "
@@ -84,7 +87,9 @@ class ScriptedEngine:
 
     `script` is one of three: a mapping from a text in the prompt to the answer (the text that occurs last counts; each
     answer of a list is used once, and the last one repeats), a list of answers in the order of requests, or a function
-    of the prompt. Without a scripted answer, a hash of the prompt draws words. `failures`: maps a text in the prompt to
+    of the prompt. An answer is a text, or any other value, which is written as JSON. Without a scripted answer, a hash
+    of the prompt draws words. `strict`: a prompt without an answer, an answer too few, and an answer that its
+    constraint refuses are errors of their requests. `failures`: maps a text in the prompt to
     the error of its request. `latency_s`: time of one step, in which every running request writes one word.
     """
 
@@ -92,13 +97,14 @@ class ScriptedEngine:
         self,
         script: Script = None,
         *,
+        strict: bool = False,
         failures: Mapping[str, Exception] | None = None,
         latency_s: float = 0.0,
         context_length: int = 1 << 20,
     ) -> None:
         self.tokenizer = ByteTokenizer()
         self.page_size, self.json_form, self.device_grammars = 1, AS_CONFIGURED, None
-        self._script = script
+        self._script, self._is_strict = script, strict
         self._failures = dict(failures or {})
         self._latency_s = latency_s
         self.context_length = context_length
@@ -310,7 +316,8 @@ class ScriptedEngine:
         sampling = job.sampling
         limit = sampling.max_tokens or 1 << 16
         limit = max(1, min(limit, self.context_length - len(job.prompt)))
-        wanted = self._answer(job, prompt_text)
+        answer = self._answer(prompt_text)
+        wanted = None if answer is None else self.tokenizer.encode(answer)
         if _before(job):
             words = wanted if wanted is not None or not self._is_free(job) else self._words(job)
             wanted = None if words is None else self._again(_before(job), words)
@@ -361,25 +368,31 @@ class ScriptedEngine:
             state = None if job.grammar is None or state is None else job.grammar.advance(state, token)
         return state
 
-    def _answer(self, job: _Job, prompt_text: str) -> list[int] | None:
-        script = self._script
-        if script is None:
+    def _answer(self, prompt_text: str) -> str | None:
+        """Use the next scripted answer. Raises InvalidRequest in strict mode if there is none."""
+        found = self._answers(prompt_text)
+        if found is None:
+            if self._is_strict and self._script is not None:
+                raise InvalidRequest(f"the script has no answer to the prompt, which ends with {prompt_text[-80:]!r}")
             return None
+        key, answers = found
+        use = self._uses[key] = self._uses.get(key, 0) + 1
+        if self._is_strict and 1 < len(answers) < use:
+            where = f" for {key!r}" if key else ""
+            raise InvalidRequest(f"the script has {len(answers)} answers{where}, and this is request {use}")
+        return _written(answers[min(use, len(answers)) - 1])
+
+    def _answers(self, prompt_text: str) -> tuple[str, Sequence[object]] | None:
+        """The script's answers to a prompt, in the order of their requests, with the text by which they were found."""
+        script = self._script
         if callable(script):
-            found = script(prompt_text)
-            return None if found is None else self.tokenizer.encode(found)
-        if isinstance(script, Mapping):
-            at, _, key = max(((prompt_text.rfind(key), len(key), key) for key in script), default=(-1, 0, ""))
-            if at < 0:
-                return None
-            answers: str | Sequence[str] = script[key]
-        else:
-            key, answers = "", script
-        if not isinstance(answers, str):
-            use = self._uses.get(key, 0)
-            self._uses[key] = use + 1
-            answers = answers[min(use, len(answers) - 1)]
-        return self.tokenizer.encode(answers)
+            answer = script(prompt_text)
+            return None if answer is None else ("", (answer,))
+        if not isinstance(script, Mapping):
+            return ("", script) if script else None
+        at, _, key = max(((prompt_text.rfind(key), len(key), key) for key in script), default=(-1, 0, ""))
+        answers = script.get(key)
+        return None if at < 0 else (key, answers if isinstance(answers, list | tuple) else (answers,))
 
     def _seed(self, job: _Job) -> int:
         """0 for greedy sampling. Otherwise the request's seed + 1, or the number of requests with this prompt."""
@@ -407,12 +420,16 @@ class ScriptedEngine:
         for count in itertools.count():
             assert state is not None
             if grammar.is_complete(state):
+                if plan and self._is_strict:
+                    raise self._refused(wanted or (), count)
                 return
             grammar.fill_mask(state, row)
             bits = np.unpackbits(row.view(np.uint8), bitorder="little")[: self.tokenizer.vocab_size]
             rest = grammar.shortest_completion(state)
             if plan and bits[plan[0]] and len(rest) < limit - count:
                 token = plan.popleft()
+            elif self._is_strict and wanted is not None and (plan or not grammar.is_accepting(state)):
+                raise self._refused(wanted, count)
             elif rest and (plan or wanted is not None or count >= MAX_FREE_TOKENS or len(rest) >= limit - count - 1):
                 plan.clear()
                 token = rest[0]
@@ -428,12 +445,18 @@ class ScriptedEngine:
             yield token
             state = grammar.advance(state, token)
 
+    def _refused(self, wanted: Sequence[int], count: int) -> InvalidRequest:
+        text, taken = self.tokenizer.decode(wanted), self.tokenizer.decode(wanted[:count])
+        why = "is no whole value" if taken == text else f"is refused after {taken!r}"
+        return InvalidRequest(f"the scripted answer {text!r} {why}, by its type, constraint or max_tokens")
+
     def _score(self, prompt: Sequence[int], score_from: int) -> NDArray[np.float32]:
         """log P of prompt[score_from:]. With a script, only tokens that continue its answer are likely."""
         plain = [float(self.logprobs(prompt[:i])[prompt[i]]) for i in range(score_from, len(prompt))]
         before, tail = self.tokenizer.decode(prompt[:score_from]), self.tokenizer.decode(prompt[score_from:])
-        wanted = self._answer_text(before)
-        if wanted is not None and tail.strip():
+        found = None if isinstance(self._script, Sequence) else self._answers(before)
+        if found is not None and tail.strip():
+            wanted = _written(found[1][min(self._uses.get(found[0], 0), len(found[1]) - 1)])
             begun = next((k for k in range(len(wanted), 0, -1) if before.endswith(wanted[:k])), 0)
             rest = wanted[begun:].strip()
             if rest and (rest.startswith(tail.strip()) or tail.strip().startswith(rest)):
@@ -450,17 +473,6 @@ class ScriptedEngine:
             values[tokens[place]] = score
             found.append(tuple((int(token), float(values[token])) for token in np.argsort(-values)[:count]))
         return tuple(found)
-
-    def _answer_text(self, prompt_text: str) -> str | None:
-        script = self._script
-        if callable(script):
-            return script(prompt_text)
-        if isinstance(script, Mapping):
-            at, _, key = max(((prompt_text.rfind(key), len(key), key) for key in script), default=(-1, 0, ""))
-            if at >= 0:
-                answers = script[key]
-                return answers if isinstance(answers, str) else answers[min(self._uses.get(key, 0), len(answers) - 1)]
-        return None
 
     def _chosen(self, job: _Job, tokens: list[int], start: int, end: int) -> tuple[float, ...]:
         return tuple(float(self.logprobs([*job.prompt, *tokens[:i]])[tokens[i]]) for i in range(start, end))
@@ -479,6 +491,11 @@ class ScriptedEngine:
         at = self._roots.setdefault(salt, -1 - len(self._roots))
         for token in tokens:
             at = self._trie.setdefault((at, token), len(self._trie))
+
+
+def _written(answer: object) -> str:
+    """Return a scripted answer as the model writes it."""
+    return answer if isinstance(answer, str) else json.dumps(to_jsonable_python(answer), ensure_ascii=False)
 
 
 def _before(job: _Job) -> bytes:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 
+from ramet import MockBackend, State, function, gen, select
 from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import FinishReason, RequestOutput, SamplingParams
@@ -129,3 +132,54 @@ def test_a_script_that_raises_fails_its_request_alone() -> None:
         with pytest.raises(KeyError):
             engine.submit("x").result()
         assert engine.submit("a").result().text == "b"
+
+
+@dataclass
+class Town:
+    name: str
+    size: int
+
+
+@function
+def towns(s: State) -> None:
+    s += "A town: " + gen("first", Town) + "\nAnother: " + gen("second", Town, max_tokens=60)
+    s += "\nWhy: " + gen("why", stop="\n")
+
+
+def test_values_of_a_script_are_written_as_json() -> None:
+    state = towns.run(backend=MockBackend([Town("Rome", 3), {"name": "Zürich", "size": 1}, "No reason."], strict=True))
+    assert (state["first"], state["second"], state["why"]) == (Town("Rome", 3), Town("Zürich", 1), "No reason.")
+    several = MockBackend({"Another: ": [[Town("a", 1)], "x"], "A town: ": Town("b", 2), "Why: ": 7})
+    assert towns.run(backend=several)["why"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ({"A town": Town("Rome", 3), "Another": Town("Oslo", 1)}, None),
+        ({"A town: ": Town("Rome", 3), "Another: ": {"name": "Oslo"}}, 'is refused after \'{"name": "Oslo"\''),
+        ({"A town: ": Town("Rome", 3), "Another: ": '{"name": "Oslo", "size": '}, "is no whole value"),
+        ({"A town: ": Town("Rome", 3), "Another: ": {"name": "x" * 80, "size": 1}}, "max_tokens"),
+        ({"A town: ": '{"name": "Rome", "size": 3} and more'}, 'is refused after \'{"name": "Rome", "size": 3}\''),
+        ([Town("Rome", 3), Town("Oslo", 1)], "the script has 2 answers, and this is request 3"),
+        ({"no such text": "x"}, "no answer to the prompt, which ends with 'A town: '"),
+        (lambda prompt: None, "no answer to the prompt"),
+    ],
+)
+def test_a_strict_script_must_fit_the_program(script: Any, message: str | None) -> None:
+    state = towns.run(backend=MockBackend(script, strict=True))
+    error = state.error()
+    if message is None:
+        assert error is None
+    else:
+        assert message in str(error)
+    assert not isinstance(script, dict) or towns.run(backend=MockBackend(script)).error() is None
+
+
+def test_selections_need_no_answer_of_a_strict_script() -> None:
+    @function
+    def choose(s: State) -> None:
+        s += "Sea or hills? " + select("best", ["sea", "hills"])
+
+    assert choose.run(backend=MockBackend({"Sea or": "hills"}, strict=True))["best"] == "hills"
+    assert choose.run(backend=MockBackend({}, strict=True))["best"] in ("sea", "hills")
