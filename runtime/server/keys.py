@@ -30,7 +30,7 @@ MAX_FILE_BYTES = 16 << 20
 class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """A name and its keys. `sha256`: their digests, the newest last.
 
-    `max_in_flight`: requests that run or wait. `max_queued_tokens`: prompt tokens of its requests that wait.
+    `max_in_flight`: requests that run or wait. `max_queued_tokens`: prompt tokens of requests and programs that wait.
     `tokens_per_minute`: tokens of prompts and answers; what is used beyond is owed, and no request is taken until it is
     paid back. None: no limit. A value that cannot be raises ValueError.
     """

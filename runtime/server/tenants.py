@@ -186,15 +186,19 @@ class Tenants(Collector):
 
     # -- requests of the engine
 
-    def enter(self, name: str, num_requests: int, num_tokens: int) -> None:
-        """Count requests with so many prompt tokens. Raises Overloaded, and counts nothing, if they pass a limit."""
+    def enter(self, name: str, num_requests: int, num_tokens: int, *, is_program: bool = False) -> None:
+        """Count requests with so many prompt tokens. Raises Overloaded, and counts nothing, if they pass a limit.
+
+        Tokens of a program are a guess: they wait, but only `note_node` tells how many are used.
+        """
         account, limits = self._account(name), self.limits(name)
         if limits is not None:
             self._check(account, limits, num_requests, num_tokens)
         self.in_flight.take(name, num_requests)
         account.in_flight += num_requests
         account.queued_tokens += num_tokens
-        self._charge(account, limits, num_tokens)
+        if not is_program:
+            self._charge(account, limits, num_tokens)
 
     def _check(self, account: _Account, limits: KeyEntry, num_requests: int, num_tokens: int) -> None:
         def refuse(limit: str, message: str, retry_s: float) -> Overloaded:

@@ -19,6 +19,7 @@ from ramet.runtime.server.link.logs import LogFormat
 from ramet.runtime.types import NO_OPTIONS, RequestOptions, SamplingParams
 
 T = TypeVar("T")
+_BYTES_A_TOKEN = 4  # of a program's JSON
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,6 +76,10 @@ class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=Tru
     text_events: bool = True
     client: tuple[str, ...] = ()
     numbers: tuple[int, ...] | None = None
+
+    def num_tokens(self) -> list[int]:
+        """The tokens of each row's prompts, roughly: one for four bytes of the graph's JSON and of its arguments."""
+        return [(len(self.graph) + len(row)) // _BYTES_A_TOKEN + 1 for row in self.rows]
 
     def row_ids(self) -> list[str]:
         """The id of each of these rows."""

@@ -73,8 +73,11 @@ class Accounts(Protocol):
     `client`: a request's, of which the first part is its key's name.
     """
 
-    def enter(self, name: str, num_requests: int, num_tokens: int) -> None:
-        """Count requests with so many prompt tokens. Raises Overloaded, and counts nothing, if they pass a limit."""
+    def enter(self, name: str, num_requests: int, num_tokens: int, *, is_program: bool = False) -> None:
+        """Count requests with so many prompt tokens. Raises Overloaded, and counts nothing, if they pass a limit.
+
+        Tokens of a program are a guess: they wait, but only `note_node` tells how many are used.
+        """
 
     def begin(self, name: str, num_tokens: int) -> None:
         """Note that a request with so many prompt tokens waits no longer."""
@@ -280,13 +283,13 @@ class EngineProxy:
         Raises: Overloaded, EngineStopped (not ready), InvalidRequest (the id is in use).
         """
         stream = stream or OutputStream(command.id, self.drop, is_whole=is_whole)
-        self._admit(command, [stream], len(command.prompt_ids))
+        self._admit(command, [stream], [len(command.prompt_ids)])
         return stream
 
     def start_program(self, command: StartProgram, *, streams: Sequence[ProgramStream] = ()) -> Sequence[ProgramStream]:
         """Send a program. Returns each row's stream: `streams`, or new ones. Raises as `submit`; nothing is sent."""
         streams = streams or [ProgramStream(name, self.drop) for name in command.row_ids()]
-        self._admit(command, streams, 0)
+        self._admit(command, streams, command.num_tokens())
         return streams
 
     def send_to_program(self, command: ExtendProgram | CancelNodes | ProvideTool) -> None:
@@ -321,15 +324,16 @@ class EngineProxy:
             raise EngineStopped(self.health() or "the server is shutting down")
 
     def _admit(
-        self, command: Submit | StartProgram, streams: Sequence[OutputStream | ProgramStream], num_tokens: int
+        self, command: Submit | StartProgram, streams: Sequence[OutputStream | ProgramStream], tokens: Sequence[int]
     ) -> None:
-        """Send the command of new requests, if there is room for them."""
+        """Send the command of new requests, if there is room for them. `tokens`: the number of each one's prompt."""
         self._check_ready()
         check_unused([stream.id for stream in streams], self._in_flight)
         client = command.client or _NOBODY
         if self._accounts is not None:
-            self._accounts.enter(client[0], len(streams), num_tokens)
-        for stream in streams:
+            is_program = isinstance(command, StartProgram)
+            self._accounts.enter(client[0], len(streams), sum(tokens), is_program=is_program)
+        for stream, num_tokens in zip(streams, tokens, strict=True):
             self._in_flight[stream.id] = _InFlight(client, num_tokens, stream)
         try:
             self._send(command)
@@ -400,6 +404,8 @@ class EngineProxy:
         elif isinstance(report, ProgramEvent | ProgramEnd):
             request = self._in_flight.get(report.id)
             if request is not None and isinstance(request.stream, ProgramStream):
+                if isinstance(report, ProgramEvent) and (report.event.usage is not None or report.event.kind == "text"):
+                    self._begin(request)  # the model has written something
                 if isinstance(report, ProgramEnd):
                     self._leave(report.id)
                 elif report.event.usage is not None and self._accounts is not None:

@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 _SIGNATURE_BYTES = 512  # of a program's graph: programs that begin alike share prefixes
 _LOOK_S = 1.0  # between two looks at the load
-_BYTES_A_TOKEN = 4  # of a graph's JSON, roughly
 
 MakeProxy = Callable[[int, Listener], EngineProxy]
 
@@ -480,7 +479,7 @@ class Replicas:
     def _described(self, command: Submit | StartProgram) -> RoutedRequest:
         if isinstance(command, StartProgram):
             signature = hashlib.blake2b(command.graph[:_SIGNATURE_BYTES], digest_size=8).hexdigest()
-            return RoutedRequest(max(len(command.graph) // _BYTES_A_TOKEN, 1), (), f"{command.cache_salt}/{signature}")
+            return RoutedRequest(command.num_tokens()[0], (), f"{command.cache_salt}/{signature}")
         try:
             prompt = np.asarray(command.prompt_ids, dtype=np.int64).astype(np.int32)
         except OverflowError:  # no token has such a number: the engine refuses the request, whichever it is

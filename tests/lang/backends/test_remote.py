@@ -29,6 +29,7 @@ from ramet.errors import (
 from ramet.lang.backends.http_loop import retry_pause
 from ramet.lang.graph.ir import Graph, Text
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.server.keys import KeyEntry, KeyFile, digest_of_key, write_keys
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 
 PROGRAMS = sorted((Path(__file__).resolve().parents[3] / "examples" / "programs").glob("*.py"))
@@ -374,6 +375,21 @@ def test_keys_are_asked_for_and_sent(engine: ScriptedEngine, serve: Serve) -> No
             assert chat.run("Ann", backend=stranger)["verdict"]
         with Remote(served.url, api_key="secret") as known:
             assert chat.run("Ann", backend=known)["verdict"]
+
+
+def test_the_prompts_of_programs_wait_within_the_limit_of_their_key(
+    engine: ScriptedEngine, serve: Serve, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.json"
+    write_keys(path, KeyFile((KeyEntry(name="a", sha256=(digest_of_key(b"secret"),), max_queued_tokens=1000),)))
+    with serve(engine, api_keys_file=str(path)) as served, Remote(served.url, api_key="secret", max_retries=0) as known:
+        for _ in range(20):  # what has waited is given back
+            assert chat.run("Ann", backend=known).error() is None
+        error = chat.run("Ann" * 2000, backend=known).error()
+        assert error is not None
+        assert isinstance(error.__cause__, Overloaded)
+        assert "max_queued_tokens of the key 'a'" in str(error)
+        assert chat.run("Ann", backend=known).error() is None
 
 
 def test_a_busy_server_is_asked_again_when_it_says(
