@@ -1,9 +1,14 @@
 """A server of a tiny model under nice and nasty clients, whose engine is killed and stopped now and then.
 
     python tests/adversary/soak.py --seconds 1800
+    python tests/adversary/soak.py --overload --seconds 60 [--model smollm2-135m]
 
 Afterwards, nothing may be left: no request, no page, no program, and little memory. Nice clients may get an error only
 while the engine is away, or 429. Prints what was done, and ends with 1 if something was left or wrong.
+
+With --overload, the engine is left alone, and ten times as many clients as it runs sequences ask for more all the time,
+a third of them nasty. A few well-behaved clients of a key of their own read streams beside them. Their gaps between
+tokens must stay small, nobody may get a 5xx, and memory must stay flat.
 """
 
 from __future__ import annotations
@@ -28,6 +33,10 @@ import httpx
 
 KEYS = ("nice", "other", "nasty")
 MAX_GROWTH_BYTES = 100 << 20
+MAX_OVERLOAD_GROWTH_BYTES = 32 << 20
+MAX_GAP_S = 0.3  # 99 of 100 gaps between a well-behaved client's tokens under overload
+NUM_RUNNING = 16  # sequences that the engine runs at once
+NUM_STREAMS = 4  # well-behaved clients under overload
 SETTLE_S = 120.0  # for the requests in flight to end
 ENDLESS = "(?:(?!foo%d|bar|baz).){0,2000}"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"]}
@@ -44,6 +53,8 @@ class Soak:
     asked: Counter[str] = field(default_factory=Counter)
     statuses: Counter[str] = field(default_factory=Counter)
     wrong: Counter[str] = field(default_factory=Counter)
+    gaps_s: list[float] = field(default_factory=list)  # between the tokens of well-behaved clients' streams
+    firsts_s: list[float] = field(default_factory=list)  # from a stream's request to its first token
     num_kills: int = 0
     num_stops: int = 0
     away_until_s: float = 0.0  # the engine was killed, or has not been ready again for long
@@ -140,6 +151,20 @@ async def large_body(soak: Soak, client: httpx.AsyncClient) -> int:
     return await post(client, "/v1/tokenize", {"prompt": "a " * soak.rng.randrange(1 << 20)})
 
 
+async def read_stream(soak: Soak, client: httpx.AsyncClient) -> int:
+    body = {"prompt": words(soak, 40), "max_tokens": 100, "ignore_eos": True, "stream": True, "stream_options": None}
+    heard_s, is_first = time.monotonic(), True
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                now_s = time.monotonic()
+                (soak.firsts_s if is_first else soak.gaps_s).append(now_s - heard_s)
+                heard_s, is_first = now_s, False
+                if '"error"' in line:
+                    soak.wrong["an error in a well-behaved client's stream"] += 1
+        return answer.status_code
+
+
 NICE: tuple[Ask, ...] = (generate, chat, program, tokenize)
 NASTY: tuple[Ask, ...] = (leave_stream, leave_body, flood, endless_grammar, garbage, large_body)
 
@@ -227,17 +252,60 @@ async def run(soak: Soak, clients: int, every_s: float) -> int:
     return int(bool(soak.wrong) or any(left.values()) or grown > MAX_GROWTH_BYTES)
 
 
+def spread(values_s: list[float]) -> str:
+    """p50, p99 and the largest, in milliseconds."""
+    ordered = sorted(values_s) or [0.0]
+    at = [ordered[min(int(len(ordered) * share), len(ordered) - 1)] for share in (0.5, 0.99, 1.0)]
+    return " ".join(f"{1000 * value:9.1f}" for value in at)
+
+
+async def overload(soak: Soak) -> int:
+    async with soak.client("nice") as client:
+        pids = {"http": soak.pid, "engine": (await client.get("/get_server_info")).json()["engine"]["pid"]}
+        start_s, end_s, soak.end_s = time.monotonic(), soak.end_s, time.monotonic() + 3
+        await asyncio.gather(*(tenant(soak, "nice", (read_stream,)) for _ in range(NUM_STREAMS)))
+    alone, soak.gaps_s, soak.firsts_s = (spread(soak.gaps_s), spread(soak.firsts_s)), [], []
+    soak.end_s = end_s + time.monotonic() - start_s
+    whole_s, load = soak.end_s - time.monotonic(), 10 * NUM_RUNNING
+    tenants = [tenant(soak, "nice", (read_stream,)) for _ in range(NUM_STREAMS)]
+    tenants += [tenant(soak, "other", NICE) for _ in range(load - load // 3)]
+    tenants += [tenant(soak, "nasty", NASTY) for _ in range(load // 3)]
+    tasks = [asyncio.ensure_future(one) for one in tenants]
+    await asyncio.sleep(whole_s / 4)  # buffers and caches reach their size
+    early = {name: rss_bytes(pid) for name, pid in pids.items()}
+    await asyncio.gather(*tasks)
+    grown = {name: rss_bytes(pid) - early[name] for name, pid in pids.items()}
+    left = await leftovers(soak)
+    print(f"{load} clients for {whole_s:.0f} s, {load // 3} of them nasty, beside {NUM_STREAMS} well-behaved ones")
+    print(f"{'well-behaved, ms':28}       p50       p99       max")
+    rows = {"gap alone": alone[0], "gap under overload": spread(soak.gaps_s)}
+    rows |= {"first token alone": alone[1], "first token under overload": spread(soak.firsts_s)}
+    for name, values in rows.items():
+        print(f"{name:28} {values}")
+    print(f"requests: {dict(soak.asked)}; tokens of well-behaved clients: {len(soak.gaps_s) + len(soak.firsts_s):,}")
+    print(f"answers: {dict(sorted(soak.statuses.items()))}")
+    print("memory: " + ", ".join(f"{name} {size / 2**20:+.1f} MiB" for name, size in grown.items()))
+    print(f"leftovers: {int(sum(left.values()))} {left}")
+    gap_s = sorted(soak.gaps_s)[int(len(soak.gaps_s) * 0.99)] if soak.gaps_s else MAX_GAP_S
+    if gap_s >= MAX_GAP_S:
+        soak.wrong[f"99 of 100 gaps are up to {1000 * gap_s:.0f} ms"] += 1
+    print(f"wrong: {dict(soak.wrong) or 'nothing'}")
+    return int(bool(soak.wrong) or any(left.values()) or max(grown.values()) > MAX_OVERLOAD_GROWTH_BYTES)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--clients", type=int, default=4, help="of each of the three keys")
     parser.add_argument("--trouble-every", type=float, default=30, metavar="SECONDS", help="between kills and stops")
+    parser.add_argument("--overload", action="store_true", help="ten times the load, and what it does to nice clients")
+    parser.add_argument("--model", default="tiny-random")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        command = [sys.executable, "-m", "ramet.cli", "serve", "tiny-random", "--port", "0", "--device", "cpu"]
-        command += ["--num-kv-tokens", "16384", "--max-running-requests", "16", "--max-in-flight", "256"]
+        command = [sys.executable, "-m", "ramet.cli", "serve", arguments.model, "--port", "0", "--device", "cpu"]
+        command += ["--num-kv-tokens", "16384", "--max-running-requests", str(NUM_RUNNING), "--max-in-flight", "256"]
         command += ["--max-engine-failures", "1000000"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAMET_API_KEY": ",".join(KEYS)}
         with log.open("wb") as file:
@@ -250,7 +318,10 @@ def main() -> int:
                 time.sleep(0.1)
             end_s = time.monotonic() + arguments.seconds
             soak = Soak(found[1], server.pid, random.Random(arguments.seed), end_s)
-            code = asyncio.run(run(soak, arguments.clients, arguments.trouble_every))
+            if arguments.overload:
+                code = asyncio.run(overload(soak))
+            else:
+                code = asyncio.run(run(soak, arguments.clients, arguments.trouble_every))
             text = log.read_text(errors="replace")
             num_tracebacks = text.count("Traceback (most recent call last)")
             print(f"tracebacks in the log: {num_tracebacks}")
