@@ -177,7 +177,7 @@ async def tenant(soak: Soak, key: str, asks: tuple[Ask, ...]) -> None:
             try:
                 status = await ask(soak, client)
             except httpx.HTTPError as error:
-                soak.statuses[f"{key} {type(error).__name__}"] += 1
+                soak.statuses[f"{key} {type(error).__name__} in {ask.__name__}"] += 1
                 if key != "nasty" and time.monotonic() > soak.away_until_s:
                     soak.wrong[f"{key}: {error!r} in {ask.__name__}"] += 1
                 status = 503

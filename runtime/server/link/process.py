@@ -8,6 +8,7 @@ parent starts a new one.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import signal
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from socket import gethostname
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ import msgspec
 import torch
 import zmq
 
-from ramet.errors import ConfigError, EngineStopped, RametError
+from ramet.errors import ConfigError, EngineStopped, RametError, RequestCancelled
 from ramet.lang.graph.ir import Constraint, Graph, NodeEvent
 from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.engine.config import EngineConfig
@@ -56,7 +58,7 @@ from ramet.runtime.server.link.protocol import (
     Submit,
     command_decoder,
 )
-from ramet.runtime.types import Grammar, RequestOutput
+from ramet.runtime.types import FinishReason, Grammar, RequestOutput
 
 if TYPE_CHECKING:
     from ramet.grammar import CompiledGrammar  # loads numba
@@ -121,8 +123,8 @@ class EngineServer:
         self._send = send
         self._host = ProgramHost(engine)
         self._programs: dict[str, ProgramExecutor] = {}
-        self._aborted: set[str] = set()  # while their grammars compile
-        self._compiling: set[str] = set()
+        # Requests whose grammars compile, by id: each with the future, and the time.monotonic() of its deadline.
+        self._compiling: dict[str, tuple[Submit, Future[CompiledGrammar], float]] = {}
         self._lock = threading.Lock()
 
     def prepare_grammars(self) -> None:
@@ -152,30 +154,49 @@ class EngineServer:
         if command.constraint is None:
             self._submit_compiled(command, None)
             return
-        with self._lock:
-            self._compiling.add(command.id)
+        start_s, deadline_s = time.monotonic(), command.options.deadline_s
 
-        start_s = time.monotonic()
-
-        def compiled(future: Any) -> None:  # Any: a Future[Grammar]
+        def compiled(future: Future[CompiledGrammar]) -> None:
             with self._lock:
-                self._compiling.discard(command.id)
-                was_aborted = command.id in self._aborted
-                self._aborted.discard(command.id)
-            if was_aborted:
-                return
+                if self._compiling.pop(command.id, None) is None:  # it has ended meanwhile
+                    return
             error = future.exception()
             if error is not None:
                 self._report_error(command, error)
             else:
                 self._submit_compiled(command, future.result(), time.monotonic() - start_s)
 
-        self._host.grammars.get(command.constraint, command.client).add_done_callback(compiled)
+        future = self._host.grammars.get(command.constraint, command.client)
+        with self._lock:
+            self._compiling[command.id] = command, future, start_s + (math.inf if deadline_s is None else deadline_s)
+        future.add_done_callback(compiled)
+
+    def end_late(self) -> None:
+        """End the requests whose deadline passes while their grammars compile."""
+        now_s = time.monotonic()
+        with self._lock:
+            late = [request_id for request_id, (_, _, due_s) in self._compiling.items() if due_s <= now_s]
+        for request_id in late:
+            self._end_compiling(request_id, f"request {request_id} passed its deadline while its grammar was compiled")
+
+    def _end_compiling(self, request_id: str, reason: str) -> bool:
+        """End a request whose grammar compiles; nobody else may need that. Returns False if there is none."""
+        with self._lock:
+            found = self._compiling.pop(request_id, None)
+        if found is None:
+            return False
+        command, future, _ = found
+        future.cancel()
+        self._report_error(command, RequestCancelled(reason), FinishReason.ABORT)
+        return True
 
     def _submit_compiled(
         self, command: Submit, grammar: CompiledGrammar | None, grammar_s: float | None = None
     ) -> None:
-        prompt, sampling = command.prompt_ids, command.sampling
+        prompt, sampling, options = command.prompt_ids, command.sampling, command.options
+        changes: dict[str, Any] = {"owner": command.client[0]} if command.client else {}  # Any: fields of the options
+        if grammar_s is not None and options.deadline_s is not None:
+            changes["deadline_s"] = max(options.deadline_s - grammar_s, 0.0)
         taken: Grammar | None = grammar
         again = b""
         if command.heals:
@@ -198,7 +219,7 @@ class EngineServer:
             self.engine.submit(
                 prompt,
                 sampling,
-                command.options.changed({"owner": command.client[0]} if command.client else {}),
+                options.changed(changes),
                 grammar=taken,
                 request_id=command.id,
                 on_output=on_output,
@@ -206,9 +227,9 @@ class EngineServer:
         except RametError as error:
             self._report_error(command, error)
 
-    def _report_error(self, command: Submit, error: BaseException) -> None:
+    def _report_error(self, command: Submit, error: BaseException, reason: FinishReason = FinishReason.ERROR) -> None:
         num_prompt = len(command.prompt_ids)
-        self._send(Output(command.id, num_prompt, 0, 0, finish_reason="error", error=ErrorInfo.of(error)))
+        self._send(Output(command.id, num_prompt, 0, 0, finish_reason=reason.value, error=ErrorInfo.of(error)))
 
     def _abort(self, request_id: str) -> None:
         program = self._programs.get(request_id)
@@ -217,11 +238,8 @@ class EngineServer:
             program.finish()
             self._end_if_over(request_id)
             return
-        with self._lock:
-            if request_id in self._compiling:
-                self._aborted.add(request_id)
-                return
-        self.engine.abort(request_id)
+        if not self._end_compiling(request_id, f"request {request_id} was aborted"):
+            self.engine.abort(request_id)
 
     def _start_program(self, command: StartProgram) -> None:
         """Start every row. They share the graph's nodes and texts."""
@@ -396,6 +414,7 @@ def serve(settings: Settings) -> int:
     commands.connect(settings.commands)
     try:
         while not is_ending.is_set() and os.getppid() == parent:
+            server.end_late()
             if not commands.poll(200):
                 continue
             for command in command_decoder.decode(commands.recv()):

@@ -24,6 +24,7 @@ from ramet.errors import (
     InvalidSampling,
     ModelNotFound,
     Overloaded,
+    RequestCancelled,
 )
 from ramet.lang.graph.ir import Constraint, Generate, Graph, Sampling, Text
 from ramet.runtime.engine.engine import Engine
@@ -248,6 +249,26 @@ def test_more_in_flight_than_the_limit_is_refused_with_a_time_to_retry() -> None
         assert caught.value.retry_after_s > 0
         outputs = await asyncio.gather(*(stream.collect() for stream in streams))
         assert all(len(output.token_ids) == 100 for output in outputs)
+
+    run(scenario)
+
+
+def test_a_request_ends_at_its_deadline_and_when_it_is_aborted_also_while_its_grammar_is_compiled() -> None:
+    endless = Constraint("regex", "(?:(?!foo|bar|baz).){0,2000}")  # takes up to the limit of 10 s
+
+    async def scenario(proxy: EngineProxy) -> None:
+        await proxy.wait_ready(180)
+        plain = submit(proxy)
+        late = msgspec.structs.replace(plain, id="late", constraint=endless, options=RequestOptions(deadline_s=0.3))
+        with pytest.raises(RequestCancelled, match="passed its deadline while its grammar was compiled"):
+            await proxy.submit(late).collect()
+        aborted = proxy.submit(msgspec.structs.replace(plain, id="aborted", constraint=endless))
+        assert proxy.abort("aborted")
+        with pytest.raises(RequestCancelled, match="was aborted"):
+            await aborted.collect()
+        short = msgspec.structs.replace(plain, constraint=Constraint("regex", "[0-9]{5}"))
+        assert (await proxy.submit(short).collect()).text[:5].isdecimal()
+        await settled(proxy)
 
     run(scenario)
 
