@@ -5,8 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FOLDERS := ramet/*.py ramet/*.pyi ramet/cli ramet/compat ramet/integrations lang grammar kernels runtime tests examples benchmarks tools
 
-NPM_TOURS := tests/runtime/server/openai/npm tests/clients/tours
-NPM_STAMPS := $(NPM_TOURS:%=%/node_modules/.package-lock.json)
+NPM_STAMPS := tests/clients/tours/node_modules/.package-lock.json
 
 .PHONY: demo test test-all soak check house docs format bench clean
 

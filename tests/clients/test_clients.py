@@ -50,6 +50,7 @@ OTHERS = {  # features of a few clients, which the table names
     "server": "server information, cache flushed",
     "score": "log-likelihoods of answers",
     "rolling": "of whole texts",
+    "task": "a task of a file by its command line",
     "benchmark": "as the backends sglang, sglang-oai and vllm",
 }
 

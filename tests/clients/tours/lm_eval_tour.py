@@ -2,9 +2,14 @@
 # requires-python = ">=3.11"
 # dependencies = ["lm-eval[api]>=0.4.8,<0.5"]
 # ///
-"""lm-eval's models for completions and chats, with its own scores of answers."""
+"""lm-eval's model for completions with its own scores of answers, and its command line with a file of a task."""
 
+import json
 import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -65,6 +70,37 @@ def rolling(url):
 def text(url):
     options = {"until": ["\n"], "max_gen_toks": 16}
     assert model(url).generate_until(asks("generate_until", (says("Hello"), options)), disable_tqdm=True) == ["Hello"]
+
+
+TASK = """\
+task: capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/capitals.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 16, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+
+
+def task(url):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        answers = {"Rome": "Rome", "Oslo": "Oslo", "Bonn": "Berlin"}  # said, and right
+        lines = [json.dumps({"question": says(said), "answer": right}) for said, right in answers.items()]
+        (folder / "capitals.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        (folder / "capitals.yaml").write_text(TASK.replace("FOLDER", name), encoding="utf-8")
+        model = f"base_url={url}/v1/completions,model=scripted,tokenizer_backend=None,tokenized_requests=False"
+        command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", model]
+        command += ["--include_path", name, "--tasks", "capitals", "--output_path", f"{name}/out", "--batch_size", "1"]
+        here = {**os.environ, "HF_HOME": f"{name}/home", "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        (found,) = folder.glob("out/**/results_*.json")
+        results = json.loads(found.read_text(encoding="utf-8"))["results"]["capitals"]
+        assert abs(results["exact_match,none"] - 2 / 3) < 1e-6, results
 
 
 run()

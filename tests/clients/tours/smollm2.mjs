@@ -1,4 +1,4 @@
-// The official npm client against a server of ours: `node tour.mjs http://127.0.0.1:30000 MODEL`.
+// The official npm client against a server of ours: `node smollm2.mjs http://127.0.0.1:30000 MODEL`.
 // Prints one JSON line for each stop of the tour, {"name", "error"}; exit status 1 when one failed.
 import assert from "node:assert/strict";
 import OpenAI from "openai";
