@@ -24,7 +24,8 @@ RETRY_TEMPERATURE = 0.7  # of a retry of a greedy generation, which would repeat
 class SamplingField:
     """The rules of one parameter: its kind, its range, and its names elsewhere.
 
-    `low`, `high`: the range of a number; `is_open` excludes `low`. `limit`: the range in the words of errors.
+    `low`, `high`: the range of a number, or of each bias; `is_open` excludes `low`. `limit`: the range in the words of
+    errors.
     `takes_none`: None is a value of its own in SamplingParams, so null does not mean the default.
     `native`: its name in the body of /generate, if SGLang's name differs. `is_openai`: it is part of OpenAI's own API;
     the others are extensions.
@@ -54,7 +55,7 @@ class SamplingField:
             if not isinstance(value, Mapping):  # a graph has pairs because they are hashable
                 pairs = value if isinstance(value, tuple) else ("no pairs",)
                 return all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs) and self.holds(dict(pairs))
-            return all(_is_token(token) and _is_real(bias) and -100 <= bias <= 100 for token, bias in value.items())
+            return all(_is_token(t) and _is_real(bias) and self.low <= bias <= self.high for t, bias in value.items())
         return isinstance(value, bool)
 
     def problem(self, value: Any) -> str:  # Any: as above
@@ -77,7 +78,9 @@ _TABLE = (
     SamplingField("frequency_penalty", "float", -2, 2, is_openai=True),
     SamplingField("presence_penalty", "float", -2, 2, is_openai=True),
     SamplingField("repetition_penalty", "float", 0, 10, is_open=True),
-    SamplingField("logit_bias", "biases", limit="a map from token ids >= 0 to values in [-100, 100]", is_openai=True),
+    SamplingField(
+        "logit_bias", "biases", -100, 100, "a map from token ids >= 0 to values in [-100, 100]", is_openai=True
+    ),
     SamplingField("seed", "int", limit="an integer or None", takes_none=True, native="sampling_seed", is_openai=True),
     SamplingField("min_tokens", "int", 0, limit="an integer >= 0", native="min_new_tokens"),
     SamplingField("string_tokens", "int", 1, limit="an integer >= 1, or None", takes_none=True),

@@ -76,7 +76,7 @@ def create_app(served: ServedModel) -> Starlette:
         *status_endpoints(served),
         *program_endpoints(served),
     ]
-    app = make_app([*endpoints, *description_endpoints(endpoints)], served, lifespan)
+    app = make_app([*endpoints, *description_endpoints(endpoints, served)], served, lifespan)
     if served.config.cors_allow_origin:
         origins = list(served.config.cors_allow_origin)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])

@@ -83,13 +83,10 @@ class Job:
 
 
 def heals(wanted: bool | None, constraint: Constraint | None, *, is_text: bool, has_logprobs: bool) -> bool:
-    """Return whether the model may write a prompt's last token again. Raises HttpError if that is not possible.
+    """Return whether the model may write a prompt's last token again.
 
     `wanted` None: it may if the prompt is text, and a constraint says how the answer begins.
     """
-    if wanted and has_logprobs:
-        message = "token_healing is true, but log-probabilities belong to whole tokens; ask for one of them"
-        raise HttpError(400, message, param="token_healing")
     return is_text and constraint is not None and not has_logprobs if wanted is None else wanted
 
 

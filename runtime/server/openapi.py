@@ -10,10 +10,13 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from ramet.lang.graph.ir import VERSION as GRAPH_VERSION
+from ramet.lang.graph.ir import Graph
 from ramet.runtime.server.errors import Error
 from ramet.runtime.server.limits import OPEN_PATHS
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sending import Json, json_response
+from ramet.runtime.server.served_model import ServedModel
 from ramet.runtime.server.validation import body_schema
 
 VERSION = "0.1.0"
@@ -35,6 +38,7 @@ _ERRORS = {
     501: "not on this server",
     503: "the engine is not there; Retry-After says when to come again",
 }
+_REFERENCE = "#/components/schemas/{name}"
 _OF_A_BODY = (400, 408, 413, 415)
 # One event of a stream. `data` is JSON, or [DONE] at the end. Only programs have `event` and `id`.
 _EVENT: Json = {
@@ -63,14 +67,14 @@ SwaggerUIBundle({
 """
 
 
-def description_endpoints(endpoints: Sequence[Endpoint]) -> list[Endpoint]:
+def description_endpoints(endpoints: Sequence[Endpoint], served: ServedModel) -> list[Endpoint]:
     """The two endpoints that describe all others: the document as JSON and as a page."""
     found: list[Json] = []
 
     async def document(request: Request) -> Response:
         """Return this document."""
         if not found:  # takes a tenth of a second, so it is made at the first request
-            found.append(openapi_document(endpoints))
+            found.append(openapi_document(endpoints, _formats(served)))
         return json_response(found[0])
 
     async def page(request: Request) -> Response:
@@ -84,18 +88,35 @@ def description_endpoints(endpoints: Sequence[Endpoint]) -> list[Endpoint]:
     ]
 
 
-def openapi_document(endpoints: Sequence[Endpoint]) -> Json:
-    """The document of all listed endpoints."""
+def _formats(served: ServedModel) -> Json:
+    """What this server's model adds to the values of bodies: see `body_schema`."""
+    thinks = served.tokenizer.chat_template.thinking is not None
+    names = {"enum": [served.name, "default"]}
+    has_start = bool(served.tokenizer.encode("", add_special=True))  # a token before every text
+    return {
+        "model-name": names,
+        "claude-name": {"anyOf": [names, {"pattern": "^claude-"}]},
+        "token-id": {"maximum": served.tokenizer.vocab_size - 1},
+        "prompt": {} if has_start else {"minLength": 1},
+        "thinking-tokens": {} if thinks else {"maximum": 0},
+    }
+
+
+def openapi_document(endpoints: Sequence[Endpoint], formats: Json) -> Json:
+    """The document of all listed endpoints. `formats`: as in `body_schema`."""
     listed = [endpoint for endpoint in endpoints if endpoint.is_listed]
     types = [answer for endpoint in listed for answer in _answers(endpoint).values()]
-    schemas, components = msgspec.json.schema_components([Error, *types], ref_template="#/components/schemas/{name}")
-    error, *answers = schemas
+    schemas, components = msgspec.json.schema_components([Error, Graph, *types], ref_template=_REFERENCE)
+    error, graph, *answers = schemas
+    part = {"version": {"const": GRAPH_VERSION}}
+    formats = {**formats, "part-of-a-graph": {**graph, "properties": part}}
+    formats["graph"] = {**graph, "properties": {**part, "first": {"const": 0}}}
     rest = iter(answers)
     paths: Json = {}
     for endpoint in listed:
         by_status = {status: next(rest) for status in _answers(endpoint)}
         path = re.sub(r":\w+}", "}", endpoint.path)
-        paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, path, by_status, error)
+        paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, path, by_status, error, formats)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Ramet", "description": _ABOUT, "version": VERSION},
@@ -110,7 +131,7 @@ def _answers(endpoint: Endpoint) -> dict[int, Any]:  # Any: types
     return {**own, **endpoint.others}
 
 
-def _operation(endpoint: Endpoint, path: str, by_status: dict[int, Json], error: Json) -> Json:
+def _operation(endpoint: Endpoint, path: str, by_status: dict[int, Json], error: Json, formats: Json) -> Json:
     operation: Json = {
         "tags": [endpoint.tag],
         "summary": endpoint.about,
@@ -123,7 +144,7 @@ def _operation(endpoint: Endpoint, path: str, by_status: dict[int, Json], error:
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
         ]
     if endpoint.body is not None:
-        content = {"application/json": {"schema": body_schema(endpoint.body)}}
+        content = {"application/json": {"schema": body_schema(endpoint.body, formats)}}
         operation["requestBody"] = {"required": True, "content": content}
     return operation
 

@@ -8,7 +8,7 @@ by name; `validation.REFUSED` has the reason for the known ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -19,7 +19,6 @@ from ramet.errors import InvalidGrammar
 from ramet.grammar.text.gbnf import is_gbnf, lark_of_gbnf
 from ramet.lang.graph.constraint import Constraint, Tokenization
 from ramet.lang.graph.json_form import (
-    AS_CONFIGURED,
     KNOWN,
     AdditionalProperties,
     JsonForm,
@@ -30,20 +29,94 @@ from ramet.lang.graph.json_form import (
 )
 from ramet.lang.graph.sampling import FIELDS, SamplingField
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.validation import OnlyFalse, OnlyTrue, Strict
+from ramet.runtime.server.validation import (
+    NULL,
+    Condition,
+    ModelName,
+    OnlyFalse,
+    OnlyTrue,
+    Rule,
+    Strict,
+    Token,
+    field_at,
+)
 from ramet.runtime.types import MAX_INT32, SamplingParams
 
 MAX_STOPS = 16
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
+NO_HEALING = "token_healing is true, but log-probabilities belong to whole tokens; ask for one of them"
 
 # `ebnf`: GBNF or Lark, recognised by its syntax; the resulting constraint is a `cfg`
 Kind = Literal["json_schema", "regex", "cfg", "choice", "ebnf", "structural_tag", "grammar"]
 Asked = tuple[str, Kind, object]  # field, kind, source (None: not requested)
+_SHARED: Mapping[str, Kind] = {
+    "json_schema": "json_schema",
+    "regex": "regex",
+    "cfg": "cfg",
+    "ebnf": "ebnf",
+    "structural_tag": "structural_tag",
+}
+# The kind of the constraint in each field; of a body, only one may be given.
+NATIVE_CONSTRAINTS: Mapping[str, Kind] = {**_SHARED, "composed": "grammar"}
+CONSTRAINTS: Mapping[str, Kind] = {
+    **_SHARED,
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "ebnf",
+    "structured_outputs.json": "json_schema",
+    "structured_outputs.json_object": "json_schema",
+    "structured_outputs.regex": "regex",
+    "structured_outputs.choice": "choice",
+    "structured_outputs.grammar": "ebnf",
+    "structured_outputs.structural_tag": "structural_tag",
+}
+_OF_JSON = ("json_schema", "structural_tag", "grammar")  # kinds to which a form of JSON means something
+_MAX_WAYS = 10
+_FORMAT = "response_format.type"  # a chat's response_format; of type text it is no constraint
+# The fields that ask for a form of JSON, and what they are if they ask for none.
+FORMS: Mapping[str, Condition] = dict.fromkeys(JsonForm.__struct_fields__, NULL)
+ALL_FORMS: Mapping[str, Condition] = {
+    **FORMS,
+    "guided_whitespace_pattern": NULL,
+    "structured_outputs.whitespace_pattern": NULL,
+    "structured_outputs.disable_any_whitespace": (None, False),
+    "structured_outputs.disable_additional_properties": (None, False),
+}
+
+
+def _one_of(absent: Mapping[str, Condition]) -> Rule:
+    """A body gives one of these fields at most. `absent`: what they are if they are not given."""
+    ways = tuple({other: absent[other] for other in absent if other != name} for name in absent)
+    text = "{given} each constrain the answer; give only one of them"
+    return Rule(text, ways, tuple(absent), is_stated=len(ways) < _MAX_WAYS)
+
+
+def constraint_rules(
+    constraints: Mapping[str, Kind], forms: Mapping[str, Condition], *, is_chat: bool = False
+) -> tuple[Rule, ...]:
+    """A body has one constraint at most, and asks for a form of JSON only beside a constraint that may have JSON.
+
+    A chat's calls of tools are JSON, too; they go with a JSON schema and with no other constraint.
+    """
+    absent: dict[str, Condition] = dict.fromkeys(constraints, NULL)
+    of_json: list[Mapping[str, Condition]] = [{name: "given"} for name in constraints if constraints[name] in _OF_JSON]
+    rules = []
+    if is_chat:
+        others: dict[str, Condition] = {name: NULL for name, kind in constraints.items() if kind != "json_schema"}
+        others[_FORMAT] = (None, "text", "json_object", "json_schema")
+        absent[_FORMAT] = (None, "text")
+        of_json += [{_FORMAT: ("json_object", "json_schema", "structural_tag")}, {"tools": "some", **others}]
+        text = "{given} constrains the whole answer, so tools cannot be called; use a JSON schema, or tool_choice none"
+        rules = [Rule(text, (others, {"tools": "none"}, {"tool_choice": ("none",)}), tuple(others))]
+    one = _one_of(absent)
+    text = "{given} is of JSON, but the request asks for none"
+    return one, Rule(text, (forms, *of_json), tuple(forms), is_stated=not is_chat), *rules
 
 
 def _json_type(field: SamplingField) -> Any:  # Any: a type, or Annotated with what pydantic checks of it
-    """The type of a value in a body. SamplingParams checks the ranges of floats, and its errors name them."""
+    """The type of a value in a body."""
     if field.name == "top_k":
         return Annotated[int, Field(ge=-1, le=MAX_INT32, description="0 or -1: off")]
     if field.name == "max_tokens":
@@ -52,14 +125,22 @@ def _json_type(field: SamplingField) -> Any:  # Any: a type, or Annotated with w
         return Annotated[int, Field(ge=-(2**63), le=2**63 - 1, description="choice i is drawn with seed + i")]
     if field.kind == "int":
         return Annotated[int, Field(ge=int(field.low), le=int(min(field.high, MAX_INT32)))]
-    types = {
-        "float": float,
+    number = Field(gt=field.low, le=field.high) if field.is_open else Field(ge=field.low, le=field.high)
+    text = Annotated[str, Field(min_length=1, max_length=10_000)]
+    types: dict[str, Any] = {  # Any: types
+        "float": Annotated[float, number],
         "bool": bool,
-        "texts": Annotated[str, Field(max_length=10_000)] | Annotated[list[str], Field(max_length=10_000)],
-        "tokens": Annotated[list[int], Field(max_length=1024)],
-        "biases": Annotated[dict[str, float], Field(max_length=4096)],
+        "texts": text | Annotated[list[text], Field(max_length=MAX_STOPS)],
+        "tokens": Annotated[list[Token], Field(max_length=1024)],
+        "biases": Annotated[
+            dict[TokenKey, Annotated[float, number]],
+            Field(max_length=4096, json_schema_extra={"additionalProperties": False}),
+        ],
     }
     return types[field.kind]
+
+
+TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 
 
 def _values_model(name: str, fields: Mapping[str, SamplingField], *, null_is_default: bool) -> Any:  # Any: see below
@@ -79,40 +160,38 @@ def _values_model(name: str, fields: Mapping[str, SamplingField], *, null_is_def
 OPENAI_VALUES = {field.name: field for field in FIELDS.values() if field.name not in ("max_tokens", "logprobs")}
 NATIVE_VALUES = {field.native or field.name: field for field in FIELDS.values() if field.name != "logprobs"}
 
-if TYPE_CHECKING:  # a type checker cannot know fields that come from a table; they are read by `given_values` alone
+MESSAGES_VALUES = {name: FIELDS[name] for name in ("temperature", "top_k", "top_p")}
+
+if TYPE_CHECKING:  # a type checker cannot know fields that come from a table; they are read by name
     OpenAiValues = Strict
     NativeValues = Strict
+    MessagesValues = Strict
 else:
+    MessagesValues = _values_model("MessagesValues", MESSAGES_VALUES, null_is_default=True)
     OpenAiValues = _values_model("OpenAiValues", OPENAI_VALUES, null_is_default=True)
     NativeValues = _values_model("NativeValues", NATIVE_VALUES, null_is_default=False)
 
 
-def given_values(body: Strict, fields: Mapping[str, SamplingField], where: str = "") -> dict[str, Any]:
-    """The values that a body sets, by the names of their SamplingParams fields. `where`: the path to the body's fields.
-
-    Raises: HttpError for a value that SamplingParams cannot represent.
-    """
+def given_values(body: Strict, fields: Mapping[str, SamplingField]) -> dict[str, Any]:
+    """The values that a body sets, by the names of their SamplingParams fields."""
     given: dict[str, Any] = {}  # Any: each field has its own type
     for spelled, field in fields.items():
         value = getattr(body, spelled)
         if value is not None:
-            given[field.name] = _engine_value(field, value, where + spelled)
+            given[field.name] = _engine_value(field, value)
         elif field.takes_none:
             given[field.name] = None
     return given
 
 
-def _engine_value(field: SamplingField, value: Any, name: str) -> Any:  # Any: as above
+def _engine_value(field: SamplingField, value: Any) -> Any:  # Any: as above
     if field.name == "top_k":
         return max(value, 0)
     if field.kind == "texts":
-        texts = (value,) if isinstance(value, str) else tuple(value)
-        if len(texts) > MAX_STOPS:
-            raise HttpError(400, f"{field.name} has {len(texts)} texts; the limit is {MAX_STOPS}", param=name)
-        return texts
+        return (value,) if isinstance(value, str) else tuple(value)
     if field.kind == "tokens":
         return tuple(value)
-    return _logit_bias(value, name) if field.kind == "biases" else value
+    return {int(token): bias for token, bias in value.items()} if field.kind == "biases" else value
 
 
 class StreamOptions(Strict):
@@ -144,16 +223,21 @@ def _whitespace_pattern(value: object) -> object:
     return found
 
 
+Choices = Annotated[list[str], Field(min_length=1)]
+GrammarSource = Annotated[str, Field(min_length=1)]
+JsonSchema = Annotated[str, Field(min_length=1)] | dict[str, Any] | OnlyTrue  # Any: JSON; no value matches `false`
 WhitespacePattern = Annotated[Whitespace, BeforeValidator(_whitespace_pattern)]
 
 
 class StructuredOutputs(Strict):
     """vLLM's form of a constraint: an object of its own. The last three fields say how JSON is written."""
 
-    json_schema: str | dict[str, Any] | bool | None = Field(default=None, alias="json")  # Any: JSON
+    rules = (_one_of(dict.fromkeys(("json", "json_object", "regex", "choice", "grammar", "structural_tag"), NULL)),)
+
+    json_schema: JsonSchema | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
+    choice: Choices | None = None
+    grammar: GrammarSource | None = None
     json_object: OnlyTrue | None = None
     structural_tag: str | dict[str, Any] | None = None
     whitespace_pattern: WhitespacePattern | None = Field(default=None, description="a value of `whitespace`, or \\s*")
@@ -170,17 +254,6 @@ class StructuredOutputs(Strict):
             ("structured_outputs.disable_additional_properties", "additional_properties", closed),
         ]
 
-    def asked(self) -> list[Asked]:
-        any_object = None if self.json_object is None else {"type": "object"}
-        return [
-            ("structured_outputs.json", "json_schema", self.json_schema),
-            ("structured_outputs.json_object", "json_schema", any_object),
-            ("structured_outputs.regex", "regex", self.regex),
-            ("structured_outputs.choice", "choice", self.choice),
-            ("structured_outputs.grammar", "ebnf", self.grammar),
-            ("structured_outputs.structural_tag", "structural_tag", self.structural_tag),
-        ]
-
 
 class SamplingFields(JsonFormFields, OpenAiValues):
     """Sampling, constraints, and labels of a request. `null` means the default in every field.
@@ -190,21 +263,34 @@ class SamplingFields(JsonFormFields, OpenAiValues):
     (prefixes are cached for every key; `cache_salt` separates them). The answer returns `metadata`.
     """
 
-    model: str | None = Field(default=None, description="the served model's name; null or `default` stands for it")
+    rules = (
+        *constraint_rules(CONSTRAINTS, ALL_FORMS),
+        Rule(
+            "stream_options is only allowed with stream: true",
+            ({"stream_options.include_usage": (None, False)}, {"stream": (True,)}),
+            ("stream_options",),
+        ),
+    )
+
+    model: ModelName | None = Field(
+        default=None, description="the served model's name; null or `default` stands for it"
+    )
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
 
     regex: str | None = None
-    cfg: str | None = Field(default=None, description="a grammar in Lark's syntax")
-    ebnf: str | None = Field(default=None, description="a grammar in GBNF with a rule `root`, or in Lark's syntax")
+    cfg: GrammarSource | None = Field(default=None, description="a grammar in Lark's syntax")
+    ebnf: GrammarSource | None = Field(
+        default=None, description="a grammar in GBNF with a rule `root`, or in Lark's syntax"
+    )
     structural_tag: str | dict[str, Any] | None = Field(default=None, description="free text with constrained parts")
-    json_schema: str | dict[str, Any] | bool | None = None  # Any: JSON
-    guided_json: str | dict[str, Any] | bool | None = None
+    json_schema: JsonSchema | None = None
+    guided_json: JsonSchema | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = Field(default=None, description="as ebnf")
+    guided_choice: Choices | None = None
+    guided_grammar: GrammarSource | None = Field(default=None, description="as ebnf")
     guided_whitespace_pattern: WhitespacePattern | None = Field(default=None, description="as whitespace_pattern")
     structured_outputs: StructuredOutputs | None = None
     tokenization: Tokenization | None = Field(default=None, description="of text that a constraint forces: canonical")
@@ -239,55 +325,24 @@ def seed_of_choice(seed: int | None, index: int) -> int | None:
     return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63
 
 
-def _logit_bias(given: Mapping[str, float], name: str) -> dict[int, float]:
-    """The biases by token id. Raises HttpError for the field `name`."""
-    bias = {}
-    for token, value in given.items():
-        if not (token.isascii() and token.isdigit() and len(token) < 10):
-            raise HttpError(400, f"{name} has the key {token!r}; keys are token ids", param=name)
-        bias[int(token)] = value
-    return bias
+def asked_constraint(body: Strict, constraints: Mapping[str, Kind]) -> Asked | None:
+    """The constraint that a body asks for in one of these fields."""
+    for name, kind in constraints.items():
+        source = field_at(body, name)
+        if source is not None:
+            return name, kind, {"type": "object"} if name == "structured_outputs.json_object" else source
+    return None
 
 
-def asks_constraint(body: SamplingFields) -> bool:
-    """Return True if one of the constraint fields is set."""
-    return any(source is not None for _, _, source in _asked(body))
-
-
-def constraint_of(
-    body: SamplingFields,
-    schema: object,
-    limit_bytes: int,
-    *,
-    tag: object = None,
-    form: JsonFormFields | None = None,
-    has_calls: bool = False,
-) -> tuple[str, Constraint] | None:
-    """Return (field, constraint) of a body's only constraint. `schema`: the schema in response_format, or None.
-
-    `tag`: the structural tag in response_format, or None. `form`: of JSON, in response_format. `has_calls`: the answer
-    may have JSON without a schema.
-    Raises: HttpError if several fields set a constraint, the source is too large, a GBNF source has a mistake, or a
-    form of JSON is asked for but no JSON.
-    """
-    formats: list[Asked] = [("response_format", "json_schema", schema), ("response_format", "structural_tag", tag)]
-    asked = formats + _asked(body)
-    if has_calls and all(source is None for _, _, source in asked):
-        return None
-    return one_constraint(asked, limit_bytes, body.tokenization or "canonical", json_form_of(body, form))
-
-
-AskedForm = tuple[JsonForm, str]  # a form of JSON, and the field that asks for it; "" if none does
-
-
-def json_form_of(body: JsonFormFields, inner: JsonFormFields | None = None, where: str = "") -> AskedForm:
+def json_form_of(body: JsonFormFields, inner: JsonFormFields | None = None, where: str = "") -> JsonForm:
     """The form of JSON that a body asks for. `inner`: the one of its response_format. `where`: the path to its fields.
 
     Raises: HttpError if two fields of the body disagree.
     """
-    asked = _form_fields(body, where)
+    names = JsonForm.__struct_fields__
+    asked = [(where + name, name, getattr(body, name)) for name in names]
     if inner is not None:
-        asked += _form_fields(inner, "response_format.json_schema.")
+        asked += [(f"response_format.json_schema.{name}", name, getattr(inner, name)) for name in names]
     if isinstance(body, SamplingFields):
         asked.append(("guided_whitespace_pattern", "whitespace", body.guided_whitespace_pattern))
         if body.structured_outputs is not None:
@@ -299,54 +354,26 @@ def json_form_of(body: JsonFormFields, inner: JsonFormFields | None = None, wher
         earlier, known = found.setdefault(name, (field, value))
         if known != value:
             raise HttpError(400, f"{earlier} is {known!r}, but {field} is {value!r}; give one of them", param=earlier)
-    form = json_form(**{name: value for name, (_, value) in found.items()})
-    return form, next((field for field, _ in found.values()), "")
+    return json_form(**{name: value for name, (_, value) in found.items()})
 
 
-def _form_fields(fields: JsonFormFields, where: str) -> list[tuple[str, str, str | None]]:
-    """(field, its name in JsonForm, value) of each field."""
-    return [(where + name, name, getattr(fields, name)) for name in JsonForm.__struct_fields__]
-
-
-def _asked(body: SamplingFields) -> list[Asked]:
-    asked: list[Asked] = [
-        ("json_schema", "json_schema", body.json_schema),
-        ("regex", "regex", body.regex),
-        ("cfg", "cfg", body.cfg),
-        ("ebnf", "ebnf", body.ebnf),
-        ("structural_tag", "structural_tag", body.structural_tag),
-        ("guided_json", "json_schema", body.guided_json),
-        ("guided_regex", "regex", body.guided_regex),
-        ("guided_choice", "choice", body.guided_choice),
-        ("guided_grammar", "ebnf", body.guided_grammar),
-    ]
-    return asked if body.structured_outputs is None else asked + body.structured_outputs.asked()
-
-
-def one_constraint(
-    asked: Sequence[Asked], limit_bytes: int, tokenization: Tokenization, asked_form: AskedForm
+def constraint_of(
+    asked: Asked | None, limit_bytes: int, tokenization: Tokenization | None, form: JsonForm
 ) -> tuple[str, Constraint] | None:
-    """The only one of (field, kind, source) that has a source, as a constraint.
+    """What is asked for, as (field, constraint).
 
-    `tokenization`: as in Constraint. Raises: HttpError as `constraint_of`.
+    Raises: HttpError if the source is too large, or a GBNF source has a mistake.
     """
-    form, field = asked_form
-    given = [(name, kind, source) for name, kind, source in asked if source is not None]
-    if form != AS_CONFIGURED and (not given or given[0][1] not in ("json_schema", "structural_tag", "grammar")):
-        raise HttpError(400, f"{field} is of JSON, but the request asks for none", param=field)
-    if not given:
+    if asked is None:
         return None
-    if len(given) > 1:
-        names = " and ".join(name for name, _, _ in given)
-        raise HttpError(400, f"{names} each constrain the answer; give only one of them", param=given[1][0])
-    name, kind, source = given[0]
+    name, kind, source = asked
     text = source if isinstance(source, str) else compact_json(source)
     check_size(text, name, limit_bytes)
     if kind != "ebnf":
-        return name, Constraint(kind, text, tokenization, form)
+        return name, Constraint(kind, text, tokenization or "canonical", form)
     try:
         source = lark_of_gbnf(text) if is_gbnf(text) else text
-        return name, Constraint("cfg", source, tokenization=tokenization)
+        return name, Constraint("cfg", source, tokenization=tokenization or "canonical")
     except InvalidGrammar as error:
         raise HttpError(400, f"{name}: {error}", param=name, code="invalid_grammar") from None
 

@@ -1,20 +1,24 @@
 """Check request bodies. The error for a wrong body names the wrong field and the reason.
 
-Bodies are strict: values are not converted, and every undeclared field is refused by name. Not here: the bodies
-themselves (`bodies` of each API).
+Bodies are strict: values are not converted, and every undeclared field is refused by name. What a body must fulfil is
+stated in the OpenAPI document, as far as JSON schema can say it. Not here: the bodies themselves (`bodies` of each
+API).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ramet.runtime.server.errors import HttpError
+from ramet.runtime.types import MAX_INT32
 
 # Reasons why known fields of OpenAI, SGLang and vLLM are refused. A field in neither list is refused as unknown.
 REFUSED: Mapping[str, str] = {
@@ -90,6 +94,7 @@ DEFAULTS: Mapping[str, object] = {
     "stream_interval": 1,
 }
 _CHUNK_BYTES = 1 << 18
+_MAX_MENDS = 32  # each reads the body again
 _PART_TYPES = frozenset(
     ("image_url", "video_url", "audio_url", "input_audio", "input_image", "input_file", "image", "document")
 ) | {"file", "thinking"}
@@ -102,8 +107,110 @@ def _boolean(value: object) -> object:
     return value
 
 
+# A server's document adds what only the server knows of these values (see `body_schema`).
+ModelName = Annotated[str, Field(json_schema_extra={"format": "model-name"})]
+Token = Annotated[int, Field(ge=0, le=MAX_INT32, json_schema_extra={"format": "token-id"})]
+Ids = Annotated[list[Token], Field(min_length=1)]
+Prompt = Annotated[str, Field(json_schema_extra={"format": "prompt"})]
 OnlyTrue = Annotated[Literal[True], BeforeValidator(_boolean)]
 OnlyFalse = Annotated[Literal[False], BeforeValidator(_boolean)]
+
+
+# What a field must be: not null; neither null nor empty; null or empty; one of these values. A missing field is null.
+Condition = Literal["given", "some", "none"] | tuple[str | int | None, ...]
+NULL: Condition = (None,)
+_CONDITIONS: Mapping[str, dict[str, Any]] = {  # Any: JSON
+    "given": {"not": {"type": "null"}},
+    "some": {"not": {"type": "null"}, "minItems": 1, "minLength": 1},
+    "none": {"type": ["null", "array", "string"], "maxItems": 0, "maxLength": 0},
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rule:
+    """What the fields of a body must be to each other. A body that breaks it is refused, and the document states it.
+
+    A body keeps the rule if it meets all conditions of one of `ways`, by field; `a.b`: the field b of the object in a.
+    `problem`: the error's text. `names`: the fields that it may name, by default all of the rule; `{given}` stands for
+    those of them that are in the way. `is_stated` false: the document does not state it, because the ways of all rules
+    of a body together are cases to whoever reads the document, and tools that make test cases of it take about 30.
+    """
+
+    problem: str
+    ways: tuple[Mapping[str, Condition], ...]
+    names: tuple[str, ...] = ()
+    is_stated: bool = True
+
+    def broken_by(self, body: BaseModel) -> list[str] | None:
+        """Return the fields that the error names; None if the body keeps the rule."""
+        if _is_kept_by_default(self, type(body)) and _fields(self).isdisjoint(body.model_fields_set):
+            return None  # most bodies have none of most rules' fields
+        if any(all(_meets(field_at(body, path), wanted) for path, wanted in way.items()) for way in self.ways):
+            return None
+        names = self.names or tuple(dict.fromkeys(path for way in self.ways for path in way))
+        in_the_way = [n for n in names if any(n in way and not _meets(field_at(body, n), way[n]) for way in self.ways)]
+        return in_the_way or [names[0]]
+
+    def schema(self, model: type[BaseModel]) -> dict[str, Any]:  # Any: JSON
+        """Return the rule as a JSON schema."""
+        return {"anyOf": [_schema_of_way(model, way) for way in self.ways]}
+
+
+@cache
+def _fields(rule: Rule) -> frozenset[str]:
+    return frozenset(path.partition(".")[0] for way in rule.ways for path in way)
+
+
+@cache
+def _is_kept_by_default(rule: Rule, model: type[BaseModel]) -> bool:
+    """True if a body without any field of the rule keeps it."""
+    return any(all(_meets(_default(model, path), wanted) for path, wanted in way.items()) for way in rule.ways)
+
+
+def _default(model: type[BaseModel], path: str) -> object:
+    """What a field is if the body does not have it. Objects in fields have no defaults."""
+    if "." in path:
+        return None
+    return model.model_fields[_attributes(model).get(path, path)].get_default(call_default_factory=True)
+
+
+@cache
+def _attributes(model: type[BaseModel]) -> dict[str, str]:
+    """The attribute of each field that has another name in JSON."""
+    return {field.alias: name for name, field in model.model_fields.items() if field.alias is not None}
+
+
+def field_at(body: Any, path: str) -> Any:  # Any: a model, or a field's value
+    """The value of a field, or of a field of the object in it (`a.b`). None if there is none."""
+    for name in path.split("."):
+        body = getattr(body, _attributes(type(body)).get(name, name), None) if isinstance(body, BaseModel) else None
+    return body
+
+
+def _meets(value: object, wanted: Condition) -> bool:
+    if isinstance(wanted, tuple):
+        return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in wanted)
+    if wanted == "given":
+        return value is not None
+    return (value is None or value in ("", [])) == (wanted == "none")
+
+
+def _schema_of_way(model: type[BaseModel], way: Mapping[str, Condition]) -> dict[str, Any]:  # Any: JSON
+    properties: dict[str, Any] = {}
+    required = []
+    for path, wanted in way.items():
+        first, _, inner = path.partition(".")
+        condition = {"enum": list(wanted)} if isinstance(wanted, tuple) else _CONDITIONS[wanted]
+        if inner:
+            part = properties.setdefault(first, {"properties": {}})
+            part["properties"][inner] = condition
+            if not _meets(None, wanted):
+                part |= {"type": "object", "required": [inner]}
+        else:
+            properties[first] = condition
+        if not _meets(_default(model, path), wanted):
+            required.append(first)
+    return {"properties": properties, **({"required": required} if required else {})}
 
 
 def _stop_at_first_wrong_item(schema: Any) -> None:  # Any: a core schema, or a part of one
@@ -124,12 +231,29 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    rules: ClassVar[tuple[Rule, ...]] = ()
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: type[BaseModel], handler: GetCoreSchemaHandler) -> CoreSchema:
         schema = handler(source)
         _stop_at_first_wrong_item(schema)
-        return schema
+        return core_schema.no_info_after_validator_function(_keeping_rules, schema) if cls.rules else schema
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        found = handler(schema)  # Any above: JSON
+        if cls.rules:
+            handler.resolve_ref_schema(found)["allOf"] = [rule.schema(cls) for rule in cls.rules if rule.is_stated]
+        return found
+
+
+def _keeping_rules(body: Strict) -> Strict:
+    """Check the rules of a body. Raises PydanticCustomError for the first that is broken."""
+    for rule in body.rules:
+        names = rule.broken_by(body)
+        if names is not None:
+            raise PydanticCustomError("rule", "a rule is broken", {"problem": rule.problem, "names": names})
+    return body
 
 
 class Echoed(Strict):
@@ -149,19 +273,24 @@ def parsed(model: type[Body], data: bytes, max_values: int) -> Body:
     written as 16.0.
     """
     _check_values(data, max_values)
+    for _ in range(_MAX_MENDS):
+        try:
+            return model.model_validate_json(data)
+        except pydantic.ValidationError as error:
+            kind = error.errors(include_url=False, include_context=False, include_input=False)[0]["type"]
+            body = None if kind == "json_invalid" else _decoded(data)
+            if body is None or not _mend(error, body):
+                raise error_of(error, body) from None
+        data = pydantic_core.to_json(body)
+    raise HttpError(400, f"the body has integers with a fraction in more than {_MAX_MENDS} places; write 16, not 16.0")
+
+
+def made(kind: type[Body], /, **values: Any) -> Body:  # Any: checked
+    """Make a body of another one's values. Raises HttpError for a value that it does not take."""
     try:
-        return model.model_validate_json(data)
+        return kind(**values)
     except pydantic.ValidationError as error:
-        if error.errors(include_url=False, include_context=False, include_input=False)[0]["type"] == "json_invalid":
-            raise error_of(error, data) from None
-        body = _decoded(data)
-        if not _mend(error, body):
-            raise error_of(error, data) from None
-    data = pydantic_core.to_json(body)
-    try:
-        return model.model_validate_json(data)
-    except pydantic.ValidationError as error:
-        raise error_of(error, data) from None
+        raise error_of(error, values) from None
 
 
 def _check_values(data: bytes, limit: int) -> None:
@@ -200,6 +329,9 @@ def _mend(error: pydantic.ValidationError, body: Any) -> bool:  # Any: JSON
         path = _real_path(problem["loc"], body, is_missing=False)
         if not path:
             continue
+        if problem["type"] == "int_type":  # of a list, pydantic has read no more than up to here
+            while len(path) > 1 and isinstance(path[-1], int):
+                path.pop()
         parent, name = body, path[-1]
         for part in path[:-1]:
             parent = parent[part]
@@ -207,11 +339,8 @@ def _mend(error: pydantic.ValidationError, body: Any) -> bool:  # Any: JSON
             continue
         value = parent[name]
         if problem["type"] == "int_type":
-            if isinstance(parent, list):  # pydantic has read it up to here
-                parent[:] = map(_whole, parent)
-            else:
-                parent[name] = _whole(value)
-            is_changed = is_changed or parent[name] is not value
+            parent[name] = _whole(value)
+            is_changed = is_changed or repr(parent[name]) != repr(value)
         elif isinstance(parent, dict) and _asks_nothing(str(name), value, path, body):
             del parent[name]
             is_changed = True
@@ -219,6 +348,9 @@ def _mend(error: pydantic.ValidationError, body: Any) -> bool:  # Any: JSON
 
 
 def _whole(value: object) -> object:
+    """The value with integers written as integers, also in lists."""
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -231,15 +363,14 @@ def _asks_nothing(name: str, value: object, path: Sequence[int | str], body: Any
     return value is None or value is False or value in ("", [], {}) or is_default
 
 
-def error_of(error: pydantic.ValidationError, data: bytes) -> HttpError:
-    """The HTTP form of a validation error: its most specific complaint."""
+def error_of(error: pydantic.ValidationError, body: object) -> HttpError:
+    """The HTTP form of a validation error: its most specific complaint. `body`: what is wrong; None for no JSON."""
     problems = error.errors(include_url=False, include_context=False)
     if problems[0]["type"] == "json_invalid":
         if "recursion limit" in problems[0]["msg"]:
             message = "the body's lists and objects are nested more than about 200 deep; send a flatter one"
             return HttpError(400, message, code="invalid_json")
         return HttpError(400, f"the body is not JSON: {problems[0]['msg']}", code="invalid_json")
-    body = _decoded(data)
     found = []
     for problem in problems:
         path = _real_path(problem["loc"], body, is_missing=problem["type"] == "missing")
@@ -248,6 +379,10 @@ def error_of(error: pydantic.ValidationError, data: bytes) -> HttpError:
     _, is_type, path, problem = max(found, key=lambda item: item[:2])
     name = _spelled(path)
     kind, given = problem["type"], problem.get("input")
+    if kind == "rule":
+        broken = next(one["ctx"] for one in error.errors(include_url=False) if one["type"] == "rule")
+        names = [f"{name}.{each}" if name else each for each in broken["names"]]
+        return HttpError(400, broken["problem"].replace("{given}", " and ".join(names)), param=names[-1])
     if kind == "extra_forbidden":
         reason = REFUSED.get(str(path[-1]))
         if reason is not None:
@@ -307,24 +442,26 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def body_schema(model: type[Strict]) -> dict[str, Any]:  # Any: JSON
-    """The JSON schema of a body, without references."""
+def body_schema(model: type[Strict], formats: Mapping[str, Any] | None = None) -> dict[str, Any]:  # Any: JSON
+    """The JSON schema of a body, without references. `formats`: what this server adds to the values of each format."""
     schema = model.model_json_schema(mode="validation")
     definitions = schema.pop("$defs", {})
-    inlined: dict[str, Any] = _inlined(schema, definitions)
+    inlined: dict[str, Any] = _inlined(schema, definitions, formats or {})
     return inlined
 
 
-def _inlined(value: Any, definitions: Mapping[str, Any]) -> Any:  # Any: JSON
+def _inlined(value: Any, definitions: Mapping[str, Any], formats: Mapping[str, Any]) -> Any:  # Any: JSON
     if isinstance(value, dict):
         reference = value.get("$ref")
         if isinstance(reference, str):
-            return _inlined(definitions[reference.rsplit("/", 1)[-1]], definitions)
-        return {
-            key: _inlined(item, definitions)
+            return _inlined(definitions[reference.rsplit("/", 1)[-1]], definitions, formats)
+        kept = {
+            key: _inlined(item, definitions, formats)
             for key, item in value.items()
             if not (key == "discriminator" and "mapping" in item)
         }
+        added = formats.get(kept["format"]) if isinstance(kept.get("format"), str) else None
+        return {**kept, **(added or {})}
     if isinstance(value, list):
-        return [_inlined(item, definitions) for item in value]
+        return [_inlined(item, definitions, formats) for item in value]
     return value

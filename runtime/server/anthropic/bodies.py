@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from ramet.runtime.server.openai.bodies import ToolName
+from ramet.runtime.server.sampling_fields import MAX_STOPS, MessagesValues
 from ramet.runtime.server.sending import Json
-from ramet.runtime.server.validation import Echoed, Strict
+from ramet.runtime.server.validation import Echoed, OnlyTrue, Rule, Strict
 from ramet.runtime.types import MAX_INT32
 
 
@@ -49,9 +50,14 @@ class ToolResultBlock(Echoed):
 Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
 
 
-class Message(Strict):
-    role: Literal["user", "assistant", "system"]
+class AnswerMessage(Strict):
+    role: Literal["assistant"]
     content: str | list[Block]
+
+
+class Message(Strict):
+    role: Literal["user", "system"]
+    content: str | list[Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]]
 
 
 class OwnTool(Echoed):
@@ -82,6 +88,12 @@ Tool = Annotated[Annotated[OwnTool, Tag("own")] | Annotated[ServerTool, Tag("off
 class ToolChoice(Strict):
     """`auto`, `any` (some tool is called), `tool` (this one), `none`."""
 
+    rules = (
+        Rule(
+            "a tool_choice of type 'tool' names one", ({"type": ("auto", "any", "none")}, {"name": "given"}), ("name",)
+        ),
+    )
+
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
@@ -100,7 +112,7 @@ class ThinkingConfig(Strict):
 
 class OutputSchema(Strict):
     type: Literal["json_schema"]
-    json_schema: Json | bool = Field(alias="schema")
+    json_schema: Json | OnlyTrue = Field(alias="schema")
 
 
 class OutputConfig(Strict):
@@ -114,8 +126,16 @@ class OutputConfig(Strict):
 class CountBody(Strict):
     """`POST /v1/messages/count_tokens`."""
 
-    model: str
-    messages: list[Message] = Field(min_length=1)
+    rules = (
+        Rule(
+            "tool_choice asks for a call but there are no tools",
+            ({"tool_choice.type": (None, "auto", "none")}, {"tools": "some"}),
+            ("tool_choice",),
+        ),
+    )
+
+    model: Annotated[str, Field(json_schema_extra={"format": "claude-name"})]
+    messages: list[Annotated[AnswerMessage | Message, Field(discriminator="role")]] = Field(min_length=1)
     system: str | list[TextBlock] | None = None
     tools: list[Tool] | None = Field(default=None, max_length=1024)
     tool_choice: ToolChoice | None = None
@@ -128,7 +148,7 @@ class CountBody(Strict):
     speed: Literal["standard"] | None = None
 
 
-class MessagesBody(CountBody):
+class MessagesBody(CountBody, MessagesValues):
     """`POST /v1/messages`. If `max_tokens` does not fit into the context, the rest of the context is the limit.
 
     `model`: the served model's name, `default`, or any name that begins with `claude-`, because some clients know no
@@ -136,11 +156,10 @@ class MessagesBody(CountBody):
     """
 
     max_tokens: int = Field(ge=1, le=MAX_INT32)
-    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=10_000)]] | None = None
+    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=10_000)]] | None = Field(
+        default=None, max_length=MAX_STOPS
+    )
     stream: bool | None = None
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_k: int | None = Field(default=None, ge=0, le=MAX_INT32)
-    top_p: float | None = Field(default=None, ge=0, le=1)
     metadata: Json | None = Field(default=None, description="a label, without effect")
     service_tier: Literal["auto", "standard_only"] | None = None
     container: None = None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ramet.runtime.server.anthropic.bodies import (
+    AnswerMessage,
     Block,
     CountBody,
     MessagesBody,
@@ -29,7 +30,9 @@ from ramet.runtime.server.openai.bodies import (
     SchemaFormat,
     ToolDefinition,
 )
+from ramet.runtime.server.sampling_fields import MESSAGES_VALUES
 from ramet.runtime.server.sending import Json
+from ramet.runtime.server.validation import made
 
 
 def chat_body(body: CountBody, *, thinks: bool) -> ChatBody:
@@ -44,11 +47,9 @@ def chat_body(body: CountBody, *, thinks: bool) -> ChatBody:
     if isinstance(body, MessagesBody):
         values = {
             "max_tokens": body.max_tokens,
-            "temperature": body.temperature,
-            "top_k": body.top_k,
-            "top_p": body.top_p,
             "stop": body.stop_sequences,
             "stream": body.stream,
+            **{name: getattr(body, name) for name in MESSAGES_VALUES},
         }
         budget = None if body.thinking is None else body.thinking.budget_tokens
         if budget is not None and budget >= body.max_tokens:
@@ -59,7 +60,8 @@ def chat_body(body: CountBody, *, thinks: bool) -> ChatBody:
             )
         if thinks and body.thinking is not None and body.thinking.type == "enabled":
             values["max_thinking_tokens"] = budget
-    return ChatBody(
+    return made(
+        ChatBody,
         messages=messages_of(body),
         tools=tools or None,
         tool_choice=_tool_choice(body, [tool.function.name for tool in tools]),
@@ -78,7 +80,7 @@ def messages_of(body: CountBody) -> list[ChatMessage]:
     for message in body.messages:
         if isinstance(message.content, str):
             messages.append({"role": message.role, "content": message.content})
-        elif message.role == "assistant":
+        elif isinstance(message, AnswerMessage):
             messages.append(_answer(message.content))
         else:
             messages += _results_and_text(message.role, message.content)
@@ -106,22 +108,16 @@ def _answer(blocks: Sequence[Block]) -> Json:
     return message
 
 
-def _results_and_text(role: str, blocks: Sequence[Block]) -> list[Json]:
+def _results_and_text(role: str, blocks: Sequence[TextBlock | ToolResultBlock]) -> list[Json]:
     """Return the results of tools as messages of their own, and the texts between them."""
     messages: list[Json] = []
     for block in blocks:
         if isinstance(block, ToolResultBlock):
             messages.append({"role": "tool", "content": text_of(block.content), "tool_call_id": block.tool_use_id})
-        elif isinstance(block, TextBlock) and messages and messages[-1]["role"] == role:
+        elif messages and messages[-1]["role"] == role:
             messages[-1]["content"] += f"\n\n{block.text}"
-        elif isinstance(block, TextBlock):
-            messages.append({"role": role, "content": block.text})
         else:
-            raise HttpError(
-                400,
-                f"messages has a block of type {block.type!r} in a message of role {role}; only answers have such",
-                param="messages",
-            )
+            messages.append({"role": role, "content": block.text})
     return messages or [{"role": role, "content": ""}]
 
 
@@ -142,6 +138,10 @@ def _tool_choice(body: CountBody, names: Sequence[str]) -> Literal["none", "auto
                 400, f"tool_choice.name is {choice.name!r}; the tools are {known}", param="tool_choice.name"
             )
         return NamedTool(type="function", function=FunctionName(name=choice.name))
+    if choice.type == "any" and not names:
+        raise HttpError(
+            400, "tool_choice asks for a call, but there is no tool that can be called here", param="tool_choice"
+        )
     return "required" if choice.type == "any" else choice.type
 
 

@@ -5,7 +5,7 @@ Not here: the base of all bodies, and errors for wrong bodies (`validation`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -15,15 +15,22 @@ from ramet.lang.graph.sampling import FIELDS
 from ramet.runtime.server.config import MAX_REPLICAS
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.sampling_fields import (
+    FORMS,
     MAX_CHOICES,
+    NATIVE_CONSTRAINTS,
     NATIVE_VALUES,
+    NO_HEALING,
+    GrammarSource,
     JsonFormFields,
+    JsonSchema,
     NativeValues,
+    asked_constraint,
+    constraint_of,
+    constraint_rules,
     given_values,
     json_form_of,
-    one_constraint,
 )
-from ramet.runtime.server.validation import OnlyFalse, OnlyTrue, Strict
+from ramet.runtime.server.validation import NULL, Ids, OnlyFalse, OnlyTrue, Prompt, Rule, Strict
 from ramet.runtime.types import MAX_INT32, SamplingParams
 
 MAX_PROMPTS = 1024
@@ -32,6 +39,8 @@ MAX_PROMPTS = 1024
 class NativeSampling(JsonFormFields, NativeValues):
     """Sampling values and constraints. The defaults are those below; the model's generation_config.json is ignored."""
 
+    rules = constraint_rules(NATIVE_CONSTRAINTS, FORMS)
+
     max_new_tokens: int | None = Field(
         default=SamplingParams().max_tokens,
         ge=0,
@@ -39,10 +48,12 @@ class NativeSampling(JsonFormFields, NativeValues):
         description="null: to the end of the context; 0: the prompt is computed and cached, nothing is generated",
     )
     n: int = Field(default=1, ge=1, le=MAX_CHOICES, description="answers; number i is drawn with sampling_seed + i")
-    json_schema: str | dict[str, Any] | bool | None = None  # Any: JSON
+    json_schema: JsonSchema | None = None
     regex: str | None = None
-    cfg: str | None = Field(default=None, description="a grammar in Lark's syntax")
-    ebnf: str | None = Field(default=None, description="a grammar in GBNF with a rule `root`, or in Lark's syntax")
+    cfg: GrammarSource | None = Field(default=None, description="a grammar in Lark's syntax")
+    ebnf: GrammarSource | None = Field(
+        default=None, description="a grammar in GBNF with a rule `root`, or in Lark's syntax"
+    )
     structural_tag: str | dict[str, Any] | None = Field(default=None, description="free text with constrained parts")
     composed: str | dict[str, Any] | None = Field(default=None, description="a grammar composed of others, as JSON")
     tokenization: Tokenization = Field(default="canonical", description="of text that a constraint forces")
@@ -52,7 +63,7 @@ class NativeSampling(JsonFormFields, NativeValues):
 
     def params(self, num_logprobs: int | None) -> SamplingParams:
         """The engine's sampling parameters. Raises HttpError naming the field whose value is out of range."""
-        values = given_values(self, NATIVE_VALUES, "sampling_params.")
+        values = given_values(self, NATIVE_VALUES)
         if self.max_new_tokens == 0:
             values["max_tokens"] = 1  # of a request that is not sent
         try:
@@ -64,20 +75,11 @@ class NativeSampling(JsonFormFields, NativeValues):
             raise HttpError(400, message, param=f"sampling_params.{ours}", code="invalid_value") from None
 
     def constraint(self, limit_bytes: int) -> tuple[str, Constraint] | None:
-        """(field, constraint), or None. Raises HttpError if there are several, or if the source is too large."""
-        return one_constraint(
-            [
-                ("sampling_params.json_schema", "json_schema", self.json_schema),
-                ("sampling_params.regex", "regex", self.regex),
-                ("sampling_params.cfg", "cfg", self.cfg),
-                ("sampling_params.ebnf", "ebnf", self.ebnf),
-                ("sampling_params.structural_tag", "structural_tag", self.structural_tag),
-                ("sampling_params.composed", "grammar", self.composed),
-            ],
-            limit_bytes,
-            self.tokenization,
-            json_form_of(self, where="sampling_params."),
-        )
+        """(field, constraint), or None. Raises HttpError if the source is too large or has a mistake."""
+        asked = asked_constraint(self, NATIVE_CONSTRAINTS)
+        if asked is not None:
+            asked = (f"sampling_params.{asked[0]}", *asked[1:])
+        return constraint_of(asked, limit_bytes, self.tokenization, json_form_of(self, where="sampling_params."))
 
 
 class GenerateBody(Strict):
@@ -91,9 +93,19 @@ class GenerateBody(Strict):
     for texts with a constraint.
     """
 
-    text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
-    sampling_params: NativeSampling | list[NativeSampling] = Field(default_factory=NativeSampling)
+    rules = (
+        Rule(
+            "give either text or input_ids",
+            ({"text": "given", "input_ids": NULL}, {"text": NULL, "input_ids": "given"}),
+        ),
+        Rule(NO_HEALING, ({"token_healing": (None, False)}, {"return_logprob": (None, False)}), ("token_healing",)),
+    )
+
+    text: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    input_ids: Ids | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    sampling_params: NativeSampling | Annotated[list[NativeSampling], Field(min_length=1, max_length=MAX_PROMPTS)] = (
+        Field(default_factory=NativeSampling)
+    )
     stream: bool | None = None
     cumulative: bool = True
     rid: str | None = Field(
@@ -110,7 +122,9 @@ class GenerateBody(Strict):
 
 
 class AbortBody(Strict):
-    rid: str | None = Field(default=None, description="the exact id of a request")
+    rules = (Rule("give the rid of a request, or abort_all", ({"rid": "given"}, {"abort_all": (True,)})),)
+
+    rid: str | None = Field(default=None, min_length=1, description="the exact id of a request")
     abort_all: bool = False
 
 

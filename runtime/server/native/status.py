@@ -154,8 +154,6 @@ class StatusEndpoints:
 
     async def abort_request(self, request: Request, body: AbortBody) -> Aborted:
         """Abort one request by its exact id, or all requests."""
-        if not body.abort_all and not body.rid:
-            raise HttpError(400, "give the rid of a request, or abort_all", param="rid")
         proxy = self._served.proxy
         wanted = proxy.in_flight() if body.abort_all else [body.rid or ""]
         return Aborted(aborted=[rid for rid in wanted if proxy.abort(rid)])

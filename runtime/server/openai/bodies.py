@@ -7,13 +7,38 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
-from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, JsonFormFields, SamplingFields
+from ramet.runtime.server.sampling_fields import (
+    ALL_FORMS,
+    CONSTRAINTS,
+    MAX_TOP_LOGPROBS,
+    NO_HEALING,
+    JsonFormFields,
+    SamplingFields,
+    constraint_rules,
+)
 from ramet.runtime.server.sending import Json
-from ramet.runtime.server.validation import OnlyTrue, Strict
+from ramet.runtime.server.validation import NULL, Ids, ModelName, OnlyTrue, Prompt, Rule, Strict, Token
 from ramet.runtime.types import MAX_INT32
 
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables that have fields of their own
+
+
+def _not_reserved(variables: Json) -> Json:
+    for name in RESERVED:
+        if name in variables:
+            raise PydanticCustomError("reserved", f"{name} has a field of its own")
+    return variables
+
+
+ThinkingTokens = Annotated[int, Field(ge=1, le=MAX_INT32, json_schema_extra={"format": "thinking-tokens"})]
+TemplateVariables = Annotated[
+    Json,
+    AfterValidator(_not_reserved),
+    Field(json_schema_extra={"propertyNames": {"not": {"enum": list(RESERVED)}}}),
+]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -137,7 +162,7 @@ class SchemaFormat(JsonFormFields):
 
     name: str = Field(max_length=256)
     description: str | None = None
-    json_schema: Json | bool | None = Field(default=None, alias="schema")
+    json_schema: Json | OnlyTrue = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -148,6 +173,14 @@ class JsonSchemaFormat(Strict):
 
 class StructuralTagFormat(Strict):
     """Either `structures` and `triggers` as in SGLang and vLLM, or XGrammar's `format` of triggered tags."""
+
+    rules = (
+        Rule(
+            "a structural tag needs structures and triggers, or a format",
+            ({"structures": "given", "triggers": "given"}, {"format": "given"}),
+            ("format",),
+        ),
+    )
 
     type: Literal["structural_tag"]
     structures: list[Json] | None = None
@@ -178,6 +211,21 @@ class ChatBody(SamplingFields):
     it; `none` turns off a template's enable_thinking. It is a hint: a template that reads neither ignores it.
     """
 
+    rules = (
+        *SamplingFields.rules[-1:],
+        *constraint_rules(CONSTRAINTS, ALL_FORMS, is_chat=True),
+        Rule(
+            "top_logprobs needs logprobs: true",
+            ({"top_logprobs": (None, 0)}, {"logprobs": (True,)}),
+            ("top_logprobs",),
+        ),
+        Rule(
+            "tool_choice asks for a call but there are no tools",
+            ({"tool_choice": (None, "none", "auto")}, {"tools": "some"}),
+            ("tool_choice",),
+        ),
+    )
+
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
@@ -188,10 +236,10 @@ class ChatBody(SamplingFields):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: ReasoningEffort | None = None
-    max_thinking_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32, description="most tokens of reasoning")
+    max_thinking_tokens: ThinkingTokens | None = Field(default=None, description="most tokens of reasoning")
     separate_reasoning: bool | None = None
     stream_reasoning: OnlyTrue | None = None
-    chat_template_kwargs: Json | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     history: Literal["append", "render"] | None = None
@@ -208,8 +256,15 @@ class CompletionBody(SamplingFields):
     writes the prompt's last token again, as a part of any token that begins with it; null: for texts with a constraint.
     """
 
+    rules = (
+        *SamplingFields.rules,
+        Rule(NO_HEALING, ({"token_healing": (None, False)}, {"logprobs": NULL}), ("token_healing",)),
+    )
+
     # Ids first: where texts are tried before them, each id is an error to collect, which took longer than all the rest.
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(union_mode="left_to_right")
+    prompt: Prompt | Ids | Annotated[list[Prompt], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)] = (
+        Field(union_mode="left_to_right")
+    )
     max_tokens: int | None = Field(default=None, ge=0, le=MAX_INT32, description="default 16")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
@@ -221,15 +276,27 @@ class CompletionBody(SamplingFields):
 class TokenizeBody(Strict):
     """`prompt`, or `messages` (and `tools`) rendered by the chat template."""
 
-    model: str | None = None
+    rules = (
+        Rule(
+            "give either prompt or messages",
+            ({"prompt": "given", "messages": NULL}, {"prompt": NULL, "messages": "given"}),
+        ),
+        Rule(
+            "{given} is only allowed with messages",
+            ({"messages": "given"}, {"tools": NULL, "chat_template_kwargs": NULL}),
+            ("tools", "chat_template_kwargs"),
+        ),
+    )
+
+    model: ModelName | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(default=None, min_length=1)
     tools: list[ToolDefinition] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
-    chat_template_kwargs: Json | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
 
 class DetokenizeBody(Strict):
-    model: str | None = None
-    tokens: list[int]
+    model: ModelName | None = None
+    tokens: list[Token]

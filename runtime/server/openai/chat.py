@@ -39,7 +39,6 @@ from ramet.runtime.server.openai.bodies import (
     ChatBody,
     JsonSchemaFormat,
     NamedTool,
-    PlainFormat,
     StructuralTagFormat,
 )
 from ramet.runtime.server.openai.conversations import ChatPrompt, Conversations
@@ -52,7 +51,9 @@ from ramet.runtime.server.openai.reasoning import (
 from ramet.runtime.server.openai.tool_calls import AnswerReader
 from ramet.runtime.server.prompt_log import FirstDifference, Nearest
 from ramet.runtime.server.sampling_fields import (
-    JsonFormFields,
+    CONSTRAINTS,
+    Asked,
+    asked_constraint,
     check_size,
     compact_json,
     constraint_of,
@@ -67,8 +68,6 @@ from ramet.runtime.text.stops import check_pattern
 from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.text.tool_style import ToolStyle, tool_style
 from ramet.runtime.types import RequestOptions
-
-_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +163,6 @@ class ChatEndpoint:
     # -- from a body to requests, on the pool's threads ----------------------------------------------------------
 
     def _plan(self, body: ChatBody, salt: str, clamps: bool = False) -> Plan:
-        _check_fields(body)
         max_tokens = _max_tokens(body)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         sampling = sampling_params(body, max_tokens=max_tokens, logprobs=logprobs)
@@ -239,13 +237,6 @@ class ChatEndpoint:
 
     def _variables(self, body: ChatBody) -> Json:
         variables = dict(body.chat_template_kwargs or {})
-        reserved = sorted(_RESERVED & set(variables))
-        if reserved:
-            raise HttpError(
-                400,
-                f"chat_template_kwargs has {reserved[0]!r}, which has a field of its own",
-                param="chat_template_kwargs",
-            )
         effort, source = body.reasoning_effort, self._tokenizer.chat_template.source
         if effort is None:
             return variables
@@ -315,21 +306,13 @@ class ChatEndpoint:
     ) -> tuple[tuple[str, Constraint] | None, ToolStyle | None]:
         """(field and constraint, the tool call format if the answer may have calls)."""
         limit = self._served.config.max_schema_bytes
-        schema = _schema(body)
         choice = body.tool_choice or ("auto" if tools else "none")
-        if not tools:
-            if choice not in ("none", "auto"):
-                raise HttpError(400, "tool_choice asks for a call but there are no tools", param="tool_choice")
-            return constraint_of(body, schema, limit, tag=_tag(body), form=_schema_form(body)), None
-        asked = constraint_of(body, schema, limit, tag=_tag(body), form=_schema_form(body), has_calls=True)
-        if choice == "none" and asked is not None:
+        given = body.response_format
+        form = json_form_of(body, given.json_schema if isinstance(given, JsonSchemaFormat) else None)
+        wanted = _format_constraint(body) or asked_constraint(body, CONSTRAINTS)
+        asked = constraint_of(wanted, limit, body.tokenization, form)
+        if not tools or (choice == "none" and asked is not None):
             return asked, None
-        if asked is not None and asked[1].kind != "json_schema":
-            raise HttpError(
-                400,
-                f"{asked[0]} constrains the whole answer, so tools cannot be called; use a JSON schema",
-                param=asked[0],
-            )
         answer = None if asked is None else _decoded(asked)
         if isinstance(choice, AllowedTools):
             allowed = {_named(tool, tools) for tool in choice.allowed_tools.tools}
@@ -340,17 +323,8 @@ class ChatEndpoint:
         written = self.style.tool_set(tools, name, parallel=parallel, answer=answer)
         source = compact_json(written)
         check_size(source, "tools", limit)
-        form, _ = json_form_of(body, _schema_form(body))
         constraint = Constraint("tools", source, body.tokenization or "canonical", form)
         return ("tools", constraint), None if choice == "none" else self.style
-
-
-def _check_fields(body: ChatBody) -> None:
-    if body.top_logprobs and not body.logprobs:
-        raise HttpError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    options = body.stream_options
-    if options is not None and options.include_usage and not body.stream:
-        raise HttpError(400, "stream_options is only allowed with stream: true", param="stream_options")
 
 
 def _max_tokens(body: ChatBody) -> int | None:
@@ -362,31 +336,16 @@ def _max_tokens(body: ChatBody) -> int | None:
     return newer if newer is not None else older
 
 
-def _schema(body: ChatBody) -> object:
-    """The JSON schema of response_format, or None."""
-    asked = body.response_format
-    if isinstance(asked, PlainFormat):
-        return None if asked.type == "text" else {"type": "object"}
-    if isinstance(asked, JsonSchemaFormat):
-        schema = asked.json_schema.json_schema
-        if schema is None:
-            raise HttpError(
-                400, "response_format.json_schema.schema is missing", param="response_format.json_schema.schema"
-            )
-        return schema
+def _format_constraint(body: ChatBody) -> Asked | None:
+    """The constraint that response_format asks for."""
+    given = body.response_format
+    if isinstance(given, JsonSchemaFormat):
+        return "response_format", "json_schema", given.json_schema.json_schema
+    if isinstance(given, StructuralTagFormat):
+        return "response_format", "structural_tag", given.model_dump(exclude_none=True)
+    if given is not None and given.type == "json_object":
+        return "response_format", "json_schema", {"type": "object"}
     return None
-
-
-def _tag(body: ChatBody) -> Json | None:
-    """The structural tag of response_format, or None."""
-    asked = body.response_format
-    return asked.model_dump(exclude_none=True) if isinstance(asked, StructuralTagFormat) else None
-
-
-def _schema_form(body: ChatBody) -> JsonFormFields | None:
-    """The form of JSON that response_format asks for."""
-    asked = body.response_format
-    return asked.json_schema if isinstance(asked, JsonSchemaFormat) else None
 
 
 def _decoded(asked: tuple[str, Constraint]) -> object:

@@ -27,7 +27,13 @@ from ramet.runtime.server.openai.answers import (
     usage_of,
 )
 from ramet.runtime.server.openai.bodies import CompletionBody
-from ramet.runtime.server.sampling_fields import asks_constraint, constraint_of, sampling_params
+from ramet.runtime.server.sampling_fields import (
+    CONSTRAINTS,
+    asked_constraint,
+    constraint_of,
+    json_form_of,
+    sampling_params,
+)
 from ramet.runtime.server.sending import DONE, EventStream, Json, LastEvent, collected, event
 from ramet.runtime.server.served_model import ServedModel, client_of
 from ramet.runtime.text.detokenizer import Detokenizer
@@ -90,8 +96,9 @@ class CompletionEndpoint:
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         sampling = sampling_params(body, max_tokens=max_tokens or 1, logprobs=body.logprobs)
         size = len(await request.body())
-        source_size = size if asks_constraint(body) else 0
-        asked = await served.compute(source_size, constraint_of, body, None, served.config.max_schema_bytes)
+        source, most = asked_constraint(body, CONSTRAINTS), served.config.max_schema_bytes
+        source_size = 0 if source is None else size
+        asked = await served.compute(source_size, constraint_of, source, most, body.tokenization, json_form_of(body))
         given = _given_prompts(body)
         if len(given) * num > served.config.max_in_flight:
             wanted, limit = len(given) * num, served.config.max_in_flight
@@ -121,9 +128,6 @@ def _check_fields(body: CompletionBody) -> None:
         raise HttpError(
             400, f"best_of is {body.best_of}, but only the value of n ({body.n or 1}) is supported", param="best_of"
         )
-    options = body.stream_options
-    if options is not None and options.include_usage and not body.stream:
-        raise HttpError(400, "stream_options is only allowed with stream: true", param="stream_options")
 
 
 def _has_ids(body: CompletionBody) -> bool:
@@ -136,12 +140,10 @@ def _is_ids(body: CompletionBody) -> bool:
 
 
 def _given_prompts(body: CompletionBody) -> Sequence[str | list[int]]:
-    """The prompts, of which the body may hold one alone. Raises HttpError if there is none."""
+    """The prompts, of which the body may hold one alone."""
     given = body.prompt
     if isinstance(given, str):
         return [given]
-    if not given:
-        raise HttpError(400, "prompt is an empty list; give at least one prompt", param="prompt")
     return cast(Sequence[str | list[int]], [given] if isinstance(given[0], int) else given)
 
 

@@ -65,11 +65,6 @@ class ModelEndpoints:
     async def tokenize(self, request: Request, body: TokenizeBody) -> TokenIds:
         """Return the token ids of a text, or of a conversation rendered by the chat template."""
         self._served.check_name(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise HttpError(400, "give either prompt or messages", param="prompt")
-        for name, value in (("tools", body.tools), ("chat_template_kwargs", body.chat_template_kwargs)):
-            if value is not None and body.messages is None:
-                raise HttpError(400, f"{name} is only allowed with messages", param=name)
         tokens = await self._served.off_loop(self._tokens, body)
         return TokenIds(tokens=tokens, count=len(tokens), max_model_len=self._served.context_length)
 
@@ -77,7 +72,7 @@ class ModelEndpoints:
         """Return the text of token ids."""
         self._served.check_name(body.model)
         size = self._served.tokenizer.vocab_size
-        wrong = next((token for token in body.tokens if not 0 <= token < size), None)
+        wrong = next((token for token in body.tokens if token >= size), None)
         if wrong is not None:
             raise HttpError(400, f"token {wrong} is outside the vocabulary of {size:,} tokens", param="tokens")
         return DecodedText(text=await self._served.off_loop(self._served.tokenizer.decode, body.tokens))

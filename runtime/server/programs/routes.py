@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from pydantic import Field
@@ -38,13 +38,17 @@ from ramet.runtime.server.programs.store import (
     read_graph,
 )
 from ramet.runtime.server.routing import Endpoint, Handler
-from ramet.runtime.server.sending import EventStream, event, json_response, until_disconnect
+from ramet.runtime.server.sending import EventStream, Json, event, json_response, until_disconnect
 from ramet.runtime.server.served_model import ServedModel, client_of, key_name
-from ramet.runtime.server.validation import Strict
+from ramet.runtime.server.validation import NULL, Rule, Strict
 
 MAX_ROWS = 4096
 _TAG = "programs"
 PING_S = 15.0  # interval of keep-alive pings in a stream without events
+
+
+_KNOWN_BY = "ask for stream or detach, so that its id is known before its end"
+GraphJson = Annotated[Json, Field(json_schema_extra={"format": "graph"})]  # the graph's own reader checks it
 
 
 class ProgramBody(Strict):
@@ -55,9 +59,22 @@ class ProgramBody(Strict):
     the program runs to its end even without a reader. `text_events`: also report text while it is generated.
     """
 
-    graph: dict[str, Any]  # Any: JSON; checked by the graph's own reader
+    rules = (
+        Rule(
+            "a program with rows can't be left open: send it whole, or one program a row",
+            ({"open": (None, False)}, {"rows": NULL}),
+            ("open",),
+        ),
+        Rule(
+            f"an open program waits for its next part: {_KNOWN_BY}",
+            ({"open": (None, False)}, {"stream": (True,)}, {"detach": (True,)}),
+            ("open",),
+        ),
+    )
+
+    graph: GraphJson
     arguments: dict[str, Any] = Field(default_factory=dict)
-    rows: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_ROWS)
+    rows: list[dict[str, Any]] | None = Field(default=None, min_length=1, max_length=MAX_ROWS)
     stream: bool = False
     detach: bool = False
     open: bool = False
@@ -72,7 +89,7 @@ class ProgramBody(Strict):
 class ExplainBody(Strict):
     """`program`: a name for the program."""
 
-    graph: dict[str, Any]  # Any: JSON
+    graph: GraphJson
     arguments: dict[str, Any] = Field(default_factory=dict)
     program: str = Field(default="program", max_length=200)
 
@@ -80,7 +97,7 @@ class ExplainBody(Strict):
 class PartBody(Strict):
     """`graph`: nodes, starting with the program's next id; null if none are left. `open`: more parts will come."""
 
-    graph: dict[str, Any] | None = None  # Any: JSON
+    graph: Annotated[Json, Field(json_schema_extra={"format": "part-of-a-graph"})] | None = None
     open: bool = False
 
 
@@ -187,12 +204,6 @@ class ProgramEndpoints:
         if known is not None:
             return known
         rows = body.rows if body.rows is not None else [body.arguments]
-        if not rows:
-            raise HttpError(400, "rows is empty: give arguments for at least one run", param="rows")
-        if body.open and body.rows is not None:
-            raise HttpError(
-                400, "a program with rows can't be left open: send it whole, or one program a row", param="open"
-            )
         graph = read_graph(body.graph)
         _check_reachable(body, graph)
         command = StartProgram(
@@ -221,11 +232,8 @@ def _check_reachable(body: ProgramBody, graph: Graph) -> None:
     """
     if body.stream or body.detach:
         return
-    way = "ask for stream or detach, so that its id is known before its end"
-    if body.open:
-        raise HttpError(400, f"an open program waits for its next part: {way}", param="open")
     if any(isinstance(node, ToolCall) for node in graph.nodes):
-        raise HttpError(400, f"the program calls tools and waits for their values: {way}", param="stream")
+        raise HttpError(400, f"the program calls tools and waits for their values: {_KNOWN_BY}", param="stream")
 
 
 async def _ended(program: StoredProgram) -> None:

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from ramet.runtime.server.openai.bodies import PlainFormat, ReasoningEffort, ToolName
+from ramet.runtime.server.openai.bodies import PlainFormat, ReasoningEffort, TemplateVariables, ToolName
 from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, OpenAiValues
 from ramet.runtime.server.sending import Json
-from ramet.runtime.server.validation import Echoed, OnlyFalse, Strict
+from ramet.runtime.server.validation import Echoed, ModelName, OnlyFalse, OnlyTrue, Rule, Strict
 from ramet.runtime.types import MAX_INT32
 
 
@@ -112,6 +112,14 @@ class FunctionTool(Strict):
 class CustomFormat(Strict):
     """The language of a custom tool's input: any text, or a regular expression."""
 
+    rules = (
+        Rule(
+            "the input of a custom tool can be any text, or match a grammar with the syntax 'regex' and a definition",
+            ({"type": ("text",)}, {"syntax": ("regex",), "definition": "given"}),
+            ("syntax",),
+        ),
+    )
+
     type: Literal["text", "grammar"]
     syntax: Literal["regex", "lark"] | None = None
     definition: str | None = None
@@ -175,7 +183,7 @@ class TextSchema(Strict):
     type: Literal["json_schema"]
     name: str = Field(max_length=256)
     description: str | None = None
-    json_schema: Json | bool = Field(alias="schema")
+    json_schema: Json | OnlyTrue = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -221,7 +229,22 @@ class ResponsesBody(OpenAiValues):
     the model.
     """
 
-    model: str | None = Field(default=None, description="the served model's name; null or `default` stands for it")
+    rules = (
+        Rule(
+            "background needs store: the answer is fetched by its id",
+            ({"background": (None, False)}, {"store": (None, True)}),
+            ("background",),
+        ),
+        Rule(
+            "input is empty; give at least one message",
+            ({"input": "some"}, {"instructions": "some"}, {"previous_response_id": "given"}),
+            ("input",),
+        ),
+    )
+
+    model: ModelName | None = Field(
+        default=None, description="the served model's name; null or `default` stands for it"
+    )
     input: str | list[Item] = Field(default_factory=list)
     instructions: str | None = None
     previous_response_id: str | None = Field(default=None, max_length=200)
@@ -248,6 +271,6 @@ class ResponsesBody(OpenAiValues):
     prompt_cache_key: str | None = Field(default=None, max_length=512)
     prompt_cache_retention: str | None = Field(default=None, max_length=64)
     client_metadata: Json | None = None
-    chat_template_kwargs: Json | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     conversation: None = Field(default=None, description="conversations are continued by previous_response_id")
     prompt: None = Field(default=None, description="there are no stored prompts")

@@ -63,12 +63,6 @@ class ResponsesEndpoints:
     async def create(self, request: Request, body: ResponsesBody) -> Response | ResponseObject:
         """Answer a conversation; with `stream` as server-sent events, with `background` while nobody waits."""
         self._served.check_name(body.model)
-        if body.background and body.store is False:
-            raise HttpError(400, "background needs store: the answer is fetched by its id", param="background")
-        if body.stream_options is not None and not body.stream:
-            raise HttpError(400, "stream_options is only allowed with stream: true", param="stream_options")
-        if body.top_logprobs is not None and "message.output_text.logprobs" not in (body.include or ()):
-            raise HttpError(400, "top_logprobs needs include: ['message.output_text.logprobs']", param="top_logprobs")
         owner = key_name(request)
         items = self._conversation(body, owner)
         functions = functions_of(body)

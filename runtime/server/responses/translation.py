@@ -41,6 +41,7 @@ from ramet.runtime.server.responses.bodies import (
 )
 from ramet.runtime.server.sampling_fields import OPENAI_VALUES
 from ramet.runtime.server.sending import Json
+from ramet.runtime.server.validation import made
 
 INPUT = "input"  # the only argument of the function that stands for a custom tool
 _SEALED = "ramet1."  # begins reasoning that a client carries for us
@@ -81,22 +82,15 @@ def _offer(functions: Functions, tool: FunctionTool | CustomTool, namespace: str
     if name in functions:
         raise HttpError(400, f"{where} has the name {name!r}, which another tool has; names must differ", param=where)
     is_custom = isinstance(tool, CustomTool)
-    parameters = _input_schema(tool, where) if isinstance(tool, CustomTool) else tool.parameters
+    parameters = _input_schema(tool) if isinstance(tool, CustomTool) else tool.parameters
     strict = True if isinstance(tool, CustomTool) else tool.strict
-    definition = FunctionDefinition(name=name, description=tool.description, parameters=parameters, strict=strict)
+    definition = made(FunctionDefinition, name=name, description=tool.description, parameters=parameters, strict=strict)
     functions[name] = OfferedTool(tool.name, namespace, is_custom, definition)
 
 
-def _input_schema(tool: CustomTool, where: str) -> Json:
+def _input_schema(tool: CustomTool) -> Json:
     text: Json = {"type": "string"}
     if tool.format is not None and tool.format.type == "grammar":
-        if tool.format.syntax != "regex" or tool.format.definition is None:
-            raise HttpError(
-                400,
-                f"{where}.format has the syntax {tool.format.syntax!r}; a custom tool's input can be any text, "
-                "or match a grammar with the syntax 'regex'",
-                param=f"{where}.format",
-            )
         text["pattern"] = f"^(?:{tool.format.definition})$"
     return {"type": "object", "properties": {INPUT: text}, "required": [INPUT], "additionalProperties": False}
 
@@ -104,7 +98,8 @@ def _input_schema(tool: CustomTool, where: str) -> Json:
 def chat_body(body: ResponsesBody, items: Sequence[Item], functions: Functions) -> ChatBody:
     """Return the chat completion that answers a request. `items`: the whole conversation, without references."""
     wants_logprobs = "message.output_text.logprobs" in (body.include or ()) or body.top_logprobs is not None
-    return ChatBody(
+    return made(
+        ChatBody,
         model=body.model,
         messages=messages_of(body.instructions, items),
         max_tokens=body.max_output_tokens,
@@ -196,6 +191,9 @@ def _tool_choice(
 ) -> Literal["none", "auto", "required"] | NamedTool | AllowedTools | None:
     choice = body.tool_choice
     if choice is None or isinstance(choice, str):
+        if not functions and choice == "required":
+            text = "tool_choice asks for a call, but there is no tool that can be called here"
+            raise HttpError(400, text, param="tool_choice")
         # Only tools that nobody runs here were offered, so the model may call none of them.
         return None if not functions and choice == "auto" else choice
     if isinstance(choice, ChosenTools):

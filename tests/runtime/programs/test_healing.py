@@ -15,7 +15,6 @@ from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.programs.executor import ProgramHost
 from ramet.runtime.programs.path import Path, Piece, PieceEncoder
 from ramet.runtime.server.choices import heals
-from ramet.runtime.server.errors import HttpError
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.testing.dummy import dummy_decoder
 from ramet.runtime.types import SamplingParams
@@ -192,5 +191,3 @@ def test_over_http_texts_with_a_constraint_are_healed_unless_the_body_says_other
 ) -> None:
     constraint = Constraint("regex", "a") if has_constraint else None
     assert heals(wanted, constraint, is_text=is_text, has_logprobs=has_logprobs) == is_healed
-    with pytest.raises(HttpError, match="token_healing"):
-        heals(True, constraint, is_text=is_text, has_logprobs=True)

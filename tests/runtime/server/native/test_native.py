@@ -200,7 +200,7 @@ def test_a_constraint_holds(server: Server) -> None:
         ({"text": "x" * 3000}, 400, "context"),
         ({"text": None, "input_ids": [999]}, 400, "999"),
         ({"text": None, "input_ids": [2**70]}, 400, "input_ids"),
-        ({"text": []}, 400, "0 prompts"),
+        ({"text": []}, 400, "text"),
         ({"text": ["a", ""]}, 400, "no tokens"),
         ({"sampling_params": {"max_new_tokens": -1}}, 400, "sampling_params.max_new_tokens"),
         ({"sampling_params": {"min_new_tokens": 5, "max_new_tokens": 3}}, 400, "min_new_tokens"),

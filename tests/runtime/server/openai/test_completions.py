@@ -92,6 +92,9 @@ def test_when_the_score_of_one_prompt_fails_the_others_are_aborted(client: Clien
         ({"best_of": 3}, "best_of"),
         ({"suffix": "x"}, "suffix"),
         ({"logprobs": 21}, "logprobs"),
+        ({"token_healing": True, "logprobs": 0}, "token_healing"),
+        ({"prompt": [[]]}, "prompt[0]"),
+        ({"prompt": [-1]}, "prompt[0]"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
 )

@@ -160,7 +160,7 @@ def test_leading_instructions_are_one_message(client: Any) -> None:
         ({"previous_response_id": "resp_unknown"}, "previous_response_id"),
         ({"input": [{"type": "item_reference", "id": "rs_unknown"}]}, "input[0].id"),
         ({"background": True, "store": False}, "background"),
-        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"input": [], "instructions": ""}, "input"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"nonsense": 1}, "nonsense"),
         ({"model": "gpt-5"}, "model"),

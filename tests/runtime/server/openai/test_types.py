@@ -8,9 +8,9 @@ import pytest
 
 from ramet.lang.graph.json_form import JsonForm
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.native.bodies import NativeSampling
+from ramet.runtime.server.native.bodies import GenerateBody, NativeSampling
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody, TokenizeBody
-from ramet.runtime.server.validation import REFUSED, Strict, body_schema
+from ramet.runtime.server.validation import REFUSED, Strict, body_schema, parsed
 from ramet.runtime.types import RequestOptions, SamplingParams
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -41,10 +41,10 @@ Client = Any  # of conftest.py, which importlib mode cannot import by name
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", None),
         ({"seed": 2**63}, "seed", "invalid_value"),
-        ({"stop": [""]}, "stop", None),
+        ({"stop": [""]}, "stop[0]", None),
         ({"stop": ["x"] * 17}, "stop", None),
-        ({"logit_bias": {"a": 1}}, "logit_bias", None),
-        ({"logit_bias": {"5": 101}}, "logit_bias", None),
+        ({"logit_bias": {"a": 1}}, "logit_bias.a", None),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", None),
         ({"top_logprobs": 2}, "top_logprobs", None),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, "stream_options", None),
@@ -297,8 +297,9 @@ def test_the_native_and_the_completions_endpoint_take_the_form_of_json(client: C
     assert client.request(COMPLETIONS, {"prompt": "a", "json_schema": {}, "order": "any"}).status_code == 200
     assert client.engine.submitted[-1].constraint.form == JsonForm(order="any")
     assert client.refusal(COMPLETIONS, {"prompt": "a", "order": "any"})["param"] == "order"
-    with pytest.raises(HttpError, match=r"sampling_params\.whitespace is of JSON"):
-        NativeSampling(whitespace="any").constraint(1000)
+    body = b'{"text": "a", "sampling_params": [{}, {"whitespace": "any"}]}'
+    with pytest.raises(HttpError, match=r"sampling_params\[1\]\.whitespace is of JSON"):
+        parsed(GenerateBody, body, 1000)
 
 
 @pytest.mark.parametrize("asked", [None, "canonical", "any"])
