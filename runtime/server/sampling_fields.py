@@ -32,10 +32,10 @@ from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.validation import (
     NULL,
     Condition,
+    FieldRule,
     ModelName,
     OnlyFalse,
     OnlyTrue,
-    Rule,
     Strict,
     Token,
     field_at,
@@ -86,16 +86,16 @@ ALL_FORMS: Mapping[str, Condition] = {
 }
 
 
-def _one_of(absent: Mapping[str, Condition]) -> Rule:
+def _one_of(absent: Mapping[str, Condition]) -> FieldRule:
     """A body gives one of these fields at most. `absent`: what they are if they are not given."""
     ways = tuple({other: absent[other] for other in absent if other != name} for name in absent)
     text = "{given} each constrain the answer; give only one of them"
-    return Rule(text, ways, tuple(absent), is_stated=len(ways) < _MAX_WAYS)
+    return FieldRule(text, ways, tuple(absent), is_stated=len(ways) < _MAX_WAYS)
 
 
 def constraint_rules(
     constraints: Mapping[str, Kind], forms: Mapping[str, Condition], *, is_chat: bool = False
-) -> tuple[Rule, ...]:
+) -> tuple[FieldRule, ...]:
     """A body has one constraint at most, and asks for a form of JSON only beside a constraint that may have JSON.
 
     A chat's calls of tools are JSON, too; they go with a JSON schema and with no other constraint.
@@ -109,10 +109,10 @@ def constraint_rules(
         absent[_FORMAT] = (None, "text")
         of_json += [{_FORMAT: ("json_object", "json_schema", "structural_tag")}, {"tools": "some", **others}]
         text = "{given} constrains the whole answer, so tools cannot be called; use a JSON schema, or tool_choice none"
-        rules = [Rule(text, (others, {"tools": "none"}, {"tool_choice": ("none",)}), tuple(others))]
+        rules = [FieldRule(text, (others, {"tools": "none"}, {"tool_choice": ("none",)}), tuple(others))]
     one = _one_of(absent)
     text = "{given} is of JSON, but the request asks for none"
-    return one, Rule(text, (forms, *of_json), tuple(forms), is_stated=not is_chat), *rules
+    return one, FieldRule(text, (forms, *of_json), tuple(forms), is_stated=not is_chat), *rules
 
 
 def _json_type(field: SamplingField) -> Any:  # Any: a type, or Annotated with what pydantic checks of it
@@ -265,7 +265,7 @@ class SamplingFields(JsonFormFields, OpenAiValues):
 
     rules = (
         *constraint_rules(CONSTRAINTS, ALL_FORMS),
-        Rule(
+        FieldRule(
             "stream_options is only allowed with stream: true",
             ({"stream_options.include_usage": (None, False)}, {"stream": (True,)}),
             ("stream_options",),

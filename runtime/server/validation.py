@@ -127,7 +127,7 @@ _CONDITIONS: Mapping[str, dict[str, Any]] = {  # Any: JSON
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rule:
+class FieldRule:
     """What the fields of a body must be to each other. A body that breaks it is refused, and the document states it.
 
     A body keeps the rule if it meets all conditions of one of `ways`, by field; `a.b`: the field b of the object in a.
@@ -157,12 +157,12 @@ class Rule:
 
 
 @cache
-def _fields(rule: Rule) -> frozenset[str]:
+def _fields(rule: FieldRule) -> frozenset[str]:
     return frozenset(path.partition(".")[0] for way in rule.ways for path in way)
 
 
 @cache
-def _is_kept_by_default(rule: Rule, model: type[BaseModel]) -> bool:
+def _is_kept_by_default(rule: FieldRule, model: type[BaseModel]) -> bool:
     """True if a body without any field of the rule keeps it."""
     return any(all(_meets(_default(model, path), wanted) for path, wanted in way.items()) for way in rule.ways)
 
@@ -231,7 +231,7 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    rules: ClassVar[tuple[Rule, ...]] = ()
+    rules: ClassVar[tuple[FieldRule, ...]] = ()
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: type[BaseModel], handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -14,7 +14,7 @@ from pydantic import Discriminator, Field, Tag
 from ramet.runtime.server.openai.bodies import ToolName
 from ramet.runtime.server.sampling_fields import MAX_STOPS, MessagesValues
 from ramet.runtime.server.sending import Json
-from ramet.runtime.server.validation import Echoed, OnlyTrue, Rule, Strict
+from ramet.runtime.server.validation import Echoed, FieldRule, OnlyTrue, Strict
 from ramet.runtime.types import MAX_INT32
 
 
@@ -50,7 +50,7 @@ class ToolResultBlock(Echoed):
 Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
 
 
-class AnswerMessage(Strict):
+class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: str | list[Block]
 
@@ -89,7 +89,7 @@ class ToolChoice(Strict):
     """`auto`, `any` (some tool is called), `tool` (this one), `none`."""
 
     rules = (
-        Rule(
+        FieldRule(
             "a tool_choice of type 'tool' names one", ({"type": ("auto", "any", "none")}, {"name": "given"}), ("name",)
         ),
     )
@@ -127,7 +127,7 @@ class CountBody(Strict):
     """`POST /v1/messages/count_tokens`."""
 
     rules = (
-        Rule(
+        FieldRule(
             "tool_choice asks for a call but there are no tools",
             ({"tool_choice.type": (None, "auto", "none")}, {"tools": "some"}),
             ("tool_choice",),
@@ -135,7 +135,7 @@ class CountBody(Strict):
     )
 
     model: Annotated[str, Field(json_schema_extra={"format": "claude-name"})]
-    messages: list[Annotated[AnswerMessage | Message, Field(discriminator="role")]] = Field(min_length=1)
+    messages: list[Annotated[AssistantMessage | Message, Field(discriminator="role")]] = Field(min_length=1)
     system: str | list[TextBlock] | None = None
     tools: list[Tool] | None = Field(default=None, max_length=1024)
     tool_choice: ToolChoice | None = None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ramet.runtime.server.anthropic.bodies import (
-    AnswerMessage,
+    AssistantMessage,
     Block,
     CountBody,
     MessagesBody,
@@ -80,7 +80,7 @@ def messages_of(body: CountBody) -> list[ChatMessage]:
     for message in body.messages:
         if isinstance(message.content, str):
             messages.append({"role": message.role, "content": message.content})
-        elif isinstance(message, AnswerMessage):
+        elif isinstance(message, AssistantMessage):
             messages.append(_answer(message.content))
         else:
             messages += _results_and_text(message.role, message.content)

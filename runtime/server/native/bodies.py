@@ -30,7 +30,7 @@ from ramet.runtime.server.sampling_fields import (
     given_values,
     json_form_of,
 )
-from ramet.runtime.server.validation import NULL, Ids, OnlyFalse, OnlyTrue, Prompt, Rule, Strict
+from ramet.runtime.server.validation import NULL, FieldRule, Ids, OnlyFalse, OnlyTrue, Prompt, Strict
 from ramet.runtime.types import MAX_INT32, SamplingParams
 
 MAX_PROMPTS = 1024
@@ -94,11 +94,13 @@ class GenerateBody(Strict):
     """
 
     rules = (
-        Rule(
+        FieldRule(
             "give either text or input_ids",
             ({"text": "given", "input_ids": NULL}, {"text": NULL, "input_ids": "given"}),
         ),
-        Rule(NO_HEALING, ({"token_healing": (None, False)}, {"return_logprob": (None, False)}), ("token_healing",)),
+        FieldRule(
+            NO_HEALING, ({"token_healing": (None, False)}, {"return_logprob": (None, False)}), ("token_healing",)
+        ),
     )
 
     text: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
@@ -122,7 +124,7 @@ class GenerateBody(Strict):
 
 
 class AbortBody(Strict):
-    rules = (Rule("give the rid of a request, or abort_all", ({"rid": "given"}, {"abort_all": (True,)})),)
+    rules = (FieldRule("give the rid of a request, or abort_all", ({"rid": "given"}, {"abort_all": (True,)})),)
 
     rid: str | None = Field(default=None, min_length=1, description="the exact id of a request")
     abort_all: bool = False

@@ -20,7 +20,7 @@ from ramet.runtime.server.sampling_fields import (
     constraint_rules,
 )
 from ramet.runtime.server.sending import Json
-from ramet.runtime.server.validation import NULL, Ids, ModelName, OnlyTrue, Prompt, Rule, Strict, Token
+from ramet.runtime.server.validation import NULL, FieldRule, Ids, ModelName, OnlyTrue, Prompt, Strict, Token
 from ramet.runtime.types import MAX_INT32
 
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables that have fields of their own
@@ -175,7 +175,7 @@ class StructuralTagFormat(Strict):
     """Either `structures` and `triggers` as in SGLang and vLLM, or XGrammar's `format` of triggered tags."""
 
     rules = (
-        Rule(
+        FieldRule(
             "a structural tag needs structures and triggers, or a format",
             ({"structures": "given", "triggers": "given"}, {"format": "given"}),
             ("format",),
@@ -214,12 +214,12 @@ class ChatBody(SamplingFields):
     rules = (
         *SamplingFields.rules[-1:],
         *constraint_rules(CONSTRAINTS, ALL_FORMS, is_chat=True),
-        Rule(
+        FieldRule(
             "top_logprobs needs logprobs: true",
             ({"top_logprobs": (None, 0)}, {"logprobs": (True,)}),
             ("top_logprobs",),
         ),
-        Rule(
+        FieldRule(
             "tool_choice asks for a call but there are no tools",
             ({"tool_choice": (None, "none", "auto")}, {"tools": "some"}),
             ("tool_choice",),
@@ -258,7 +258,7 @@ class CompletionBody(SamplingFields):
 
     rules = (
         *SamplingFields.rules,
-        Rule(NO_HEALING, ({"token_healing": (None, False)}, {"logprobs": NULL}), ("token_healing",)),
+        FieldRule(NO_HEALING, ({"token_healing": (None, False)}, {"logprobs": NULL}), ("token_healing",)),
     )
 
     # Ids first: where texts are tried before them, each id is an error to collect, which took longer than all the rest.
@@ -277,11 +277,11 @@ class TokenizeBody(Strict):
     """`prompt`, or `messages` (and `tools`) rendered by the chat template."""
 
     rules = (
-        Rule(
+        FieldRule(
             "give either prompt or messages",
             ({"prompt": "given", "messages": NULL}, {"prompt": NULL, "messages": "given"}),
         ),
-        Rule(
+        FieldRule(
             "{given} is only allowed with messages",
             ({"messages": "given"}, {"tools": NULL, "chat_template_kwargs": NULL}),
             ("tools", "chat_template_kwargs"),

@@ -40,7 +40,7 @@ from ramet.runtime.server.programs.store import (
 from ramet.runtime.server.routing import Endpoint, Handler
 from ramet.runtime.server.sending import EventStream, Json, event, json_response, until_disconnect
 from ramet.runtime.server.served_model import ServedModel, client_of, key_name
-from ramet.runtime.server.validation import NULL, Rule, Strict
+from ramet.runtime.server.validation import NULL, FieldRule, Strict
 
 MAX_ROWS = 4096
 _TAG = "programs"
@@ -60,12 +60,12 @@ class ProgramBody(Strict):
     """
 
     rules = (
-        Rule(
+        FieldRule(
             "a program with rows can't be left open: send it whole, or one program a row",
             ({"open": (None, False)}, {"rows": NULL}),
             ("open",),
         ),
-        Rule(
+        FieldRule(
             f"an open program waits for its next part: {_KNOWN_BY}",
             ({"open": (None, False)}, {"stream": (True,)}, {"detach": (True,)}),
             ("open",),

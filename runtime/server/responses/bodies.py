@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, Tag
 from ramet.runtime.server.openai.bodies import PlainFormat, ReasoningEffort, TemplateVariables, ToolName
 from ramet.runtime.server.sampling_fields import MAX_TOP_LOGPROBS, OpenAiValues
 from ramet.runtime.server.sending import Json
-from ramet.runtime.server.validation import Echoed, ModelName, OnlyFalse, OnlyTrue, Rule, Strict
+from ramet.runtime.server.validation import Echoed, FieldRule, ModelName, OnlyFalse, OnlyTrue, Strict
 from ramet.runtime.types import MAX_INT32
 
 
@@ -113,7 +113,7 @@ class CustomFormat(Strict):
     """The language of a custom tool's input: any text, or a regular expression."""
 
     rules = (
-        Rule(
+        FieldRule(
             "the input of a custom tool can be any text, or match a grammar with the syntax 'regex' and a definition",
             ({"type": ("text",)}, {"syntax": ("regex",), "definition": "given"}),
             ("syntax",),
@@ -230,12 +230,12 @@ class ResponsesBody(OpenAiValues):
     """
 
     rules = (
-        Rule(
+        FieldRule(
             "background needs store: the answer is fetched by its id",
             ({"background": (None, False)}, {"store": (None, True)}),
             ("background",),
         ),
-        Rule(
+        FieldRule(
             "input is empty; give at least one message",
             ({"input": "some"}, {"instructions": "some"}, {"previous_response_id": "given"}),
             ("input",),

@@ -51,7 +51,7 @@ BEYOND_A_SCHEMA = {
     "tool_choice(.name)? (names|is) .* the tools are": "a name must be that of a tool",
     "there is no tool that can be called here": "some kinds of tools are left out, and none may be left",
     "which another tool has": "the names of tools must differ",
-    # A schema could say these two, in more cases than tools read (`Rule.is_stated`).
+    # A schema could say these two, in more cases than tools read (`FieldRule.is_stated`).
     "each constrain the answer": "at most one of sixteen fields",
     "is of JSON, but the request asks for none": "one of seven fields needs one of nine others",
 }

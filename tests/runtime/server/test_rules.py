@@ -14,7 +14,7 @@ from pydantic import Field
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.native.bodies import GenerateBody
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody
-from ramet.runtime.server.validation import Condition, Rule, Strict, body_schema, parsed
+from ramet.runtime.server.validation import Condition, FieldRule, Strict, body_schema, parsed
 
 VALUES: dict[str, list[Any]] = {  # what each field may be; of the first two, a missing one is not null
     "on": [True, False],
@@ -55,7 +55,7 @@ BODIES = st.fixed_dictionaries({}, optional={path: st.sampled_from(values) for p
 @settings(max_examples=200)
 @given(st.lists(st.lists(WAYS, min_size=1, max_size=3), min_size=1, max_size=2), BODIES)
 def test_a_body_is_taken_exactly_if_the_document_calls_it_valid(rules: list[list[Any]], flat: dict[str, Any]) -> None:
-    model = type("Ruled", (Body,), {"rules": tuple(Rule("{given} is wrong", tuple(ways)) for ways in rules)})
+    model = type("Ruled", (Body,), {"rules": tuple(FieldRule("{given} is wrong", tuple(ways)) for ways in rules)})
     body: dict[str, Any] = {}
     for path, value in flat.items():
         outer, _, name = path.partition(".")
