@@ -16,6 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
+from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.handle import RequestHandle
 from ramet.runtime.server.app import create_app
 from ramet.runtime.server.config import ServerConfig
@@ -75,6 +76,10 @@ class ServedScript(ScriptedEngine):
     def flush_cache(self) -> int:
         self._trie.clear()
         return 0
+
+    def whole_cache(self) -> CacheChanges:
+        """There are no pages."""
+        return CacheChanges(0, is_whole=True)
 
     def check_integrity(self) -> None:
         """There are no pages."""
