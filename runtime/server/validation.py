@@ -121,8 +121,8 @@ Condition = Literal["given", "some", "none"] | tuple[str | int | None, ...]
 NULL: Condition = (None,)
 _CONDITIONS: Mapping[str, dict[str, Any]] = {  # Any: JSON
     "given": {"not": {"type": "null"}},
-    "some": {"not": {"type": "null"}, "minItems": 1, "minLength": 1},
-    "none": {"type": ["null", "array", "string"], "maxItems": 0, "maxLength": 0},
+    "some": {"not": {"type": "null"}, "minItems": 1, "minLength": 1, "minProperties": 1},
+    "none": {"type": ["null", "array", "string", "object"], "maxItems": 0, "maxLength": 0, "maxProperties": 0},
 }
 
 
@@ -192,7 +192,7 @@ def _meets(value: object, wanted: Condition) -> bool:
         return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in wanted)
     if wanted == "given":
         return value is not None
-    return (value is None or value in ("", [])) == (wanted == "none")
+    return (value is None or value in ("", [], {})) == (wanted == "none")
 
 
 def _schema_of_way(model: type[BaseModel], way: Mapping[str, Condition]) -> dict[str, Any]:  # Any: JSON

@@ -131,6 +131,14 @@ class AbortBody(Strict):
 
 
 class ScaleBody(Strict):
+    rules = (
+        FieldRule(
+            "a model or flags of engines take effect with restart alone",
+            ({"restart": (True,)}, {"model": NULL, "engine": "none"}),
+            ("restart",),
+        ),
+    )
+
     replicas: int | None = Field(
         default=None, ge=1, le=MAX_REPLICAS, description="how many engines there are to be; null: as many as now"
     )

@@ -160,8 +160,6 @@ class StatusEndpoints:
 
     async def scale(self, request: Request, body: ScaleBody) -> Scaled:
         """Change the number of engines, or restart them in turn. Answers when it is done; no request is lost by it."""
-        if not body.restart and (body.model is not None or body.engine):
-            raise HttpError(400, "a model or flags of engines take effect with restart alone", param="restart")
         engines = self._served.proxy
         if not isinstance(engines, Replicas):
             raise HttpError(

@@ -22,6 +22,7 @@ VALUES: dict[str, list[Any]] = {  # what each field may be; of the first two, a 
     "flag": [None, True, False],
     "text": [None, "", "a"],
     "items": [None, [], [1]],
+    "table": [None, {}, {"a": 1}],
     "inner.flag": [None, True, False],
     "inner.name": [None, "", "a"],
 }
@@ -38,14 +39,15 @@ class Body(Strict):
     flag: bool | None = None
     text: str | None = None
     items: list[int] | None = None
+    table: dict[str, int] | None = None
     inner: Inner | None = None
 
 
 def conditions(path: str) -> st.SearchStrategy[tuple[str, Condition]]:
-    plain = [value for value in VALUES[path] if not isinstance(value, list)] or [None]
+    plain = [value for value in VALUES[path] if not isinstance(value, list | dict)]
     some = st.lists(st.sampled_from(plain), min_size=1, max_size=2, unique_by=repr).map(tuple)
     kinds: st.SearchStrategy[Any] = st.sampled_from(["given", "some", "none"])
-    return st.tuples(st.just(path), kinds | some if path != "items" else kinds)
+    return st.tuples(st.just(path), kinds | some)
 
 
 WAYS = st.lists(st.sampled_from(list(VALUES)).flatmap(conditions), min_size=1, max_size=3).map(dict)
