@@ -11,8 +11,8 @@ The answers of both engines are compared. Accepted: of drafted tokens, by source
 
     extraction   JSON under a schema from a document      chat    three turns of a conversation
     quotes       sentences quoted from a passage          agent   the same four steps, run `--runs` times
-    edits        a file written again with one change,    free    a story at temperature 1
-                 given as the expected answer
+    edits        a file of 300 lines written again with   free    a story at temperature 1
+                 a name changed; the file is the draft
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ class Work:
     def edits(self, rng: random.Random) -> Job:
         old = source_file(rng, 300)
         new = old.replace("limit", "bound")
-        begin = "\n".join(new.splitlines()[:9])
+        begin = "\n".join(new.splitlines()[:62])
         task = "The file with `limit` renamed to `bound`"
         prompt = f"The file before:\n```python\n{old}\n```\n\n{task}:\n```python\n{begin}\n"
-        return {"prompt": prompt, "sampling": self.sampling()}
+        return {"prompt": prompt, "sampling": self.sampling(), "draft": "\n".join(old.splitlines()[62:])}
 
     def free(self, rng: random.Random) -> Job:
         prompt = self.chat(f"Write a story about a {rng.choice(THINGS)} in {rng.choice(CITIES)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -261,3 +262,28 @@ def test_an_expected_answer_saves_steps_and_garbage_costs_none(tiny_model: Loade
 def test_an_expected_answer_that_is_no_text_is_refused_by_name(plain: Engine, expected: Any) -> None:
     with pytest.raises(InvalidRequest, match="draft"):
         plain.submit("a", draft=expected)
+
+
+@pytest.mark.model
+def test_a_real_model_in_fp32_writes_the_same_with_drafts(smollm2_path: Path) -> None:
+    passage = "The ferry leaves Lisbon at nine, passes the old tower, and reaches the island of Faro before noon. "
+    prompt = f"{passage}Once more, word by word: {passage}And a third time: The ferry"
+    some: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "logprobs": 2, "stop": ("island",)},
+        {"temperature": 0.7, "repetition_penalty": 1.05},
+        {"temperature": 1.3, "top_p": 0.9, "logprobs": 1},
+        {"temperature": 0.7, "frequency_penalty": 0.2, "min_tokens": 10},
+    ]
+    requests: list[dict[str, Any]] = [
+        {"prompt": prompt, "sampling": SamplingParams(max_tokens=28, seed=index, **values)}
+        for index, values in enumerate(some)
+    ]
+    settings: dict[str, Any] = {"dtype": "float32", "num_kv_tokens": 4096, "max_step_ms": 0}
+    with Engine(str(smollm2_path), **settings) as engine:
+        expected = answers_of(engine, requests)
+    with Engine(str(smollm2_path), speculative="auto", **settings) as engine:
+        draft_by(engine, Speculation(FixedTimes()))
+        for found, wanted, request in zip(answers_of(engine, requests), expected, requests, strict=True):
+            assert_same(found, wanted, request)
+        assert engine.stats()["num_accepted_tokens_text"] > 20
