@@ -85,9 +85,10 @@ class TextDrafts:
         if request.expected_ids is not None:
             expected = [request.prompt_ids[-_TAIL:], request.expected_ids[:_REACH], _APART]
         own = sequence.tokens(max(sequence.num_tokens - _REACH, 0), sequence.num_tokens)
-        room = np.empty(request.max_tokens - len(sequence.output_ids), dtype=np.int32)
-        self._tokens = np.concatenate([*earlier, *expected, own, room])
-        self._num_tokens = len(self._tokens) - len(room)
+        known = np.concatenate([*earlier, *expected, own])
+        self._num_tokens = len(known)
+        self._tokens = np.empty(len(known) + request.max_tokens - len(sequence.output_ids), dtype=np.int32)
+        self._tokens[: len(known)] = known  # the rest takes memory once it is written
         first = sum(map(len, earlier))
         self._borders = first, first + sum(map(len, expected))  # where the second and the third source begin
         self._ends = request.stop_ids

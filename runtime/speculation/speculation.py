@@ -41,37 +41,50 @@ _LENGTHS = (3, 5, 9, 16)  # lengths of an occurrence from which its drafts are a
 
 
 class StepTimes:
-    """The seconds of steps by their number of tokens, measured and interpolated."""
+    """The seconds of steps by their number of tokens, measured and interpolated.
+
+    Attention to long texts takes long, too, so steps are compared with those of texts of about the same length.
+    """
 
     def __init__(self) -> None:
-        self._times: dict[int, deque[float]] = {}
-        self._last: dict[int, int] = {}  # when a size occurred last, in steps
-        self._medians: list[tuple[int, float]] = []  # by size
+        self._times: dict[tuple[int, int], deque[float]] = {}  # by length and size
+        self._last: dict[tuple[int, int], int] = {}  # when they occurred last, in steps
+        self._medians: dict[int, list[tuple[int, float]]] = {}  # by length: sizes and medians, in order
         self._num_steps = 0
 
-    def note(self, num_tokens: int, seconds: float) -> None:
-        size = _size(num_tokens)
+    def note(self, num_tokens: int, kv_len: float, seconds: float) -> None:
+        """Learn from a step. kv_len: the mean length of its rows' texts."""
+        length = _length(kv_len)
+        key = length, _size(num_tokens)
         self._num_steps += 1
-        self._last[size] = self._num_steps
-        self._times.setdefault(size, deque(maxlen=_NUM_TIMES)).append(seconds)
+        self._last[key] = self._num_steps
+        self._times.setdefault(key, deque(maxlen=_NUM_TIMES)).append(seconds)
         for stale in [other for other, last in self._last.items() if last < self._num_steps - _STALE]:
             del self._last[stale], self._times[stale]
-        self._medians = sorted((size, median(times)) for size, times in self._times.items())
+            self._medians.pop(stale[0], None)
+        for known in {length, *(other for other, _ in self._times if other not in self._medians)}:
+            sizes = ((size, median(times)) for (other, size), times in self._times.items() if other == known)
+            self._medians[known] = sorted(sizes)
 
-    def knows(self, num_tokens: int) -> bool:
+    def knows(self, num_tokens: int, kv_len: float) -> bool:
         """True if steps of this size were measured often enough to be compared with others."""
-        return len(self._times.get(_size(num_tokens), ())) >= _LEAST_TIMES
+        return len(self._times.get((_length(kv_len), _size(num_tokens)), ())) >= _LEAST_TIMES
 
-    def seconds(self, num_tokens: int) -> float:
+    def seconds(self, num_tokens: int, kv_len: float) -> float:
         """Predict the time of a step. Without any measurement, only ratios of these times mean something."""
-        size = _size(num_tokens)
-        below = max((known for known in self._medians if known[0] <= size), default=None)
-        above = min((known for known in self._medians if known[0] > size), default=None)
+        size, medians = _size(num_tokens), self._medians.get(_length(kv_len), ())
+        below = max((known for known in medians if known[0] <= size), default=None)
+        above = min((known for known in medians if known[0] > size), default=None)
         if below is None or above is None:
             other, seconds = below or above or (1, 1.0)
             return seconds * _grown(size) / _grown(other)
         share = (size - below[0]) / (above[0] - below[0])
         return below[1] + share * max(above[1] - below[1], 0.0)
+
+
+def _length(kv_len: float) -> int:
+    """The length as which a text counts: below 1,024 tokens, 2,048, 4,096, ..."""
+    return (int(kv_len) >> 10).bit_length()
 
 
 def _size(num_tokens: int) -> int:
@@ -131,9 +144,10 @@ class Speculation:
     def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
         """Draft tokens for some of the sequences that decode in the next step, whose tokens so far must be known."""
         gains: list[tuple[float, int, Sequence]] = []
-        num_rows = 0
+        num_rows = num_known = 0
         for sequence in sequences:
             num_rows += 1
+            num_known += sequence.num_tokens
             found = self._live.get(sequence)
             if found is None:
                 found = self._live[sequence] = _Drafted(TextDrafts(sequence, self._runs), len(sequence.output_ids))
@@ -148,7 +162,7 @@ class Speculation:
                     break
                 gains.append((gain, -place, sequence))
                 gain *= success
-        return self._choose(gains, num_rows)
+        return self._choose(gains, num_rows, num_known / max(num_rows, 1))
 
     def note_step(self, batch: Batch, seconds: float) -> None:
         """Learn from a step that was read, and how long the engine's thread worked on it."""
@@ -158,7 +172,8 @@ class Speculation:
             if found is not None:
                 found.num_verified = item.num_samples - 1
         if batch.num_decode + len(verifying) == len(batch.items):
-            self._times.note(batch.num_tokens, seconds)
+            num_known = sum(item.start + 1 for item in batch.items)
+            self._times.note(batch.num_tokens, num_known / len(batch.items), seconds)
 
     def release(self, sequence: Sequence) -> None:
         """Remove a sequence that has ended, and keep its answer. Does nothing if it is unknown."""
@@ -206,15 +221,17 @@ class Speculation:
         share = kind.num_right / kind.num_expected
         return min(share * (own.num_right + _OWN_WEIGHT) / (own.num_expected + _OWN_WEIGHT), _MOST_SUCCESS)
 
-    def _choose(self, gains: list[tuple[float, int, Sequence]], num_rows: int) -> dict[Sequence, list[int]]:
+    def _choose(
+        self, gains: list[tuple[float, int, Sequence]], num_rows: int, kv_len: float
+    ) -> dict[Sequence, list[int]]:
         """Take the drafted tokens with which the step yields most tokens a second. gains: (gain, -place, sequence)."""
         gains.sort(key=itemgetter(0, 1), reverse=True)
-        if not gains or not self._times.knows(num_rows):
+        if not gains or not self._times.knows(num_rows, kv_len):
             return {}
-        best, best_rate, num_tokens = 0, _MARGIN * num_rows / self._times.seconds(num_rows), float(num_rows)
+        best, best_rate, num_tokens = 0, _MARGIN * num_rows / self._times.seconds(num_rows, kv_len), float(num_rows)
         for count, (gain, _, _) in enumerate(gains[: max(_MOST_IN_STEP - num_rows, 0)], 1):
             num_tokens += gain
-            rate = num_tokens / self._times.seconds(num_rows + count)
+            rate = num_tokens / self._times.seconds(num_rows + count, kv_len)
             if rate > best_rate:
                 best, best_rate = count, rate
         chosen: dict[Sequence, list[int]] = {}

@@ -131,7 +131,7 @@ def test_right_drafts_are_verified_soon_and_wrong_ones_are_left_again() -> None:
 
 def test_no_draft_is_verified_where_a_token_costs_as_much_as_a_step() -> None:
     rng = random.Random(3)
-    quoted = [rng.randrange(500) for _ in range(900)]
+    quoted = [rng.randrange(500) for _ in range(700)]
     sequence = make_sequence([*quoted, 600, 601, *quoted[:2]], [], max_tokens=1000)
     speculation = Speculation()
     counts = [step(speculation, [sequence], [quoted[2:]], slope=1.0) for _ in range(200)]
@@ -173,15 +173,27 @@ def test_the_answer_of_a_sequence_that_ended_is_drafted_for_the_next_one() -> No
 
 def test_times_are_interpolated_between_the_sizes_that_were_measured() -> None:
     times = StepTimes()
-    assert times.seconds(8) > times.seconds(4) > times.seconds(1)
+    assert times.seconds(8, 300.0) > times.seconds(4, 300.0) > times.seconds(1, 300.0)
     for _ in range(9):
-        times.note(1, 0.010)
-        times.note(8, 0.024)
-    times.note(8, 3.0)  # a step that somebody disturbed
-    assert times.seconds(1) == pytest.approx(0.010)
-    assert times.seconds(7) == pytest.approx(0.024)
-    assert times.seconds(4) == pytest.approx(0.016)
-    assert times.seconds(16) > 0.024
+        times.note(1, 300.0, 0.010)
+        times.note(8, 300.0, 0.024)
+    times.note(8, 300.0, 3.0)  # a step that somebody disturbed
+    assert times.seconds(1, 300.0) == pytest.approx(0.010)
+    assert times.seconds(7, 300.0) == pytest.approx(0.024)
+    assert times.seconds(4, 300.0) == pytest.approx(0.016)
+    assert times.seconds(16, 300.0) > 0.024
     for _ in range(600):
-        times.note(1, 0.020)
-    assert times.seconds(8) > 0.030, "what was measured long ago is forgotten"
+        times.note(1, 300.0, 0.020)
+    assert times.seconds(8, 300.0) > 0.030, "what was measured long ago is forgotten"
+
+
+def test_steps_of_short_texts_are_not_compared_with_those_of_long_ones() -> None:
+    times = StepTimes()
+    for _ in range(5):
+        times.note(1, 3000.0, 0.011)
+        times.note(4, 3000.0, 0.025)
+        times.note(1, 200.0, 0.005)
+    assert times.knows(1, 900.0)
+    assert not times.knows(4, 900.0)
+    assert times.seconds(4, 900.0) < 0.010
+    assert times.seconds(4, 2500.0) == pytest.approx(0.025)

@@ -56,10 +56,10 @@ class Guesses(Speculation):
 class FixedTimes(StepTimes):
     """Times of steps that no clock has measured."""
 
-    def knows(self, num_tokens: int) -> bool:
+    def knows(self, num_tokens: int, kv_len: float) -> bool:
         return True
 
-    def seconds(self, num_tokens: int) -> float:
+    def seconds(self, num_tokens: int, kv_len: float) -> float:
         return 1 + 0.1 * (num_tokens - 1)
 
 
