@@ -193,8 +193,10 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = {"dtype": arguments.dtype, "num_threads": arguments.threads, "num_kv_tokens": 1 << 17, "device": "cpu"}
     engines = {mode: Engine(arguments.model, speculative=mode, **settings) for mode in ("off", "auto")}
-    work = Work(engines["off"], arguments.tokens, arguments.clock)
-    for engine in engines.values():  # compiled code, recorded steps
+    # Each has its own grammar: whoever is first at a state of a grammar makes its mask.
+    works = {mode: Work(engine, arguments.tokens, arguments.clock) for mode, engine in engines.items()}
+    for mode, engine in engines.items():  # compiled code, recorded steps
+        work = works[mode]
         run_one_turn(engine, work, "free", 4, 0)
         run_one_turn(engine, work, "extraction", 1, 0)
     table = Table("work", "batch", "off tok/s", "auto tok/s", "auto / off", "tokens a step", "same", "accepted")
@@ -207,7 +209,7 @@ def main() -> None:
             for round_ in range(1, arguments.rounds + 1):
                 texts = {}
                 for mode in ("off", "auto") if round_ % 2 else ("auto", "off"):
-                    engine, seed = engines[mode], 100 * round_ + batch
+                    engine, work, seed = engines[mode], works[mode], 100 * round_ + batch
                     engine.flush_cache()
                     if kind == "agent":
                         seconds, results = run_agent(engine, work, batch, seed, arguments.runs)
