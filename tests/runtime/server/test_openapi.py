@@ -45,6 +45,7 @@ BEYOND_A_SCHEMA = {
     "tokens is .* at most max_tokens": "a number bounds another",
     "budget_tokens is .* below max_tokens": "a number bounds another",
     "max_tokens is .* and max_completion_tokens": "two numbers must be equal",
+    "logit_bias names token": "the names of fields are compared with patterns, not with numbers",
     "best_of is .* only the value of n": "two numbers must be equal",
     "give one of them$": "two fields must agree about the form of JSON",
     "entries for .* prompts": "two lists must have one length",
