@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ramet.errors import GrammarTooLarge, InvalidRegex
-from ramet.grammar import ir
+from ramet.grammar import deadline, ir
 from ramet.grammar.regular import char_classes as chars
 
 END = ir.Lookahead(ir.ANY_CHAR, is_negative=True)
 START, UNKNOWN, _SAME, _ANY = -1, -2, -3, -4  # kinds of place beside those of characters, which count from 0
 _MAX_KINDS = 16
+_MAX_SIZE = 20_000  # parts of what is made
 _MAX_COUNT = 64  # of a repeat with a lookbehind in it
 
 _Place = tuple[int, bool]  # the kind of what stands before, and whether the text has ended
@@ -35,7 +36,29 @@ def without_lookbehinds(node: ir.Node, before: int = START) -> ir.Node:
     sets = set(_sets(node))
     if not sets:
         return node
-    return _choice(_ways(node, (before, False), _kinds(sets), is_asked=False).values())
+    found = _choice(_ways(node, (before, False), _kinds(sets), is_asked=False).values())
+    if _size(found, {}) > _MAX_SIZE:
+        raise GrammarTooLarge(
+            "the repeats with anchors and lookbehinds in them are nested too deeply; simplify the pattern"
+        )
+    return found
+
+
+def _size(node: ir.Node, known: dict[int, int]) -> int:
+    """Return the number of parts of a node written out. known: by the id of nodes, which stand in many places."""
+    size = known.get(id(node))
+    if size is None:
+        match node:
+            case ir.Concatenation(parts) | ir.Choice(parts):
+                size = 1 + sum(_size(part, known) for part in parts)
+            case ir.Repeat(item, low, high):
+                size = 1 + _size(item, known) * max(low, high or 1)
+            case ir.Lookahead(item, _):
+                size = 1 + _size(item, known)
+            case _:
+                size = 1
+        known[id(node)] = size
+    return size
 
 
 def _sets(node: ir.Node) -> Iterator[ir.Ranges]:
@@ -80,6 +103,7 @@ def _ways(node: ir.Node, place: _Place, kinds: list[ir.Ranges], *, is_asked: boo
 
     The places may have the kind _SAME: nothing was read; and _ANY, if nobody asks.
     """
+    deadline.check()
     kind, has_ended = place
     if node == END:
         return {(_SAME, True): ir.EMPTY}
@@ -205,7 +229,7 @@ def _united(ways: Iterable[tuple[_Place, ir.Node]]) -> _Ways:
 
 
 def _choice(nodes: Iterable[ir.Node]) -> ir.Node:
-    options = tuple(dict.fromkeys(nodes))
+    options = tuple(nodes)
     return options[0] if len(options) == 1 else ir.Choice(options)
 
 

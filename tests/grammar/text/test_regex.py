@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramet.errors import GrammarTooLarge, InvalidRegex
+from ramet.grammar.deadline import time_limit
 from ramet.grammar.json_schema.schema.pattern import search
 from ramet.grammar.regular import char_classes
 from ramet.grammar.regular import languages as regular
@@ -258,3 +259,13 @@ def test_anchors_boundaries_and_lookbehinds_may_stand_anywhere(seed: int) -> Non
                 continue  # there, ECMA's rules and those of Python before 3.14 are others
             expected = known.search(text) if is_search else known.fullmatch(text)
             assert automaton.accepts(map(ord, text)) == bool(expected), (pattern, flags, text)
+
+
+@pytest.mark.parametrize("depth", [12, 40])
+def test_nested_repeats_of_anchors_end_in_a_typed_error(depth: int) -> None:
+    pattern = r"\bx"
+    for level in range(depth):
+        pattern = rf"(?:{pattern}|\ba)*" if level % 2 else f"(?:{pattern}b)+"
+    for read in (parse_regex, search):
+        with pytest.raises(GrammarTooLarge), time_limit(3.0):
+            read(pattern)
