@@ -41,6 +41,7 @@ BEYOND_A_SCHEMA = {
     "previous_response_not_found": "it names what the server has kept",
     "which is not the id of a stored item": "it names what the server has kept",
     "was not made by this server": "it is what the server has given out",
+    "input is empty": "a conversation needs a message, and reasoning alone is none",
     "which cannot end a text": "a pattern is read by its own rules",
     "tokens is .* at most max_tokens": "a number bounds another",
     "budget_tokens is .* below max_tokens": "a number bounds another",
