@@ -44,7 +44,7 @@ from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import Part, Weights, expected_tensors
 from ramet.runtime.parallel.group import Group
-from ramet.runtime.parallel.messages import Message, decoder, encoder
+from ramet.runtime.parallel.messages import RankMessage, decoder, encoder
 from ramet.runtime.parallel.ranks import FirstRank
 from ramet.runtime.parallel.sharded import SharedModel, apply_tensor_parallel
 from ramet.runtime.parallel.share import Share, check_size
@@ -173,7 +173,7 @@ class OtherRankHere(FirstRank):
         self._runner = runner
         self._num_plans = 0
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: RankMessage) -> None:
         carry_out(decoder.decode(encoder.encode(message)), self._runner)
 
     def fail(self, error: Exception) -> None:

@@ -11,13 +11,13 @@ completion. Runs on the host once per grammar, compiled and without the interpre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from ramet.loops import loop
 
 IMPOSSIBLE = 1 << 30
 _LONGEST_TOKEN = 64
@@ -89,17 +89,24 @@ def closing_table(
     column = np.full(num_states, -1, dtype=np.int32)
     need = np.full(num_states, IMPOSSIBLE, dtype=np.int32)
     token = np.full(num_states, -1, dtype=np.int32)
-    order = _find_ways(np.ascontiguousarray(transitions), accepting, distance, column)
-    _fill(transitions, byte_of, distance, column, order, trie.keys, trie.token, trie.longest, need, token)
+    find_ways, fill, _ = _compiled()
+    order = find_ways(np.ascontiguousarray(transitions), accepting, distance, column)
+    fill(transitions, byte_of, distance, column, order, trie.keys, trie.token, trie.longest, need, token)
     return ClosingTable(need, token)
+
+
+@cache
+def _compiled() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:  # Any: arrays
+    from ramet.loops import loop  # brings numba, which a GPU's process does without until it closes a grammar
+
+    return loop(_find_ways), loop(_fill), loop(_run)
 
 
 def state_after(byte_class: NDArray[np.uint8], transitions: Int32, text: bytes, start: int = 0) -> int:
     """Return the state of a closed automaton after a text that begins in `start`, -1 if it refuses the text."""
-    return int(_run(byte_class, transitions, np.frombuffer(text, dtype=np.uint8), start))
+    return int(_compiled()[2](byte_class, transitions, np.frombuffer(text, dtype=np.uint8), start))
 
 
-@loop
 def _run(byte_class, transitions, text, state):  # type: ignore[no-untyped-def]
     for i in range(len(text)):
         state = transitions[state, byte_class[text[i]]]
@@ -108,7 +115,6 @@ def _run(byte_class, transitions, text, state):  # type: ignore[no-untyped-def]
     return state
 
 
-@loop
 def _find_ways(transitions, accepting, distance, column):  # type: ignore[no-untyped-def]
     """Breadth first from the accepting states, backwards; fills distance and column, returns states by distance."""
     num_states, num_columns = transitions.shape
@@ -149,7 +155,6 @@ def _find_ways(transitions, accepting, distance, column):  # type: ignore[no-unt
     return order[:tail]
 
 
-@loop
 def _fill(transitions, byte_of, distance, column, order, keys, token_of, longest, need, token):  # type: ignore[no-untyped-def]
     """Fill need and token, nearest states first."""
     for i in range(len(order)):

@@ -80,15 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush goes there
+        return 1
     except Exception as error:
         lines = [line for line in traceback.extract_tb(error.__traceback__) if _is_of_program(line.filename)]
         if not lines:
             raise
         shown = [*traceback.format_list(lines), *traceback.format_exception_only(error)]
         print("".join(shown), end="", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush goes there
         return 1
     return status
 

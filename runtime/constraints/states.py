@@ -219,7 +219,7 @@ class GrammarStates:
     def work(self, seconds: float, *, new_only: bool = False) -> None:
         """Let the works of grammars go on for about `seconds`. new_only: only those that have not begun yet."""
         for work in self._turns.give(seconds, to_unfinished=not new_only):
-            work.finish()
+            work.finish(work)
 
     def take_joined(self) -> list[Sequence]:
         """Return the new sequences that may be scheduled from now on."""
@@ -232,7 +232,7 @@ class GrammarStates:
         return rows
 
     def _begin(self, sequence: Sequence, do: Callable[[], None], finish: Callable[[], None]) -> None:
-        def go_on() -> None:
+        def go_on(work: GrammarWork) -> None:
             if sequence.is_finished:
                 return
             del self._works[sequence]

@@ -29,12 +29,13 @@ _MAX_THREADS = 64
 @dataclass(slots=True, eq=False)
 class GrammarWork:
     """A piece of work. Works of one owner are done one after the other. finish: for the engine's thread, once the work
-    is done. error: set if `do` raised.
+    is done; it gets the work, so that the two do not refer to each other. Then all that a work holds is freed at its
+    end, and not by the garbage collector at any time on any thread. error: set if `do` raised.
     """
 
     owner: Hashable
     do: Callable[[], None]
-    finish: Callable[[], None] = lambda: None
+    finish: Callable[[GrammarWork], None] = lambda _: None
     is_cancelled: bool = False
     error: Exception | None = None
 

@@ -254,10 +254,8 @@ def _heartbeat_metrics(
     for what in ("drafted", "accepted"):
         prefix = f"num_{what}_tokens_"
         by_source = {n.removeprefix(prefix): int(value) for n, value in stats.items() if n.startswith(prefix)}
-        if by_source:
-            yield labelled(
-                f"ramet_{what}_tokens", f"tokens {what}, by what they were drafted from", "source", Tally(by_source)
-            )
+        text = f"tokens {what}, by what they were drafted from"
+        yield labelled(f"ramet_{what}_tokens", text, "source", Tally(by_source))
     yield counter("ramet_prefix_cache_hit_tokens", "prompt tokens taken from the cache", cached)
     yield counter("ramet_prefix_cache_query_tokens", "prompt tokens looked up in the cache", cached + computed)
     yield counter("ramet_computed_tokens", "prompt tokens computed", computed)

@@ -896,7 +896,7 @@ def test_a_cancelled_task_cancels_its_program() -> None:
 
 
 def test_a_batch_that_is_left_early_cancels_the_rest() -> None:
-    slow = MockBackend({"0 ": "a", "long?": "a b c d e f g h i j k l m n"}, latency_s=0.01)
+    slow = MockBackend({"0 ": "a", "long?": "a b c d e f g h i j k l m n"}, latency_s=0.1)
 
     @function
     def program(s: State, i: int) -> None:

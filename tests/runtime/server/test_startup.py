@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -80,7 +81,7 @@ def test_loading_can_be_watched_at_ready_and_in_the_log(serve_command: Callable[
 
 
 def test_engines_that_never_come_up_are_given_up_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_proxy.sys, "executable", "/bin/false")  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     monkeypatch.setattr(engine_proxy, "_RESTART_PAUSES_S", (0.0,))
 
     async def scenario() -> None:

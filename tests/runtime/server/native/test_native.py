@@ -414,7 +414,7 @@ def test_programs_run_stream_repeat_and_cancel(server: Server) -> None:
         ({}, "graph"),
         ({"graph": {"version": 99, "nodes": []}}, "version 99"),
         ({"graph": {"version": 1, "nodes": []}, "arguments": {"x": 1}}, "no argument 'x'"),
-        ({"graph": {"version": 1, "nodes": []}, "rows": []}, "rows is empty"),
+        ({"graph": {"version": 1, "nodes": []}, "rows": []}, "rows: List should have at least 1"),
         ({"graph": {"version": 1, "nodes": []}, "open": True}, "stream or detach"),
         (
             {
