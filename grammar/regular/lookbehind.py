@@ -45,15 +45,16 @@ def without_lookbehinds(node: ir.Node, before: int = START) -> ir.Node:
 
 
 def _size(node: ir.Node, known: dict[int, int]) -> int:
-    """Return the number of parts of a node written out. known: by the id of nodes, which stand in many places."""
+    """Return the number of parts of a node written out, a repeat counting once: large ones have limits of their own.
+
+    known: by the id of nodes, which stand in many places.
+    """
     size = known.get(id(node))
     if size is None:
         match node:
             case ir.Concatenation(parts) | ir.Choice(parts):
                 size = 1 + sum(_size(part, known) for part in parts)
-            case ir.Repeat(item, low, high):
-                size = 1 + _size(item, known) * max(low, high or 1)
-            case ir.Lookahead(item, _):
+            case ir.Repeat(item) | ir.Lookahead(item):
                 size = 1 + _size(item, known)
             case _:
                 size = 1
