@@ -25,7 +25,7 @@ demo: $(STAMP)  ## run examples/quickstart.py on SmolLM2-135M-Instruct
 
 test: $(STAMP) $(NPM_STAMPS)  ## the suite that CI runs
 	$(BIN)/ramet pull smollm2-135m
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n logical --maxprocesses 4 --dist loadfile \
+	MALLOC_PERTURB_=85 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n logical --maxprocesses 4 --dist loadfile \
 		--max-worker-restart 0
 
 test-all: $(STAMP) $(NPM_STAMPS)  ## also the long and large ones, and the GPU's where there is one

@@ -144,7 +144,8 @@ def _attend(
         _fetch(values, pages, position + count, kv_len, page_size, page_bytes, row_bytes)
         value = values + _offset(pages, position, page_size, page_bytes, row_bytes)
         for head in range(num_heads):
-            source = start + (head * whole + position - first) * 4
+            # Not from `start`: compiled code frees an array after its name's last use, whoever still has its address.
+            source = scores.ctypes.data + (head * whole + position - first) * 4
             _weighted_sum(source, value, count, head_dim, out + head * row_bytes)
         position += count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,6 +106,28 @@ def test_decode_attention_equals_the_reference(
     finally:
         torch.set_num_threads(before)
     assert_close(actual, attention_decode_reference(q, k_cache, v_cache, meta, 0.3, window))
+
+
+FREED = """
+import torch
+from ramet.kernels.attention.decode import DecodeMetadata, attention_decode_reference
+from ramet.kernels.cpu.ops import cpu_ops
+from ramet.kernels.cpu.program import KernelStream
+
+q, cache = torch.randn(2, 9, 64), torch.randn(200, 3, 8, 64)
+rows, lens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([700, 90], dtype=torch.int32)
+meta = DecodeMetadata(lens, rows, (1 + torch.arange(198)).view(2, 99).to(torch.int32), 1)
+actual = cpu_ops(KernelStream(), torch.float32, head_dim=64).attention_decode(q, cache, cache, meta, 0.1, None, None)
+print((actual - attention_decode_reference(q, cache, cache, meta, 0.1, None)).abs().max() < 2e-5)
+"""
+
+
+def test_decode_attention_does_not_use_memory_that_it_freed() -> None:
+    environment = {**os.environ, "MALLOC_PERTURB_": "85"}  # glibc fills what is freed with this byte
+    found = subprocess.run(
+        [sys.executable, "-c", FREED], capture_output=True, text=True, timeout=200, env=environment, check=True
+    )
+    assert found.stdout.strip() == "tensor(True)"
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 40])
