@@ -20,7 +20,7 @@ from ramet.kernels.attention.tree_triton import attention_tree_triton
 from ramet.kernels.card_table import CardTable
 from ramet.kernels.grammar.mask import Budgets, ResidentAutomata, TokenTable
 from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
-from ramet.kernels.layers import activation, gemv, norm, quantize_fp8, rope
+from ramet.kernels.layers import activation, adapters, gemv, norm, quantize_fp8, rope
 from ramet.kernels.layers.matmul_invariant import matmul_invariant_triton
 from ramet.kernels.sampling.logit_edits import EditTables, count_tokens_triton
 from ramet.kernels.sampling.sample import GrammarTables
@@ -109,6 +109,12 @@ def elementwise(model: Model) -> list[Launch]:
         Launch(f"{name} to fp8", partial(quantize_fp8.quantize_fp8_triton, x)),
         Launch(f"{name} to fp8, inner", partial(quantize_fp8.quantize_fp8_triton, tensor(64, model.inner))),
     ]
+    outputs = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    bounds = (0, model.num_heads * model.head_dim, outputs - model.num_kv_heads * model.head_dim, outputs)
+    a, b, chosen = tensor(9, 3, 64, hidden), tensor(9, outputs, 64), adapters.TokenAdapters(ints(64), ())
+    adapted = adapters.AdapterTable(a, b, bounds, [])
+    add = partial(adapters.add_adapters_triton, tensor(64, outputs), x, adapted, chosen)
+    launches.append(Launch(f"{name} adapters", add))
     qkv = tensor(64, model.num_heads + 2 * model.num_kv_heads, model.head_dim)
     q, k, v = qkv.split([model.num_heads, model.num_kv_heads, model.num_kv_heads], dim=1)
     angles = tensor(16384, model.head_dim // 2, dtype=torch.float32)

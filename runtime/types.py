@@ -49,6 +49,15 @@ class Status(Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A loaded adapter (LoRA). `index`: its place in the tables, from 1. `namespace`: precedes its requests' salts."""
+
+    name: str
+    index: int
+    namespace: str
+
+
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """Options of a request, besides prompt and sampling. A wrong value raises InvalidRequest naming the field.
 
@@ -57,7 +66,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     lower `priority` values run first. `deadline_s`: seconds from submission until the request is aborted. `score_from`:
     generate nothing, and return the log-probabilities of `prompt_ids[score_from:]`, with the `logprobs` most likely
     tokens of each position, if the sampling parameters ask for some. `draft`: text that the answer is expected to be
-    like, such as a file that it changes a little; only its speed depends on it (EngineConfig.speculative).
+    like, such as a file that it changes a little; only its speed depends on it (EngineConfig.speculative). `adapter`:
+    the name of a loaded adapter; empty: the model alone.
     """
 
     cache_salt: str = ""
@@ -67,6 +77,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     deadline_s: float | None = None
     score_from: int | None = None
     draft: str = ""
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         # The scheduler uses these values on the engine's thread, where an error would end all requests.
@@ -74,6 +85,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise wrong_option("cache_salt", self.cache_salt, "text that UTF-8 can write")
         if not _is_text(self.draft):
             raise wrong_option("draft", self.draft, "text that UTF-8 can write")
+        if not _is_text(self.adapter):
+            raise wrong_option("adapter", self.adapter, "the name of an adapter, or empty")
         if self.program_id is not None and not isinstance(self.program_id, str):
             raise wrong_option("program_id", self.program_id, "text, or None")
         if not isinstance(self.owner, str):
@@ -121,7 +134,7 @@ class Request:
     `cache_salt`: requests share cached prefixes only with requests of the same salt.
     `score_from`: if set, nothing is generated; the log-probabilities of `prompt_ids[score_from:]` are returned, with
     the `sampling.logprobs` most likely tokens of each position. `expected_ids`: the draft that the
-    client gave; only the answer's speed depends on it.
+    client gave; only the answer's speed depends on it. `adapter`: its cached prefixes are its own.
     `arrival_s`, `deadline_s`: seconds of time.monotonic(). `owner`, `priority`: as in RequestOptions.
     `num_prompt + max_tokens` never exceeds the context: `engine/validation.py`, which makes requests, checks it.
     """
@@ -141,6 +154,7 @@ class Request:
     score_from: int | None = None
     seed: int = 0
     expected_ids: TokenIds | None = None
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) == 0:

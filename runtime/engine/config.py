@@ -75,6 +75,13 @@ class EngineConfig:
     kernel_table: str | None = _doc(
         None, "file of kernel choices measured on this card; None: the one that comes with Ramet, if there is one"
     )
+    lora: tuple[str, ...] = _doc(
+        (), "an adapter (LoRA) to load at start, as name=path of a PEFT folder; a request chooses it as its model"
+    )
+    max_loras: int | None = _doc(
+        None, "adapters that may be loaded at once, also while the engine runs; None: 8 with lora, else none"
+    )
+    max_lora_rank: int = _doc(64, "the largest rank of an adapter")
     grammar_on_device: bool = _doc(True, "keep closed automata on the GPU")
     json_whitespace: str | None = _doc(
         None,
@@ -105,10 +112,21 @@ class EngineConfig:
                 "deterministic is True but must be False with tp > 1, where the order of sums over ranks depends on "
                 "the batch"
             )
+        if self.num_loras and self.tp > 1:
+            raise ConfigError(
+                f"lora and max_loras need tp=1, but tp is {self.tp}; adapters are not divided among ranks"
+            )
+        if len(self.lora) > self.num_loras:
+            raise ConfigError(f"lora names {len(self.lora)} adapters but max_loras is {self.max_loras}; raise it")
         if self.num_kv_tokens is not None and self.num_kv_tokens < 2 * self.page_size:
             raise ConfigError(
                 f"num_kv_tokens is {self.num_kv_tokens} but must be at least two pages: {2 * self.page_size}"
             )
+
+    @property
+    def num_loras(self) -> int:
+        """How many adapters may be loaded at once."""
+        return self.max_loras if self.max_loras is not None else max(8, len(self.lora)) if self.lora else 0
 
     @property
     def json_form(self) -> JsonForm:
@@ -171,6 +189,12 @@ _LIMITS: dict[str, Limit] = {
     "max_queued_requests": _whole(1),
     "chunked_prefill_size": _whole(1, MAX_INT32),
     "max_step_ms": _whole(0, 1_000_000),
+    "lora": (
+        lambda value: type(value) is tuple and all(type(part) is str and all(part.partition("=")) for part in value),
+        "a tuple of texts name=path",
+    ),
+    "max_loras": _whole(0, 1024),
+    "max_lora_rank": _whole(1, 1024),
     "cuda_graph_max_extend": _whole(0, MAX_INT32),
     "json_whitespace": (lambda value: type(value) is str and whitespace_named(value) is not None, f"one of {_SPACES}"),
     "default_max_tokens": _whole(1, MAX_INT32),

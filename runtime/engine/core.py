@@ -66,7 +66,12 @@ class EngineCore:
 
     def add(self, request: Request) -> Sequence:
         """Queue a request. Raises the errors of `Scheduler.add`; only this request fails."""
+        adapters = self.runner.adapters
+        if request.adapter is not None and adapters is not None:
+            adapters.check(request.adapter)
         sequence = self.scheduler.add(request, is_ready=request.grammar is None)
+        if adapters is not None:
+            adapters.acquire(sequence)
         if request.grammar is not None:
             self.runner.use_device()
             self.grammars.add(sequence)
@@ -281,6 +286,8 @@ class EngineCore:
             self.speculation.release(sequence)
         if self.runner.edits is not None:
             self.runner.edits.release(sequence)
+        if self.runner.adapters is not None:
+            self.runner.adapters.release(sequence)
 
     def close(self) -> None:
         """End the threads of the grammars."""

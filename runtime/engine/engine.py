@@ -15,12 +15,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from ramet.errors import EngineStopped, InvalidRequest, RametError, RequestCancelled
+from ramet.errors import ConfigError, EngineStopped, InvalidRequest, RametError, RequestCancelled
 from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.cache.probe import Difference, differences
 from ramet.runtime.engine.compiled_code import OnStage, prepare_compiled_code
@@ -30,6 +32,7 @@ from ramet.runtime.engine.factory import build_core
 from ramet.runtime.engine.loading import load
 from ramet.runtime.engine.validation import RequestBorder
 from ramet.runtime.handle import RequestHandle, RequestResult
+from ramet.runtime.models.adapters import Adapters
 from ramet.runtime.parallel.sharded import SharedModel
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.stops import StopScanner
@@ -130,7 +133,10 @@ class Engine:
             default_max_tokens=config.default_max_tokens,
             seed=config.seed,
             drafts=self._core.speculation is not None,
+            find_adapter=None if self._core.runner.adapters is None else self._core.runner.adapters.find,
         )
+        for name, _, path in (entry.partition("=") for entry in config.lora):
+            self._load_adapter(name, path, lambda work: work())
         if self.model.decoder.device.type == "cpu":
             from ramet.kernels.cpu.threads import release_threads  # compiles CPU code: not needed for a GPU
 
@@ -287,6 +293,41 @@ class Engine:
         assert log is not None, "nobody watches the cache"
         whole: CacheChanges = self._ask(log.whole)
         return whole
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the loaded adapters."""
+        adapters = self._core.runner.adapters
+        return [] if adapters is None else adapters.names
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Load an adapter (LoRA) from a PEFT folder, so that requests can choose it by `adapter=name`. Thread-safe.
+
+        Raises:
+            ConfigError: the engine has no room for adapters, or the adapter needs what Ramet cannot do.
+            InvalidRequest: the name is in use, or as many adapters as --max-loras are.
+            BrokenModelFile: the files are damaged, or belong to another model.
+        """
+        self._load_adapter(name, path, self._ask)
+
+    def unload_adapter(self, name: str) -> None:
+        """Let no new request choose this adapter; requests that run keep it. Thread-safe. Raises InvalidRequest."""
+        self._ask(partial(self._room_for_adapters().remove, name))
+
+    def _load_adapter(
+        self, name: str, path: str | os.PathLike[str], on_thread: Callable[[Callable[[], Any]], Any]
+    ) -> None:  # Any: whatever the function returns
+        adapters = self._room_for_adapters()
+        on_thread(partial(adapters.check_name, name))
+        matrices = adapters.read(Path(path))
+        on_thread(partial(adapters.add, name, matrices))
+        logger.info("loaded the adapter %s from %s", name, path)
+
+    def _room_for_adapters(self) -> Adapters:
+        adapters = self._core.runner.adapters
+        if adapters is None:
+            raise ConfigError("this engine has no room for adapters; start it with --lora or --max-loras")
+        return adapters
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges: running, waiting, tokens cached and computed, pages free and cached, preemptions."""

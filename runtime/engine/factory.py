@@ -19,6 +19,7 @@ from ramet.runtime.constraints.device_grammars import MAX_STATES, MAX_TRANSITION
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
+from ramet.runtime.models.adapters import Adapters
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import BlockLinear
 from ramet.runtime.models.linear_gpu import apply_batch_invariance, apply_card_table
@@ -134,6 +135,7 @@ def build_runner(
     decoder = prepare_decoder(decoder, config, device)
     if isinstance(decoder, TransformersDecoder):  # its layers may read the host in a step
         config = config.changed({"cuda_graph": False})
+    adapters = Adapters(decoder, config.num_loras, config.max_lora_rank) if config.num_loras else None
     tree = make_tree_planner(decoder, config, device)
     page_bytes = bytes_per_token(decoder.config, dtype) * config.page_size
     num_pages = None if config.num_kv_tokens is None else -(-config.num_kv_tokens // config.page_size) + 1
@@ -170,6 +172,7 @@ def build_runner(
             tiles=card_table(config, device).tiles if device.type == "cuda" else None,
             share=None if group is None else group.share,
             peers=peers,
+            adapters=adapters,
         )
         if device.type == "cuda" and config.cuda_graph:
             runner.capture_graphs(config.cuda_graph_max_extend)

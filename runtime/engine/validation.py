@@ -6,13 +6,14 @@ import itertools
 import random
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 from ramet.errors import ContextOverflow, InvalidRequest, InvalidSampling
 from ramet.runtime.text.stops import check_pattern
 from ramet.runtime.text.tokenizer import Tokenizer
-from ramet.runtime.types import Grammar, Request, RequestOptions, SamplingParams, TokenIds, wrong_option
+from ramet.runtime.types import Adapter, Grammar, Request, RequestOptions, SamplingParams, TokenIds, wrong_option
 
 _MOST_EXPECTED = 100_000  # characters of a client's draft; the rest is not looked at
 
@@ -22,6 +23,7 @@ class RequestBorder:
 
     `context_limit`: name of the option that limits the context. `default_max_tokens`: for requests without max_tokens.
     `seed`: seed of the generator that draws seeds for requests without one. `drafts`: those of clients are of use.
+    `find_adapter`: returns the loaded adapter of a name, or raises InvalidRequest.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class RequestBorder:
         default_max_tokens: int,
         seed: int,
         drafts: bool = False,
+        find_adapter: Callable[[str], Adapter] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -41,6 +44,7 @@ class RequestBorder:
         self._context_limit = context_limit
         self._default_max_tokens = default_max_tokens
         self._drafts = drafts
+        self._find_adapter = find_adapter
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         self._seed_lock = threading.Lock()
@@ -74,6 +78,7 @@ class RequestBorder:
                     raise InvalidSampling(f"{name} names token {token}, but the vocabulary has {vocab:,}", param=name)
         for pattern in sampling.stop_regex:
             check_pattern(pattern)
+        adapter = self._adapter(options.adapter) if options.adapter else None
         num_prompt = len(prompt_ids)
         score_from = options.score_from
         if score_from is not None and not 1 <= score_from <= num_prompt:
@@ -104,7 +109,7 @@ class RequestBorder:
             max_tokens=wanted,
             stop_ids=eos | frozenset(sampling.stop_token_ids),
             grammar=grammar,
-            cache_salt=options.cache_salt,
+            cache_salt=options.cache_salt if adapter is None else adapter.namespace + options.cache_salt,
             program_id=options.program_id,
             owner=options.owner,
             priority=options.priority,
@@ -113,4 +118,13 @@ class RequestBorder:
             score_from=score_from,
             seed=seed,
             expected_ids=np.asarray(self._tokenizer.encode(expected), dtype=np.int32) if expected else None,
+            adapter=adapter,
         )
+
+    def _adapter(self, name: str) -> Adapter:
+        if self._find_adapter is None:
+            raise InvalidRequest(
+                f"adapter is {name[:200]!r} but this engine takes none; start it with --lora or --max-loras",
+                param="adapter",
+            )
+        return self._find_adapter(name)

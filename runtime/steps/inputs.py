@@ -65,7 +65,8 @@ class Step:
     most likely tokens they request at most. num_score_tops: the same of rows that are scored. needs_host: the host
     masks or edits rows, so no graph can sample them. masks: int32 [R, W], one for each sampled position, if the host
     masks some. edited: one entry for each sampled position, the sequence and the index of its next token if the host
-    edits its logits, else None; `edited` itself is None if the host edits no row.
+    edits its logits, else None; `edited` itself is None if the host edits no row. adapters: int32 [T], each token's
+    adapter, 0 for none; None if no token has one.
     """
 
     decode_rows: NDArray[np.int32]
@@ -78,6 +79,7 @@ class Step:
     num_tops: int
     num_score_tops: int
     needs_host: bool
+    adapters: NDArray[np.int32] | None = None
     num_verified: int = 0
     masks: NDArray[np.int32] | None = None
     edited: list[Edited | None] | None = None
@@ -179,6 +181,15 @@ def gather_logprobs(items: Seq[ScheduledSequence]) -> tuple[NDArray[np.int32], i
     wanted = [item.sequence.request.sampling.logprobs for item in items for _ in range(item.num_samples)]
     rows = [row for row, count in enumerate(wanted) if count is not None]
     return np.asarray(rows, dtype=np.int32), max((count or 0 for count in wanted), default=0)
+
+
+def gather_adapters(items: Seq[ScheduledSequence]) -> NDArray[np.int32] | None:
+    """The adapters of a step's tokens, int32 [T], 0 for none; None if no token has one."""
+    adapters = [item.sequence.request.adapter for item in items]
+    if all(adapter is None for adapter in adapters):
+        return None
+    indices = np.asarray([0 if adapter is None else adapter.index for adapter in adapters], dtype=np.int32)
+    return np.repeat(indices, [item.num_tokens for item in items])
 
 
 def most_tops(items: Seq[ScheduledSequence]) -> int:

@@ -25,6 +25,7 @@ from ramet.kernels.grammar.arena import FREE_STATE, GrammarArena
 from ramet.kernels.slots.copy_pages import copy_pages
 from ramet.kernels.slots.tables import COLUMNS, scatter_rows, upload
 from ramet.runtime.constraints.states import HostMasks
+from ramet.runtime.models.adapters import Adapters
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.attention_plans import AttentionPlans
 from ramet.runtime.steps.cuda_graph import GraphCapture
@@ -35,6 +36,7 @@ from ramet.runtime.steps.inputs import (
     ExtendArrays,
     LastToken,
     Step,
+    gather_adapters,
     gather_decode,
     gather_extend,
     gather_logprobs,
@@ -92,12 +94,13 @@ class ModelRunner:
         num_sms: int | None = None,
         share: Callable[[Tensor], None] | None = None,
         peers: Peers | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         """is_deterministic: a row's bits must not depend on the other rows; `decoder` has batch-invariant products.
 
         tiles: attention tiles measured on this GPU. num_sms: number of processors among which attention is split; None
         for the GPU's own. With several ranks, `share` overwrites a tensor with the first rank's, in graphs, too. Only
-        the first rank has `peers`, the others, and `arena` and `edits`.
+        the first rank has `peers`, the others, and `arena` and `edits`. adapters: steps with some run op by op.
         """
         if device.type == "cuda" and num_sms is None:
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -108,6 +111,7 @@ class ModelRunner:
         self.edits = edits
         self.tree = tree
         self.peers = peers
+        self.adapters = adapters
         self.device = device
         self.max_kv_len = max_kv_len
         self._plans = AttentionPlans(
@@ -123,6 +127,7 @@ class ModelRunner:
         self._sampler = Sampler(decoder, slots.tables, arena, edits, share)
         parts = decoder, slots, self._plans, self._sampler
         eager = EagerSteps(*parts)
+        self._adapted = None if adapters is None else EagerSteps(adapters.decoder, slots, self._plans, self._sampler)
         make_record = decoder.ops.make_record
         self.recorded = None if make_record is None else RecordedSteps(*parts, eager, make_record())
         self.graphed: GraphedSteps | None = None
@@ -161,6 +166,12 @@ class ModelRunner:
     def run(self, step: Step) -> tuple[Sampled, StepLogprobs | None]:
         """Run a step on this rank; with several ranks, all run the same steps in the same order."""
         self._copy_pages(step.page_copies)
+        if step.adapters is not None:
+            assert self.adapters is not None
+            assert self._adapted is not None
+            self.adapters.choose(step.adapters)
+            adapted = self._adapted.run(step)
+            return adapted, StepLogprobs.of(step, adapted)
         for strategy in self._strategies:
             sampled = strategy.run(step)
             if sampled is not None:
@@ -201,6 +212,7 @@ class ModelRunner:
             num_tops,
             num_score_tops=0 if extend is None else most_tops(batch.items[batch.num_decode :]),
             needs_host=words is not None or edited is not None,
+            adapters=gather_adapters(batch.items) if self.adapters is not None and self.adapters.is_used else None,
             num_verified=sum(item.num_samples > 1 for item in batch.items[batch.num_decode :]),
             masks=words,
             edited=edited,

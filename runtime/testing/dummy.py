@@ -5,10 +5,14 @@ For throughput measurements and tests in which only shapes matter. Its output is
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ramet.kernels.ops import Ops
@@ -64,6 +68,34 @@ def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype,
         return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, deviation, generator=generator)
 
     return Weights({name: partial(read, name, shape) for name, shape in expected_tensors(config).items()})
+
+
+def write_dummy_adapter(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    rank: int = 4,
+    alpha: float = 8.0,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Write a random adapter (LoRA) as PEFT does. shapes: [N, K] of the modules that it changes.
+
+    Returns what it adds to each module's weight: fp32 [N, K].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    changes: dict[str, Tensor] = {}
+    for module, (rows, columns) in shapes.items():
+        a = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
+        b = torch.randn(rows, rank, generator=generator) / math.sqrt(rank)
+        name = f"base_model.model.{module}"
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        changes[module] = b @ a * (alpha / rank)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(shapes), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return changes
 
 
 def tiny_model(ops: Ops | None = None) -> LoadedModel:

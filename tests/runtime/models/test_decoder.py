@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ramet.errors import UnsupportedArchitecture
+from ramet.runtime.models.adapters import Adapters
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.families import family_named
@@ -21,7 +24,7 @@ from ramet.runtime.models.linear_fp8 import Fp8Linear
 from ramet.runtime.models.load import open_weights
 from ramet.runtime.models.weights import Weights
 from ramet.runtime.testing.bare_cache import BareCache
-from ramet.runtime.testing.dummy import dummy_decoder
+from ramet.runtime.testing.dummy import dummy_decoder, write_dummy_adapter
 
 TOLERANCE = 1e-4
 NUM_TOKENS = 41
@@ -223,6 +226,30 @@ def test_fp8_moves_the_logits_a_little(oracle: Oracle) -> None:
     found = one_by_one(decoder, oracle.prompt)
     agreement = torch.corrcoef(torch.stack((found.flatten(), oracle.expected.flatten())))[0, 1]
     assert float(agreement) > 0.85, agreement  # a token's experts may change
+
+
+def test_an_adapter_gives_the_logits_of_the_merged_weights_to_the_tokens_that_chose_it(
+    oracle: Oracle, tmp_path: Path
+) -> None:
+    file = load_file(oracle.directory / "model.safetensors")
+    modules = {
+        name.removesuffix(".weight"): tuple(tensor.shape)
+        for name, tensor in file.items()
+        if tensor.ndim == 2 and re.search(r"self_attn|mlp\.(gate|up|down|gate_up)_proj", name)
+    }
+    changes = write_dummy_adapter(tmp_path / "adapter", modules, alpha=2.0)
+    merged = {name: tensor + changes.get(name.removesuffix(".weight"), 0) for name, tensor in file.items()}
+    save_file(merged, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((oracle.directory / "config.json").read_text())
+    expected = BareCache(load(tmp_path), 1, NUM_TOKENS).step([], [(0, oracle.prompt)])
+    assert float((expected - oracle.expected).abs().max()) > 0.05
+    adapters = Adapters(oracle.decoder, 2, 8)
+    chosen = adapters.add("one", adapters.read(tmp_path / "adapter"))
+    cache = BareCache(adapters.decoder, 2, NUM_TOKENS)
+    adapters.choose(np.repeat(np.asarray([0, chosen.index], dtype=np.int32), NUM_TOKENS))
+    logits = cache.step([], [(0, oracle.prompt), (1, oracle.prompt)])
+    assert_close(logits[:NUM_TOKENS], oracle.expected)
+    assert_close(logits[NUM_TOKENS:], expected, 5e-4 if oracle.decoder.config.experts else TOLERANCE)
 
 
 def test_a_gptq_checkpoint_gives_the_logits_of_its_dequantised_numbers(oracle: Oracle, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ TESTS = {  # where each column is tested, for the models of its table
     "FP8": "test_decoder.py",
     "W4A16": "test_decoder.py",
     "GGUF": "test_loaders.py",
-    "LoRA": None,
+    "LoRA": "test_decoder.py",
     "tp": "../parallel/test_sharded.py",
 }
 
