@@ -14,12 +14,15 @@
 Importing the package loads no model code; the names of `__init__.pyi` are loaded when they are first used.
 """
 
+import os as _os
 from importlib import metadata as _metadata
 
 import lazy_loader as _lazy_loader
 
 from ramet.errors import explained as _explained
+from ramet.openmp_waits import limit_spinning as _limit_spinning
 
+_limit_spinning(_os.environ)  # before anything here loads torch
 _load, __dir__, __all__ = _lazy_loader.attach_stub(__name__, __file__)
 
 

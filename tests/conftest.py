@@ -1,7 +1,6 @@
 """What has to be chosen before torch is loaded or any kernel defined.
 
-Where there is no GPU, Triton kernels run in Triton's interpreter. Threads that wait sleep soon, as the server's do, for
-tests share the cores with servers that they start.
+Where there is no GPU, Triton kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-from ramet.runtime.engine.openmp_waits import limit_spinning
+import ramet  # noqa: F401 (before torch: it limits how long waiting threads spin)
 
-limit_spinning(os.environ)
-
-import torch  # noqa: E402
+# isort: split
+import torch
 
 # No test fails because the machine is busy: an example may take long, and may be drawn slowly.
 hypothesis.settings.register_profile("ramet", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -30,7 +30,6 @@ from ramet.cli.scale import add_scale, run_scale
 from ramet.cli.serve import add_serve, run_serve
 from ramet.cli.size import add_size, run_size
 from ramet.errors import RametError, explained
-from ramet.runtime.engine.openmp_waits import limit_spinning
 
 Arguments = argparse.Namespace
 _LONGEST_USAGE = 6  # lines
@@ -65,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         vars(arguments)[arguments.further] += rest  # argparse stops at an option between the arguments of one list
     elif rest:
         arguments.parser.refuse(rest)
-    limit_spinning(os.environ)
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()  # whoever read it may have left, which is to be noticed here

@@ -18,7 +18,6 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from ramet.runtime.engine.openmp_waits import limit_spinning
 from ramet.runtime.server.link.protocol import Settings
 
 _END_S = 10.0  # for an engine to end on SIGTERM; then it is killed
@@ -60,14 +59,11 @@ class LocalLauncher:
         return socket, address
 
     async def start(self, settings: Settings) -> None:
-        environment = dict(os.environ)
-        limit_spinning(environment)
         self._process = process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "ramet.runtime.server.link.process",
             stdin=asyncio.subprocess.PIPE,
-            env=environment,
             start_new_session=True,  # a terminal's Ctrl-C goes to the server alone, which then ends its engine
         )
         assert process.stdin is not None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
-from ramet.runtime.engine.openmp_waits import SPIN_COUNT, limit_spinning
+from ramet.openmp_waits import SPIN_COUNT, limit_spinning
 
 
 @pytest.mark.parametrize(
@@ -19,3 +22,9 @@ from ramet.runtime.engine.openmp_waits import SPIN_COUNT, limit_spinning
 def test_spinning_is_limited_unless_the_user_has_decided(given: dict[str, str], expected: dict[str, str]) -> None:
     limit_spinning(given)
     assert given == expected
+
+
+def test_importing_ramet_sets_the_limit_before_torch_is_loaded() -> None:
+    code = "import os, sys, ramet; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={}, check=True)
+    assert found.stdout.split() == [str(SPIN_COUNT), "False"]

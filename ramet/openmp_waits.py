@@ -1,7 +1,8 @@
 """Limit how long a CPU thread spins while it waits for other threads. OpenMP reads the limit when torch loads it.
 
 GNU's OpenMP spins 300,000 times, which is tens of milliseconds. If other processes need the cores (a server and its
-clients do), spinning threads keep the awaited thread from running, and every barrier costs a time slice.
+clients do), spinning threads keep the awaited thread from running, and every barrier costs a time slice. So `import
+ramet` sets the limit; it comes too late in a process that has loaded torch before.
 """
 
 from __future__ import annotations
