@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
-from ramet.grammar import ir
+from ramet.grammar import deadline, ir
 from ramet.grammar.regular.dfas import MAX_STATES, Dfa
 from ramet.grammar.regular.languages import compile_chars
 
@@ -132,6 +132,7 @@ def utf8_table(dfa: Dfa, *, max_states: int = 1_000_000, name: str = "") -> ir.T
         return out
 
     for row in transitions:
+        deadline.check(name)
         wide = np.full(256, -1, dtype=np.int32)
         wide[:0x80] = row[planes.one]
         two = add(row[planes.last])

@@ -8,8 +8,8 @@ lets the engine's thread have the interpreter. A job that looks too seldom is no
 A job that passes its time or memory limit ends with GrammarTooLarge, which names the part that was being compiled. The
 time is its thread's own, so neither other jobs nor a busy machine count. A worker whose job is given up stops at the
 next look, is interrupted if it does not, and is replaced if it does not react to that (in a long call into compiled
-code). Grammars are kept by (source, options, vocabulary), and the least recently used are dropped first. Regular
-grammars are also kept on disk.
+code). Grammars are kept by (source, options, vocabulary). Those that were asked for once are dropped first, then the
+least recently used. Regular grammars are also kept on disk.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ _LOOK_S = 0.001  # between the moments at which a job may be held
 _NAP_S = 1e-6  # the system makes it about 60 us; a thread that waits for the interpreter gets it meanwhile
 _SLACK_S = 0.2  # added to a time limit: the compilation's own comes first, and its message says more
 _SHARE = 4  # a job whose turns last longer than this times its processor time does not keep its level, either
+_SHARE_OF_ONCE = 1 / 8  # of the cache's bytes, for what was asked for once
 _MOST_WALL = 10.0  # times the limit that a job's turns may last by the wall clock, if its thread uses no processor time
 
 
@@ -82,7 +83,7 @@ class ServiceConfig:
     max_memory_bytes: int | None = 4 << 30
     max_waiting: int = 256
     max_grammars: int = 512
-    max_cache_bytes: int = 1 << 30
+    max_cache_bytes: int = 1 << 28
     cache_dir: Path | None = field(default_factory=default_cache_dir)
     min_disk_time_s: float = 0.05
 
@@ -165,6 +166,7 @@ class CompileService:
         self._queue: FairQueue[_Job] = FairQueue(self.config.max_waiting)
         self._in_hand: dict[int, _Worker] = {}
         self._cache: OrderedDict[tuple[str, str], CompiledGrammar | GrammarError] = OrderedDict()
+        self._asked_again: set[tuple[str, str]] = set()  # those in the cache that were taken from it
         self._parsed: OrderedDict[str, Parsed] = OrderedDict()
         self._workers: list[_Worker] = []
         self._supervisor: threading.Thread | None = None
@@ -189,6 +191,7 @@ class CompileService:
             job = self._jobs.get(key)
             if answer is not None:
                 self._cache.move_to_end(key)
+                self._asked_again.add(key)
             elif job is None and self._queue.room(client) < 1:
                 answer = self._refusal()
             elif job is None:
@@ -392,7 +395,7 @@ class CompileService:
     def _take(self, attempt: _Attempt, parsed: Parsed | None, result: CompiledGrammar | BaseException) -> list[_Answer]:
         """Take the result of an attempt from a worker."""
         job = attempt.job
-        if parsed is not None:
+        if parsed is not None and not isinstance(parsed, ByteAutomaton):  # it is as large as its grammar, and on disk
             self._parsed[job.key[0]] = parsed
             while len(self._parsed) > self.config.max_grammars:
                 self._parsed.popitem(last=False)
@@ -403,15 +406,30 @@ class CompileService:
         return self._finish(job, result)
 
     def _keep(self, key: tuple[str, str], result: CompiledGrammar | GrammarError) -> None:
+        """Keep a result, and make room for it.
+
+        Those that were asked for once make room first, and take a small part of it: who always asks for something new
+        does not push out what others use.
+        """
         if isinstance(result, GrammarError):
             result.with_traceback(None)
         self._cache[key] = result
-        total = sum(_bytes_of(g) for g in self._cache.values())
-        while len(self._cache) > 1 and (
-            len(self._cache) > self.config.max_grammars or total > self.config.max_cache_bytes
+        sizes = {kept: _bytes_of(grammar) for kept, grammar in self._cache.items()}
+        once = [kept for kept in sizes if kept not in self._asked_again]
+        most, total, of_once = self.config.max_cache_bytes, sum(sizes.values()), sum(sizes[kept] for kept in once)
+        while len(once) > 1 and (
+            len(sizes) > self.config.max_grammars or total > most or of_once > most * _SHARE_OF_ONCE
         ):
-            _, oldest = self._cache.popitem(last=False)
-            total -= _bytes_of(oldest)
+            of_once -= sizes[once[0]]
+            total -= self._drop_kept(once.pop(0), sizes)
+        while len(sizes) > 1 and (len(sizes) > self.config.max_grammars or total > most):
+            total -= self._drop_kept(next(iter(sizes)), sizes)
+
+    def _drop_kept(self, key: tuple[str, str], sizes: dict[tuple[str, str], int]) -> int:
+        """Forget a kept result. Returns its size."""
+        del self._cache[key]
+        self._asked_again.discard(key)
+        return sizes.pop(key)
 
     # --- limits
 

@@ -349,6 +349,11 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
+    def wait_stopped(self, timeout_s: float) -> bool:
+        """Wait for the end of the engine's thread, up to `timeout_s` seconds. Returns True if it has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
     def __enter__(self) -> Engine:
         return self
 

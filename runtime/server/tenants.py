@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,12 +141,9 @@ class Tenants(Collector):
         self._path = None if config.api_keys_file is None else Path(config.api_keys_file)
         self._keys: list[tuple[str, KeyEntry]] = []
         self._by_name: dict[str, KeyEntry] = {}
-        self._accounts: dict[str, _Account] = {}
+        self._accounts: defaultdict[str, _Account] = defaultdict(_Account)
         self._open: dict[tuple[str, ...], Used] = {}  # by client, for the log
         self.reload()
-
-    def _account(self, name: str) -> _Account:
-        return self._accounts.setdefault(name, _Account())
 
     # -- keys
 
@@ -191,7 +188,7 @@ class Tenants(Collector):
 
         Tokens of a program are a guess: they wait, but only `note_node` tells how many are used.
         """
-        account, limits = self._account(name), self.limits(name)
+        account, limits = self._accounts[name], self.limits(name)
         if limits is not None:
             self._check(account, limits, num_requests, num_tokens)
         self.in_flight.take(name, num_requests)
@@ -225,23 +222,23 @@ class Tenants(Collector):
 
     def begin(self, name: str, num_tokens: int) -> None:
         """Note that a request with so many prompt tokens waits no longer."""
-        self._account(name).queued_tokens -= num_tokens
+        self._accounts[name].queued_tokens -= num_tokens
 
     def leave(self, name: str) -> None:
         """Note the end of a request."""
-        self._account(name).in_flight -= 1
+        self._accounts[name].in_flight -= 1
         self.in_flight.give(name)
 
     def note_tokens(self, name: str, num_tokens: int) -> None:
         """Count generated tokens."""
-        account = self._account(name)
+        account = self._accounts[name]
         account.generated_tokens += num_tokens
         self._charge(account, self.limits(name), num_tokens)
 
     def note_finish(self, client: tuple[str, ...], output: Output) -> None:
         """Count a request's last increment."""
         self.requests.note_finish(output)
-        account = self._account(client[0])
+        account = self._accounts[client[0]]
         if output.timings is not None and output.completion_tokens:
             account.first_token.observe(output.timings["first_token_s"])
             account.total.observe(output.timings["total_s"])
@@ -249,14 +246,14 @@ class Tenants(Collector):
 
     def note_node(self, client: tuple[str, ...], usage: Usage, finish_reason: str) -> None:
         """Count what a program's node has used."""
-        account = self._account(client[0])
+        account = self._accounts[client[0]]
         account.generated_tokens += usage.completion_tokens
         computed = usage.prompt_tokens - usage.cached_tokens  # the path before it was in the cache
         self._charge(account, self.limits(client[0]), computed + usage.completion_tokens)
         self._add(client, usage, finish_reason)
 
     def _add(self, client: tuple[str, ...], usage: Usage | Output, finish_reason: str) -> None:
-        self._account(client[0]).used.add(usage, finish_reason)
+        self._accounts[client[0]].used.add(usage, finish_reason)
         if client in self._open:
             self._open[client].add(usage, finish_reason)
 

@@ -66,6 +66,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
+# How long a thread runs before another one gets the interpreter: ten times shorter than by default. A step gives it up
+# some hundred times, and waits so long for it again and again while a grammar is compiled.
+_SWITCH_S = 0.0005
 
 
 class Sender(threading.Thread):
@@ -348,7 +351,8 @@ def _to_report(output: RequestOutput) -> Output:
 
 def _beat(engine: Engine, send: Callable[[Report], None], is_ending: threading.Event) -> None:
     """Report the engine's counters while its thread answers. No report means that the thread does not answer."""
-    while not is_ending.wait(HEARTBEAT_S):
+    while not is_ending.is_set():
+        engine.wait_stopped(HEARTBEAT_S)
         try:
             stats = engine.stats()
             send(Heartbeat(stats))
@@ -364,13 +368,15 @@ def serve(settings: Settings) -> int:
     parent = os.getppid() if settings.parent_pid is None else settings.parent_pid
     is_ending = threading.Event()
 
+    context: zmq.Context[Any] = zmq.Context()
+    sender = Sender(context, settings)
+
     def end(number: int, frame: FrameType | None) -> None:
         is_ending.set()
+        sender.put(EngineFailed(ErrorInfo.of(EngineStopped("the engine process was told to end"))))
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    context: zmq.Context[Any] = zmq.Context()
-    sender = Sender(context, settings)
     sender.start()
     start_s = time.monotonic()
     try:
@@ -389,6 +395,7 @@ def serve(settings: Settings) -> int:
     except RametError as error:
         sender.put(EngineFailed(ErrorInfo.of(error)))
         sender.close()
+        context.term()  # waits until the report is sent
         return 1
     server = EngineServer(engine, sender.put)
     server.prepare_grammars()
@@ -429,6 +436,7 @@ def serve(settings: Settings) -> int:
 
 
 def main() -> None:
+    sys.setswitchinterval(_SWITCH_S)
     settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=Settings)
     set_up_logging(settings.log_level, settings.log_format, "engine")
     status = serve(settings)

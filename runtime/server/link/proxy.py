@@ -125,9 +125,13 @@ class _State:
     progressed_s: float = 0.0  # time when num_steps last changed or the engine was idle
     failure: RametError | None = None  # the error that keeps this process from starting, or has stopped its engine
     before: RametError | None = None  # the error that ended the process before it
-    ready_s: float = 0.0
+    ready_s: float = 0.0  # 0: it was never ready
     stage: str = "the engine process starts"
     started_s: float = field(default_factory=time.monotonic)
+
+    def note_end(self, stage: str) -> None:
+        """Note that the process takes no requests any more."""
+        self.hello, self.stage, self.started_s = None, stage, time.monotonic()
 
 
 class EngineProxy:
@@ -437,6 +441,7 @@ class EngineProxy:
         else:
             assert isinstance(report, EngineFailed)
             self._state.failure = report.error.to_exception()
+            self._state.note_end("the engine process ends")
 
     def _count(self, request: _InFlight | None, output: Output) -> None:
         """Count an increment for the key of its request. `request`: None if its reader has left."""
@@ -463,9 +468,10 @@ class EngineProxy:
         while not self._is_stopping:
             await asyncio.sleep(_RESTART_PAUSES_S[min(failures, len(_RESTART_PAUSES_S) - 1)])
             end = await self._run_process()
+            self._state.note_end("the engine process has ended")
             await asyncio.sleep(0.05)  # its last reports may be on their way
-            was_ready, ready_s = self._state.hello is not None, self._state.ready_s
-            failure = self._state.failure
+            ready_s, failure = self._state.ready_s, self._state.failure
+            was_ready = ready_s > 0
             if self._is_stopping:
                 return
             lasted = was_ready and time.monotonic() - ready_s >= LASTS_S

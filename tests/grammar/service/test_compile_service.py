@@ -369,6 +369,35 @@ def test_the_oldest_grammars_make_room() -> None:
         assert service.compile("regex", "x0", BYTES) is not first
 
 
+def test_grammars_that_are_asked_for_once_do_not_push_out_one_that_is_used_again() -> None:
+    with CompileService(config(max_grammars=3)) as service:
+        used = service.compile("regex", "used", BYTES)
+        assert service.compile("regex", "used", BYTES) is used
+        for i in range(5):
+            service.compile("regex", f"x{i}", BYTES)
+        wait_until(lambda: len(service._cache) == 3)
+        assert service.compile("regex", "used", BYTES) is used
+
+
+def test_grammars_that_are_asked_for_once_take_a_small_part_of_the_cache() -> None:
+    with CompileService(config()) as probe:
+        size = probe.compile("regex", "x{50}0", BYTES).num_bytes
+    with CompileService(config(max_cache_bytes=20 * size)) as service:  # an eighth: two of them
+        for i in range(9):
+            service.compile("regex", f"x{{50}}{i}", BYTES)
+        wait_until(lambda: len(service._cache) == 2)
+        for i in range(9):
+            for _ in range(2):
+                service.compile("regex", f"y{{50}}{i}", BYTES)
+        wait_until(lambda: len(service._cache) >= 9)
+
+
+def test_a_parsed_regex_is_not_kept_beside_its_grammar() -> None:
+    with CompileService(config()) as service:
+        service.compile("regex", "(?:(?!foo|bar).){0,20}", BYTES)
+        assert not service._parsed
+
+
 def test_closing_answers_those_who_wait() -> None:
     service = CompileService(config(max_time_s=60, limits=PATIENT))
     future = service.submit("regex", SLOW, BYTES)

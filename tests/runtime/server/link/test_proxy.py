@@ -343,8 +343,69 @@ def test_a_launcher_that_cannot_start_a_process_is_heard_of() -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+@pytest.mark.parametrize("how", ["the process ends", "the process tells that it ends"])
+def test_an_engine_that_ends_is_not_ready_from_that_moment_on(how: str) -> None:
+    ended = asyncio.Event()
+
+    class Ending(LocalLauncher):
+        async def start(self, settings: Settings) -> None:
+            pass
+
+        async def wait(self) -> str:
+            await ended.wait()
+            return "it ended"
+
+        async def end(self) -> None:
+            ended.set()
+
+    async def main() -> None:
+        proxy = EngineProxy(TINY_MODEL, CONFIG, launcher=Ending())
+        await proxy.start()
+        await asyncio.sleep(0)
+        proxy._take(Hello(1, "tiny", 2048, 256, "cpu", "float32", 4096, 0.1))
+        assert proxy.startup["ready"]
+        if how == "the process ends":
+            ended.set()
+            for _ in range(5):  # turns of the event loop: far less than the time for its last reports
+                await asyncio.sleep(0)
+        else:
+            proxy._take(EngineFailed(ErrorInfo("EngineStopped", "the engine is stopped")))
+        assert not proxy.startup["ready"]
+        assert proxy.health() is not None
+        with pytest.raises(EngineStopped):
+            proxy.submit(submit(proxy))
+        assert proxy.counters.num_crashes == 0, "it is noted before its last reports have been read"
+        await proxy.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_an_engine_reports_its_end_without_waiting_for_the_next_heartbeat() -> None:
+    sent: list[Report] = []
+    ended, asked = threading.Event(), threading.Event()
+
+    class Ending:
+        def wait_stopped(self, timeout_s: float) -> bool:
+            asked.set()
+            return ended.wait(60)  # as if a heartbeat were a minute
+
+        def stats(self) -> dict[str, float]:
+            raise EngineStopped("the engine is stopped")
+
+    beating = threading.Thread(target=_beat, args=(cast(Engine, Ending()), sent.append, threading.Event()))
+    beating.start()
+    assert asked.wait(30)
+    assert not sent
+    ended.set()
+    beating.join(30)
+    assert [type(report) for report in sent] == [EngineFailed]
+
+
 def test_a_heart_that_stops_tells_the_reason() -> None:
     class Stopped:
+        def wait_stopped(self, timeout_s: float) -> bool:
+            return True
+
         def stats(self) -> dict[str, float]:
             raise EngineStopped("the engine is stopped: rank 2 was killed")
 
