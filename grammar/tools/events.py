@@ -68,14 +68,26 @@ class ToolCallReader:
         """Take the next bytes of the answer, and return the events that are now certain."""
         return self._take(self._decoder.decode(data))
 
-    def finish(self) -> list[Event]:
-        """End the answer, and return the events that were held back."""
+    @property
+    def is_held(self) -> bool:
+        """True if the last characters may begin a call whose name is not known yet."""
+        return bool(self._held.strip()) and self._read in (self._text, self._layout_text, self._name_character)
+
+    def finish(self, *, is_cut: bool = False) -> list[Event]:
+        """End the answer, and return the events that were held back.
+
+        is_cut: the text was to go on. Then characters that may begin a call are not text, and a call without a name is
+        none.
+        """
         events = self._take(self._decoder.decode(b"", final=True))
         if self._read in (self._arguments, self._after) and not self._is_settled():
             self._events.append(CallEnd(self._index, is_complete=False))
         elif self._is_begun():
-            self._index += 1
-            self._events += [CallStart(self._index, self._name), CallEnd(self._index, is_complete=False)]
+            if self._name or not is_cut:
+                self._index += 1
+                self._events += [CallStart(self._index, self._name), CallEnd(self._index, is_complete=False)]
+        elif is_cut and self.is_held:
+            pass
         elif self._held and (self._read != self._layout_text or not self._held.strip()):
             self._say(self._held)  # else it begins the text that ends or separates the calls
         self._held = ""

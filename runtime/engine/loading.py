@@ -50,6 +50,8 @@ def choose_device(name: str, rank: int = 0, size: int = 1) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type != "cuda" and name != "cpu":  # torch knows others, which Ramet does not
+            raise RuntimeError
     except RuntimeError as error:
         raise ConfigError(f"device is {name!r} but must be auto, cpu, cuda or cuda:N") from error
     if device.type != "cuda":

@@ -50,13 +50,15 @@ class HttpLimits:
         if len(scope["path"]) > 1:
             scope["path"] = scope["path"].rstrip("/") or "/"
         request_id = _request_id(scope)
+        is_anthropic = scope["path"].startswith("/v1/messages")  # its clients read the id from another header
 
         async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self._tenants.requests.note_response(status)
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                names = (b"x-request-id", b"request-id") if is_anthropic else (b"x-request-id",)
+                message["headers"] = [*message.get("headers", ()), *((name, request_id.encode()) for name in names)]
             await send(message)
 
         limited = _LimitedBody(

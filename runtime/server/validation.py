@@ -7,7 +7,7 @@ API).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -40,6 +40,7 @@ REFUSED: Mapping[str, str] = {
     "detokenize": "answers are text; return_token_ids gives the tokens, too",
     "documents": "put them into messages",
     "early_stopping": "there is no beam search",
+    "echo": "an answer is new text alone",
     "extra_key": "use cache_salt",
     "function_call": "it is deprecated; use tool_choice",
     "functions": "it is deprecated; use tools",
@@ -56,6 +57,7 @@ REFUSED: Mapping[str, str] = {
     "lora_request": "the model has no adapters",
     "max_thinking_tokens": "reasoning has a limit of its own in /v1/chat/completions only",
     "mm_processor_kwargs": "the model reads text",
+    "modalities": "the model reads and writes text",
     "modify_logits": "no code is taken from requests",
     "prompt_logprobs": "use /v1/completions with echo and logprobs",
     "request_id": "the answer's id is the request's",
@@ -283,6 +285,14 @@ def parsed(model: type[Body], data: bytes, max_values: int) -> Body:
                 raise error_of(error, body) from None
         data = pydantic_core.to_json(body)
     raise HttpError(400, f"the body has integers with a fraction in more than {_MAX_MENDS} places; write 16, not 16.0")
+
+
+def no_tool_to_call(kinds: Iterable[str]) -> HttpError:
+    """The error of a `tool_choice` that asks for a call where no tool has a function. kinds: of the tools given."""
+    offered = ", ".join(dict.fromkeys(kinds))
+    left_out = f"tools of type {offered} are not run here" if offered else "there are no tools"
+    message = f"tool_choice asks for a call, but there is no tool that can be called here: {left_out}; give a function"
+    return HttpError(400, message, param="tool_choice")
 
 
 def made(kind: type[Body], /, **values: Any) -> Body:  # Any: checked

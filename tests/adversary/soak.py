@@ -295,7 +295,7 @@ async def overload(soak: Soak) -> int:
         own.update(other)
     grown = {name: rss_bytes(pid) - early[name] for name, pid in pids.items()}
     left = await leftovers(soak)
-    print(f"{num_clients} clients for {whole_s:.0f} s, {num_clients // 3} of them nasty, beside {NUM_STREAMS} well-behaved ones")
+    print(f"{num_clients} clients for {whole_s:.0f} s, {num_clients // 3} of them nasty, beside {NUM_STREAMS} readers")
     print(f"{'well-behaved, ms':28}       p50       p99       max")
     rows = {"gap alone": alone[0], "gap under overload": spread(soak.gaps_s)}
     rows |= {"first token alone": alone[1], "first token under overload": spread(soak.firsts_s)}

@@ -32,7 +32,7 @@ from ramet.runtime.server.openai.bodies import (
 )
 from ramet.runtime.server.sampling_fields import MESSAGES_VALUES
 from ramet.runtime.server.sending import Json
-from ramet.runtime.server.validation import made
+from ramet.runtime.server.validation import made, no_tool_to_call
 
 
 def chat_body(body: CountBody, *, thinks: bool) -> ChatBody:
@@ -139,9 +139,7 @@ def _tool_choice(body: CountBody, names: Sequence[str]) -> Literal["none", "auto
             )
         return NamedTool(type="function", function=FunctionName(name=choice.name))
     if choice.type == "any" and not names:
-        raise HttpError(
-            400, "tool_choice asks for a call, but there is no tool that can be called here", param="tool_choice"
-        )
+        raise no_tool_to_call(tool.type or "custom" for tool in body.tools or ())
     return "required" if choice.type == "any" else choice.type
 
 

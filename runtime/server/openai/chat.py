@@ -418,7 +418,9 @@ class ChatAnswer:
             progress.logprobs += chat_logprobs(self._served.tokenizer, output)
         progress.last = output
         deltas = progress.reader.push(output.text) if output.text else []
-        return deltas if output.finish_reason is None else deltas + progress.reader.finish()
+        if output.finish_reason is None:
+            return deltas
+        return deltas + progress.reader.finish(is_cut=output.finish_reason == "length")
 
     async def whole(self) -> ChatCompletion:
         """The whole answer."""

@@ -57,6 +57,7 @@ class AnswerReader:
     calls: list[WrittenCall] = field(default_factory=list)
     _tools: ToolCallReader | None = None
     _held: str = ""
+    _is_cut: bool = False  # inside of what may begin a call
 
     def __post_init__(self) -> None:
         self._tools = None if self.style is None else ToolCallReader(self.style.format)
@@ -66,19 +67,23 @@ class AnswerReader:
         reasoning, content = ("", text) if self.splitter is None else self.splitter.push(text)
         return self._taken(reasoning, content)
 
-    def finish(self) -> list[Json]:
-        """Return the remaining deltas after the end of the text."""
+    def finish(self, *, is_cut: bool = False) -> list[Json]:
+        """Return the remaining deltas after the end of the text. is_cut: it was to go on, so half a marker is no text.
+
+        A call that was cut before its name began is left out.
+        """
         reasoning, content = ("", "") if self.splitter is None else self.splitter.finish()
         deltas = self._taken(reasoning, content)
         if self._tools is not None:
-            deltas += self._read(self._tools.finish())
+            self._is_cut = is_cut and self._tools.is_held
+            deltas += self._read(self._tools.finish(is_cut=is_cut))
         held, self._held = self._held, ""
         return deltas + (self._said(held) if held and not self.calls else [])
 
     @property
     def is_cut(self) -> bool:
-        """True if a call of this answer is incomplete."""
-        return any(not call.is_complete for call in self.calls)
+        """True if a call of this answer is incomplete, or was left out."""
+        return self._is_cut or any(not call.is_complete for call in self.calls)
 
     def _taken(self, reasoning: str, content: str) -> list[Json]:
         deltas: list[Json] = []

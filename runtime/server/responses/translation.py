@@ -41,7 +41,7 @@ from ramet.runtime.server.responses.bodies import (
 )
 from ramet.runtime.server.sampling_fields import OPENAI_VALUES
 from ramet.runtime.server.sending import Json
-from ramet.runtime.server.validation import made
+from ramet.runtime.server.validation import made, no_tool_to_call
 
 INPUT = "input"  # the only argument of the function that stands for a custom tool
 _SEALED = "ramet1."  # begins reasoning that a client carries for us
@@ -192,8 +192,7 @@ def _tool_choice(
     choice = body.tool_choice
     if choice is None or isinstance(choice, str):
         if not functions and choice == "required":
-            text = "tool_choice asks for a call, but there is no tool that can be called here"
-            raise HttpError(400, text, param="tool_choice")
+            raise no_tool_to_call(tool.type for tool in body.tools or ())
         # Only tools that nobody runs here were offered, so the model may call none of them.
         return None if not functions and choice == "auto" else choice
     if isinstance(choice, ChosenTools):

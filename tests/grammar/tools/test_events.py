@@ -145,6 +145,17 @@ def test_every_cut_of_two_calls_leaves_calls_that_are_whole_or_flagged_and_no_te
         assert len(whole) < 2 or end >= len(text) - len(layout.end + layout.after_arguments)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_text_that_was_to_go_on_has_no_part_of_a_marker_and_no_call_without_a_name(name: str) -> None:
+    layout = FORMATS[name]
+    text = written(layout, "", [("add", {"a": 1}), ("find", {})])
+    for end in range(len(text) + 1):
+        reader = ToolCallReader(layout)
+        events = [*reader.push(text[:end].encode()), *reader.finish(is_cut=True)]
+        assert not [e for e in events if isinstance(e, TextDelta) and e.text.strip()], text[:end]
+        assert all(e.name for e in events if isinstance(e, CallStart)), text[:end]
+
+
 def test_two_calls_in_one_piece_are_both_there() -> None:
     text = written(FORMATS["hermes"], "", [("a", {}), ("b", {"x": "y"})])
     events = read(FORMATS["hermes"], [text.encode()])

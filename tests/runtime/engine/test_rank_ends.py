@@ -146,3 +146,9 @@ def test_more_ranks_than_gpus_are_refused(no_start: None, monkeypatch: pytest.Mo
     with pytest.raises(ConfigError, match=r"from device cuda:1 on.*lower --tp to 1"):
         choose_device("cuda:1", 0, 2)
     assert [choose_device("cuda", rank, 2) for rank in (0, 1)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize("name", ["", "x", "CPU", " cpu", "cpu:3", "meta", "mps", "cuda:-1", "cuda:x"])
+def test_a_device_that_ramet_does_not_know_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"device is .* but must be auto, cpu, cuda or cuda:N"):
+        choose_device(name)

@@ -190,3 +190,22 @@ def test_a_schema_constrains_the_text(client: Any) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     answered(client, output_config={"format": {"type": "json_schema", "schema": schema}})
     assert client.engine.submitted[-1].constraint.kind == "json_schema"
+
+
+def test_an_answer_and_an_error_have_their_id_in_the_header_that_the_clients_read(client: Any) -> None:
+    client.engine.says("ok")
+    for body in (ASK, {}):
+        headers = client.request(PATH, body).headers
+        assert headers["request-id"] == headers["x-request-id"]
+    assert "request-id" not in client.request("/v1/chat/completions", {}).headers
+
+
+def test_a_call_that_no_tool_can_answer_is_refused_with_the_kinds_of_the_tools(client: Any) -> None:
+    search = {"type": "web_search_20250305", "name": "web_search"}
+    error = client.refusal(PATH, {**ASK, "tools": [search], "tool_choice": {"type": "any"}})
+    assert "web_search_20250305" in error["message"]
+    body = {"input": "Hi", "tools": [{"type": "web_search"}], "tool_choice": "required"}
+    assert "web_search" in client.refusal("/v1/responses", body)["message"]
+    assert (
+        "there are no tools" in client.refusal("/v1/responses", {"input": "Hi", "tool_choice": "required"})["message"]
+    )

@@ -124,18 +124,53 @@ def test_a_cut_answer_is_never_a_tool_call_to_run(client: Client, merge_deltas: 
     ]
 
 
-@pytest.mark.parametrize("end", range(len("<tool_call>"), len('<tool_call>\n{"name": "add", "arguments": '), 5))
-def test_a_call_cut_inside_its_name_is_flagged_and_no_content(client: Client, merge_deltas: Any, end: int) -> None:
-    client.engine.says('<tool_call>\n{"name": "add", "arguments": '[:end], finish="length")
+NAMED = '<tool_call>\n{"name": "add", "arguments": '
+
+
+@pytest.mark.parametrize("end", range(NAMED.index("add") + 1, len(NAMED), 5))
+def test_a_call_cut_behind_the_beginning_of_its_name_is_flagged_and_no_content(
+    client: Client, merge_deltas: Any, end: int
+) -> None:
+    client.engine.says(NAMED[:end], finish="length")
     choice = client.chat(tools=TOOLS)["choices"][0]
     assert choice["finish_reason"] == "length"
     assert choice["message"]["content"] is None
     (call,) = choice["message"]["tool_calls"]
     assert call["incomplete"] is True
+    assert call["function"]["name"]
     assert "add".startswith(call["function"]["name"])
     streamed = merge_deltas(client.chunks(tools=TOOLS))
     assert streamed["content"] == ""
     assert [c["incomplete"] for c in streamed["tool_calls"]] == [True]
+
+
+@pytest.mark.parametrize("end", range(1, NAMED.index("add") + 1, 3))
+@pytest.mark.parametrize("before", ["", "Let me see. "])
+def test_a_call_cut_before_its_name_is_neither_a_call_nor_content(
+    client: Client, merge_deltas: Any, before: str, end: int
+) -> None:
+    client.engine.says(before + NAMED[:end], finish="length")
+    choice = client.chat(tools=TOOLS)["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert (choice["message"]["content"] or "").strip() == before.strip()
+    assert "tool_calls" not in choice["message"]
+    streamed = merge_deltas(client.chunks(tools=TOOLS))
+    assert (streamed["content"].strip(), streamed["tool_calls"]) == (before.strip(), [])
+
+
+def test_an_answer_that_ends_with_half_a_marker_by_itself_is_text(client: Client) -> None:
+    client.engine.says("Type <tool", finish="stop")
+    assert client.chat(tools=TOOLS)["choices"][0]["message"]["content"] == "Type <tool"
+
+
+def test_a_conversation_does_not_go_on_from_an_answer_of_which_something_was_left_out(client: Client) -> None:
+    client.engine.says("Let me see. <tool", finish="length")
+    said = client.chat(tools=TOOLS)["choices"][0]["message"]["content"]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+    client.engine.says("ok")
+    body = {"messages": [*messages, {"role": "user", "content": "Go on."}], "tools": TOOLS}
+    history = client.request("/v1/chat/completions", body).json()["usage"]["history"]
+    assert history["reused_tokens"] == 0
 
 
 @pytest.mark.parametrize(
@@ -214,9 +249,9 @@ def test_a_stop_before_the_calls_ends_the_answer_there(
 
 
 def test_a_stop_that_only_begins_before_a_cut_call_is_text(client: Client) -> None:
-    client.engine.says("Go.\n<tool_call>\n{", finish="length")
+    client.engine.says('Go.\n<tool_call>\n{"name": "a', finish="length")
     choice = client.chat(tools=TOOLS, stop=["\n<x", "tool"])["choices"][0]
     assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "Go.")
     assert choice["message"]["tool_calls"][0]["incomplete"] is True
     client.engine.says("Go <to", finish="length")
-    assert client.chat(tools=TOOLS, stop=["tool"])["choices"][0]["message"]["content"] == "Go <to"
+    assert client.chat(tools=TOOLS, stop=["tool"])["choices"][0]["message"]["content"] == "Go "
