@@ -29,6 +29,7 @@ import numpy as np
 
 from ramet.grammar.machine import walker
 from ramet.grammar.machine.automaton import Machine
+from ramet.grammar.machine.frame import DEAD, UNKNOWN
 from ramet.grammar.machine.mask_rows import Row
 from ramet.grammar.machine.splits import Cut, Splits, is_text, whole_characters
 
@@ -36,7 +37,7 @@ MAX_CHOICES = 8  # bytes; where more may follow (strings, numbers), the texts th
 MAX_FORCED = 32  # bytes that are looked at after a choice
 _MAX_TEXTS = 24  # texts from one state
 
-Ways = tuple[tuple[int, int], ...]  # (byte, state after it)
+Ways = tuple[tuple[int, int], ...]  # (byte, the state after it, or UNKNOWN: see walker.choices)
 
 
 class ForcedRun(NamedTuple):
@@ -79,13 +80,24 @@ class CanonicalTokens:
 
     def refused(self, packed: int, prefix: bytes = b"") -> list[int]:
         """Return the tokens that the automaton allows in a state, and that no split of the text there begins with."""
+        if not is_text(prefix):
+            return []
         shorter: dict[int, None] = {}
         firsts: set[int] = set()
-        for text, end in self._texts(packed) if is_text(prefix) else ():
-            found = self.vocabulary.beginning(prefix + text, len(prefix))
+        beginning, num_before = self.vocabulary.beginning, len(prefix)
+        texts, possible = self._texts(packed)
+        for text, end in texts:
+            found = beginning(prefix + text, num_before)
             shorter |= dict.fromkeys(found.shorter)
             own = found.firsts | {cut.first for cut in found.cuts if self._is_cut(end, cut)}
             firsts.update(own or found.shorter, found.whole)
+        for text, before_last in possible:
+            found = beginning(prefix + text, num_before)
+            own = found.firsts | {cut.first for cut in found.cuts} or set(found.shorter)
+            # to ask whether the text is possible may be to make a frame: only if that changes the answer
+            if not own <= firsts and self.machine.step(before_last, text[-1]) != DEAD:
+                shorter |= dict.fromkeys(found.shorter)
+                firsts.update(own, found.whole)
         return [token for token in shorter if token not in firsts]
 
     def joined(self, packed: int, token: int, after: int) -> int:
@@ -101,23 +113,25 @@ class CanonicalTokens:
         while run.leaves and len(forced) < MAX_FORCED:
             run = self._run(run.end)
             forced += run.text
-        if not forced or any(text.startswith(own) for text, _ in self._texts(packed)):
+        if not forced or any(text.startswith(own) for texts in self._texts(packed) for text, _ in texts):
             return token
         text = own + forced
         tokens = self.splits.tokens(text) if is_text(text) else ()
         size = len(self.vocabulary.token_bytes[tokens[0]]) if tokens else 0
-        is_whole = size == len(text) and not (self.machine.accepts(run.end) and self._ways_of(run.end) == ())
+        is_whole = size == len(text) and not self.machine.is_complete(run.end)
         return tokens[0] if size > len(own) and not is_whole else token
 
-    def _texts(self, packed: int) -> list[tuple[bytes, int]]:
+    def _texts(self, packed: int) -> tuple[list[tuple[bytes, int]], list[tuple[bytes, int]]]:
         """Return the texts that may follow a state, each as far as few are possible, with the states after them.
 
-        One may begin another.
+        One may begin another. Also return settled texts of which it is not known whether their last byte may follow,
+        with the states before that byte.
         """
-        if self._ways_of(packed) is None:  # most states: in a string, in a number
-            return []
-        vocabulary = self.vocabulary
         out: list[tuple[bytes, int]] = []
+        possible: list[tuple[bytes, int]] = []
+        if self._ways_of(packed) is None:  # most states: in a string, in a number
+            return out, possible
+        vocabulary = self.vocabulary
         waiting = [(b"", packed)]
         for done, (text, state) in enumerate(waiting, 1):
             run = self._run(state)
@@ -127,6 +141,9 @@ class CanonicalTokens:
                     text += run.following  # the state after it is not needed: there are no cuts
                     break
                 if vocabulary.beginning(text).is_settled:
+                    break
+                if len(self._ways_of(run.end) or ()) > 1:
+                    run = ForcedRun(b"", run.end, False, b"")
                     break
                 run = self._run(run.end)
                 text += run.text
@@ -139,8 +156,16 @@ class CanonicalTokens:
                 if whole:
                     end = state if whole == text else self.machine.run_bytes(packed, whole)
                     out.append((whole, end))
-            waiting += [(text + bytes((byte,)), following) for byte, following in ways]
-        return out
+            for byte, following in ways:
+                longer = text + bytes((byte,))
+                if following == UNKNOWN:
+                    if vocabulary.beginning(longer).is_settled:
+                        possible.append((longer, state))
+                        continue
+                    following = self.machine.step(state, byte)
+                if following != DEAD:
+                    waiting.append((longer, following))
+        return out, possible
 
     def _is_cut(self, end: int, cut: Cut) -> bool:
         """Tell whether a split may cut there because a token goes on past the end of the text. end: the state there."""
@@ -150,12 +175,14 @@ class CanonicalTokens:
         if not len(cut.unsure):
             return False
         tokens = np.concatenate(accepted(end, cut.unsure, num_read))  # all that need a run are looked at, too
+        if not len(tokens):
+            return False
         for tried, token in enumerate(tokens.tolist(), 1):
             if self.splits.goes_on(cut.head, token):
                 cut.before = np.append(tokens[tried - 1], cut.before)
-                cut.unsure = np.setdiff1d(cut.unsure, tokens[: tried - 1])
+                cut.unsure = np.setdiff1d(cut.unsure, tokens[: tried - 1], assume_unique=True)
                 return True
-        cut.unsure = np.setdiff1d(cut.unsure, tokens)
+        cut.unsure = np.setdiff1d(cut.unsure, tokens, assume_unique=True)
         return False
 
     def _run(self, packed: int) -> ForcedRun:

@@ -330,13 +330,14 @@ class Vocabulary:
             firsts = {token for token in splits.firsts(text) if len(self.token_bytes[token]) >= num_before}
             own = [len(self.token_bytes[token]) for token in splits.tokens(text)[:2]]
             places = [at for at in range(min(sum(own), size)) if at != own[0] and self.goes_past(text[at:])]
-            is_settled = bool(own) and not places
+            is_settled = bool(own)
             for at in places:
                 head, rest = text[:at], text[at:]
-                if at < begin or whole_characters(head) != head:
+                tokens = splits.tokens(head) if whole_characters(head) == head else ()
+                if tokens and tokens[0] in firsts:
                     continue
-                tokens = splits.tokens(head)
-                if tokens and tokens[0] not in firsts and tokens[0] in shorter:
+                is_settled = False
+                if tokens and at >= begin and tokens[0] in shorter:
                     longer = self.longer_with_prefix(rest)
                     cuts.append(Cut(tokens[0], head, rest, longer[MAX_UNSURE:], longer[:MAX_UNSURE]))
         return Beginning(tuple(shorter), tuple(whole), frozenset(firsts), tuple(cuts), is_settled)

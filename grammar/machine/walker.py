@@ -88,7 +88,7 @@ def walk(
 @loop
 def step(pool: Int32, instances: Int64, exits: Int64, packed: int, byte: int, scratch: Int64) -> int:
     """Return the packed state after one byte: -1 if refused, -3 if it needs a run, -2 if an exit must be resolved,
-    which is then in scratch[1:3].
+    which is then in scratch[1:3], and -4 if that exit is the state after the byte.
     """
     instance = packed >> 32
     local = packed & 0xFFFFFFFF
@@ -104,7 +104,7 @@ def step(pool: Int32, instances: Int64, exits: Int64, packed: int, byte: int, sc
         if found == -2:
             scratch[1] = instance
             scratch[2] = code >> 1
-            return -2
+            return -2 if code & 1 else -4
         if found < 0 or code & 1 == 0:
             return int(found)
         instance = found >> 32
@@ -118,7 +118,8 @@ def choices(
     """Find the bytes that may follow a state. Resumable.
 
     scratch: int64 [4]: the next byte to try, the instance and the exit to resolve, the bytes found so far. following:
-    int64 [limit, 2], each byte found and the state after it. Returns -1 when finished, -2 if an exit must be resolved
+    int64 [limit, 2], each byte found and the state after it, -2 where that is the target of an exit that is not
+    resolved yet: it may turn out that this byte may not follow. Returns -1 when finished, -2 if an exit must be resolved
     before the next call, and -3 if more than `limit` bytes may follow, or if that depends on earlier text.
     """
     if instances[packed >> 32, 4] != 0:
@@ -127,11 +128,11 @@ def choices(
         after = step(pool, instances, exits, packed, scratch[0], scratch)
         if after == -2:
             return -2
-        if after == -3 or (after >= 0 and scratch[3] == limit):
+        if after == -3 or (after != -1 and scratch[3] == limit):
             return -3
-        if after >= 0:
+        if after != -1:
             following[scratch[3], 0] = scratch[0]
-            following[scratch[3], 1] = after
+            following[scratch[3], 1] = max(after, -2)
             scratch[3] += 1
         scratch[0] += 1
     return -1
@@ -171,7 +172,7 @@ def follow(pool: Int32, instances: Int64, exits: Int64, text: NDArray[np.uint8],
             return -4
         while scratch[0] < 256:
             after = step(pool, instances, exits, packed, scratch[0], scratch)
-            if after == -2:
+            if after == -2 or after == -4:
                 return -2
             if after == -3 or (after >= 0 and scratch[6] >= 0):
                 return -1
@@ -219,7 +220,7 @@ def accepted(
                 state = step(pool, instances, exits, state, flat[i], scratch)
             if state < 0:
                 break
-        if state == -2:
+        if state == -2 or state == -4:
             return -2
         if state != -1:
             found[scratch[3]] = token if state >= 0 else -1 - token
@@ -297,13 +298,13 @@ def walk_difference(
         depth = nodes[i, 3]
         byte = nodes[i, 0]
         new = step(pool, instances, exits, scratch[2 + depth], byte, scratch)
-        if new == -2:
+        if new == -2 or new == -4:
             scratch[0] = i
             return 0
         old = other[depth - 1]
         if old >= 0:
             old = step(pool, instances, exits, old, byte, scratch)
-            if old == -2:
+            if old == -2 or old == -4:
                 scratch[0] = i
                 return 0
         if new == old:
