@@ -3,8 +3,9 @@
     python benchmarks/bench_grammar.py [--schemas DIR [--every N]] [--engines ramet,llguidance,xgrammar,outlines]
 
 First mask: from the schema to the mask of the first token, milliseconds. Mask: one for each token of each valid
-instance, written as compact JSON in the tokenizer's own tokens, microseconds; states that were met before count as they
-come. One thread. What an engine shares between schemas stays shared, and is made before the clock starts;
+instance, written in the layout of --whitespace in the tokenizer's own tokens, microseconds; states that were met before
+count as they come. Other engines are asked for compact JSON, so they are compared in that layout alone. Garbage is
+collected as in a server. One thread. What an engine shares between schemas stays shared, and is made before the clock starts;
 xgrammar's cache of whole grammars is off. outlines-core writes masks through its Guide.
 DIR holds JSON files: {"schema": ..., "tests": [{"data": ..., "valid": true}, ...]} or a schema alone; without it, the
 schemas of grammar_schemas.py. `compiled` and `walked` say how many schemas and how many of the valid instances an
@@ -14,7 +15,6 @@ engine took: times of an engine that refuses the hard ones flatter it.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -40,10 +40,13 @@ from ramet.grammar.engines import FollowedGrammar, load_backend
 from ramet.grammar.service.warm_up import warm_up as make_ready
 from ramet.runtime.models.catalog import pull
 from ramet.runtime.models.load import open_model
+from ramet.runtime.server.link.garbage import postpone_full_collections
 
 Json = Any  # a decoded JSON document
 Case = tuple[str, Json, list[Json]]
-PERCENTILES = (50, 90, 99, 100)
+PERCENTILES = (50, 90, 99, 99.9, 100)
+CLOCKS = {"wall": time.perf_counter_ns, "cpu": time.thread_time_ns}
+SEPARATORS = {"model": (", ", ": "), "compact": (",", ":")}  # by layout
 PACKAGES = {"ramet": "ramet", "llguidance": "llguidance", "xgrammar": "xgrammar", "outlines": "outlines-core"}
 
 
@@ -56,8 +59,8 @@ class Cursor(Protocol):
 
 
 class RametCursor:
-    def __init__(self, schema: Json, vocabulary: Vocabulary) -> None:
-        self.grammar = compile_constraint("json_schema", schema, vocabulary)
+    def __init__(self, schema: Json, vocabulary: Vocabulary, whitespace: str) -> None:
+        self.grammar = compile_constraint("json_schema", schema, vocabulary, whitespace=whitespace)
         self.matcher = Matcher(self.grammar)
 
     def fill(self, row: NDArray[np.int32]) -> None:
@@ -106,12 +109,14 @@ class OutlinesCursor:
         return True
 
 
-def compiler(engine: str, vocabulary: Vocabulary) -> Callable[[Json], tuple[Cursor, Callable[[], Cursor]]]:
+def compiler(
+    engine: str, vocabulary: Vocabulary, whitespace: str
+) -> Callable[[Json], tuple[Cursor, Callable[[], Cursor]]]:
     """Return what compiles a schema to (a cursor at the start, a way to another one)."""
     if engine == "ramet":
 
         def ours(schema: Json) -> tuple[Cursor, Callable[[], Cursor]]:
-            cursor = RametCursor(schema, vocabulary)
+            cursor = RametCursor(schema, vocabulary, whitespace)
             return cursor, cursor.restart
 
         return ours
@@ -132,9 +137,14 @@ def compiler(engine: str, vocabulary: Vocabulary) -> Callable[[Json], tuple[Curs
 
 
 def measure(
-    engine: str, vocabulary: Vocabulary, warm_up: list[int], encoded: list[tuple[str, Json, list[list[int]]]]
+    engine: str,
+    vocabulary: Vocabulary,
+    whitespace: str,
+    warm_up: list[int],
+    encoded: list[tuple[str, Json, list[list[int]]]],
+    clock: Callable[[], int],
 ) -> dict[str, Json]:
-    compile_schema = compiler(engine, vocabulary)
+    compile_schema = compiler(engine, vocabulary, whitespace)
     row = np.zeros(vocabulary.num_words, dtype=np.int32)
     if engine == "ramet":
         make_ready(vocabulary)
@@ -145,9 +155,7 @@ def measure(
     first_ms: list[float] = []
     mask_us: list[float] = []
     num_compiled = num_instances = num_walked = 0
-    gc.collect()
-    gc.freeze()  # as a server does at its start
-    clock = time.perf_counter_ns
+    postpone_full_collections()
     slowest: list[tuple[float, str]] = []
     for name, schema, instances in encoded:
         num_before = len(mask_us)
@@ -220,8 +228,13 @@ def main() -> None:
     parser.add_argument("--first-only", default="outlines", help="engines that are too slow for the other vocabularies")
     parser.add_argument("--models", default="smollm2-135m,gemma3-270m", help="whose vocabularies")
     parser.add_argument("--tokenization", default="canonical", choices=("canonical", "any"), help="of Ramet's masks")
+    parser.add_argument("--whitespace", default="compact", choices=SEPARATORS, help="the layout of JSON")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: the thread's time, on a busy machine")
     parser.add_argument("--out", type=Path, help="append the JSON line to this file")
     arguments = parser.parse_args()
+    engines, separators = arguments.engines.split(","), SEPARATORS[arguments.whitespace]
+    if arguments.whitespace != "compact" and engines != ["ramet"]:
+        parser.error(f"--whitespace {arguments.whitespace} is measured for Ramet alone: add --engines ramet")
     chosen = (
         cases() if arguments.schemas is None else list(read_cases(arguments.schemas, arguments.limit, arguments.every))
     )
@@ -230,18 +243,18 @@ def main() -> None:
         "engine",
         "compiled",
         "walked",
-        "first mask ms p50 / p90 / p99 / max",
-        "mask µs p50 / p90 / p99 / max",
+        "first mask ms p50 / p90 / p99 / p99.9 / max",
+        "mask µs p50 / p90 / p99 / p99.9 / max",
     )
     rows = []
     for number, model in enumerate(arguments.models.split(",")):
         vocabulary, encode = tokenizer_of(model, arguments.tokenization)
-        encoded = [(name, schema, [encode(_compact(v)) for v in values]) for name, schema, values in chosen]
-        warm_up = encode('{"warm":["up",-1.5,null,true],"é":{"x":"y z"}}')
-        for engine in arguments.engines.split(","):
+        encoded = [(name, schema, [encode(_text(v, separators)) for v in values]) for name, schema, values in chosen]
+        warm_up = encode(_text({"warm": ["up", -1.5, None, True], "é": {"x": "y z"}}, separators))
+        for engine in engines:
             if number and engine in arguments.first_only.split(","):
                 continue
-            found = measure(engine, vocabulary, warm_up, encoded)
+            found = measure(engine, vocabulary, arguments.whitespace, warm_up, encoded, CLOCKS[arguments.clock])
             rows.append({"vocabulary": vocabulary.vocab_size, "model": model, **found})
             table.add_row(
                 f"{vocabulary.vocab_size:,}",
@@ -258,6 +271,8 @@ def main() -> None:
         {
             "bench": "grammar",
             "tokenization": arguments.tokenization,
+            "whitespace": arguments.whitespace,
+            "clock": arguments.clock,
             "schemas": "built-in" if arguments.schemas is None else f"given, each {arguments.every}",
             **machine(),
             "rows": rows,
@@ -266,8 +281,8 @@ def main() -> None:
     )
 
 
-def _compact(value: Json) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+def _text(value: Json, separators: tuple[str, str]) -> str:
+    return json.dumps(value, separators=separators, ensure_ascii=False)
 
 
 def _cells(percentiles: dict[str, float], digits: int) -> str:

@@ -119,6 +119,7 @@ def warm_up(vocabulary: Vocabulary) -> None:
     These are compiled loops (seconds in a fresh environment, else milliseconds), slices of the vocabulary, and the
     tables of string formats and of common numbers.
     """
+    load_loops()
     vocabulary.warm_up()
     for name in sorted(formats.KNOWN):
         of_format = Strings(languages=frozenset(((0, True),)))
