@@ -5,8 +5,8 @@
 First mask: from the schema to the mask of the first token, milliseconds. Mask: one for each token of each valid
 instance, written in the layout of --whitespace in the tokenizer's own tokens, microseconds; states that were met before
 count as they come. Other engines are asked for compact JSON, so they are compared in that layout alone. Garbage is
-collected as in a server. One thread. What an engine shares between schemas stays shared, and is made before the clock starts;
-xgrammar's cache of whole grammars is off. outlines-core writes masks through its Guide.
+collected as in a server. One thread. What an engine shares between schemas stays shared, and is made before the clock
+starts; xgrammar's cache of whole grammars is off. outlines-core writes masks through its Guide.
 DIR holds JSON files: {"schema": ..., "tests": [{"data": ..., "valid": true}, ...]} or a schema alone; without it, the
 schemas of grammar_schemas.py. `compiled` and `walked` say how many schemas and how many of the valid instances an
 engine took: times of an engine that refuses the hard ones flatter it.

@@ -119,8 +119,8 @@ def choices(
 
     scratch: int64 [4]: the next byte to try, the instance and the exit to resolve, the bytes found so far. following:
     int64 [limit, 2], each byte found and the state after it, -2 where that is the target of an exit that is not
-    resolved yet: it may turn out that this byte may not follow. Returns -1 when finished, -2 if an exit must be resolved
-    before the next call, and -3 if more than `limit` bytes may follow, or if that depends on earlier text.
+    resolved yet: it may turn out that this byte may not follow. Returns -1 when finished, -2 if an exit must be
+    resolved before the next call, and -3 if more than `limit` bytes may follow, or if that depends on earlier text.
     """
     if instances[packed >> 32, 4] != 0:
         return -3
