@@ -84,6 +84,7 @@ class CanonicalTokens:
             return []
         shorter: dict[int, None] = {}
         firsts: set[int] = set()
+        own: frozenset[int] | set[int]
         beginning, num_before = self.vocabulary.beginning, len(prefix)
         texts, possible = self._texts(packed)
         for text, end in texts:
