@@ -129,7 +129,13 @@ class Walk:
         for top_k, top_p in ((0, 1.0), (40, 0.9)):
             self.add(100, 5, temperature=0.7, top_k=top_k, top_p=top_p, min_p=0.05)
         self.run("sampled")
-        return ["alone", "shared", "unique", "sampled"]
+        for _ in range(60):
+            self.add(4, 3, prefix=3001)
+        self.run("turns")
+        for _ in range(4):
+            self.add(3, 1, prefix=3001, score_from=3002)
+        self.run("choices")
+        return ["alone", "shared", "unique", "sampled", "turns", "choices"]
 
     def others(self) -> None:
         """Steps for which it may."""

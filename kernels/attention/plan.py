@@ -50,10 +50,13 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def extend_config(head_dim: int, dtype: torch.dtype, num_rows: int, tiles: AttentionTiles | None = None) -> TileConfig:
-    """Choose the tile of `attention_extend` for sequences of at most `num_rows` = tokens x (H / K) rows."""
+    """Choose the tile of `attention_extend` for sequences of at most `num_rows` = tokens x (H / K) rows.
+
+    There are two, which every start compiles: fewer than 64 rows would read the same keys, without Hopper's products.
+    """
     if dtype == torch.float32:
         return TileConfig(32, 32, 4, 2)
-    small = max(16, min(128, 1 << (num_rows - 1).bit_length()))
+    small = 64 if num_rows <= 64 else 128
     if tiles is not None and tiles.extend is not None and tiles.fit(head_dim, dtype) and small >= tiles.extend.block_m:
         return tiles.extend
     if head_dim > 128:

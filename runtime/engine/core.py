@@ -2,7 +2,8 @@
 
 `step_sync` collects a step before the next one is scheduled. `step_overlap` schedules and launches step t + 1 while
 step t runs on the device, and only then collects step t. If the host must see a sequence's token before its next step,
-the sequence takes part only in every second step. Both orders give the same tokens. Not here: grammars
+the sequence takes part only in every second step. If it must for all of them, no step overlaps: every second one would
+be empty. Both orders give the same tokens. Not here: grammars
 (constraints/states.py), threads, text and callers (engine.py).
 """
 
@@ -25,7 +26,6 @@ from ramet.runtime.types import Batch, FinishReason, Request, RowOutput, Schedul
 
 logger = logging.getLogger(__name__)
 
-_MAX_HELD = 0.25  # of the running sequences; with more, overlapped steps would be half empty
 # How long a step waits for grammars, twice at most: beside rows that need none, and without such rows
 _BESIDE_S, _ALONE_S = 0.001, 0.02
 
@@ -117,7 +117,7 @@ class EngineCore:
         updates: list[Update] = [(s, RowOutput()) for s in self.scheduler.expire_deadlines()]
         try:
             self._begin_works()
-            if self.overlap and len(self.scheduler.held) <= _MAX_HELD * self.scheduler.num_running:
+            if self.overlap and (not self.scheduler.held or len(self.scheduler.held) < self.scheduler.num_running):
                 updates += self.step_overlap()
             elif self._in_flight is not None:
                 updates += self.drain()  # and nothing else: an update says whether its sequence is finished now

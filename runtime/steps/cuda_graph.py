@@ -3,8 +3,8 @@
 A decode graph covers everything from the embedding to the sampled token and the new lengths. A replay costs the host
 one copy of `[2, bucket]` integers (slots, new pages) and one launch. A mixed graph holds a bucket of tokens: those of
 its decode rows, directly followed by the new ones. Its integers are copied as one block. Buffers are static. The graphs
-share one memory pool, because no two of them run at once. Not here: long prompts, scores and rows that the host must
-edit; these run eagerly.
+share one memory pool, because no two of them run at once. Not here: long prompts and rows that the host must edit;
+these run eagerly.
 """
 
 from __future__ import annotations
@@ -206,9 +206,9 @@ class StepGraphs:
         self._mixed: dict[MixedKey, tuple[Callable[[], None], MixedBuffers]] = {}
 
     @property
-    def max_samples(self) -> int:
-        """Maximum number of rows that a graph samples, padding included."""
-        return self.buckets[-1] + (_MAX_EXTENDS if self.mixed_tokens else 0)
+    def max_tokens(self) -> int:
+        """Maximum number of tokens of a graph, padding included."""
+        return max(self.buckets[-1], *self.mixed_tokens, 0)
 
     def keys(self, *, with_tree: bool) -> list[GraphKey | MixedKey]:
         """Every graph of overlapped steps, the largest first: the smaller ones reuse its memory."""

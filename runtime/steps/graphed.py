@@ -1,7 +1,8 @@
 """Steps that replay a CUDA graph, sampling included: decode steps, and decode steps with few new prompt tokens.
 
-Graphs are captured at start and owned by `cuda_graph.StepGraphs`. Not here: long prompts, scores, and steps whose
-logits the host must edit or mask before a token is chosen.
+Graphs are captured at start and owned by `cuda_graph.StepGraphs`. A graph keeps its hidden states; log-probabilities
+and scores are computed from them behind it. Not here: long prompts, and steps whose logits the host must edit or mask
+before a token is chosen.
 """
 
 from __future__ import annotations
@@ -38,34 +39,34 @@ class GraphedSteps:
         self._sampler = sampler
         bodies, device = (self._decode_body, self._mixed_body), decoder.device
         self.graphs = StepGraphs(*bodies, slots.num_slots, slots.dummy, device, max_extend=max_extend, capture=capture)
-        # Hidden states of the rows that the last graph sampled: log-probabilities are computed from them outside it.
-        shape = self.graphs.max_samples, decoder.config.hidden_size
+        # Hidden states of the last graph's tokens, from which log-probabilities and scores are computed outside it.
+        shape = self.graphs.max_tokens, decoder.config.hidden_size
         self._hidden = torch.empty(shape, dtype=decoder.dtype, device=device)
 
     def run(self, step: Step) -> Sampled | None:
         """Replay the graph of a step. Returns None if no graph fits."""
         if step.needs_host:
             return None
-        tokens = self._replay_decode(step) if step.extend is None else self._replay_mixed(step, step.extend)
-        if tokens is None:
-            return None
-        if tokens.device.type != "cuda":
-            tokens = tokens.clone()  # the next replay writes them again; to a GPU's host they are copied before
-        return Sampled(tokens, lambda rows: self._decoder.logits(self._hidden.index_select(0, rows)))
+        if step.extend is not None:
+            return self._replay_mixed(step, step.extend)
+        tokens = self.graphs.replay(step.decode_rows, step.new_pages, uses_tree=step.uses_tree)
+        return Sampled(_own(tokens), lambda rows: self._decoder.logits(self._hidden.index_select(0, rows)))
 
-    def _replay_decode(self, step: Step) -> Tensor:
-        return self.graphs.replay(step.decode_rows, step.new_pages, uses_tree=step.uses_tree)
-
-    def _replay_mixed(self, step: Step, arrays: ExtendArrays) -> Tensor | None:
-        if len(arrays.score_index):
-            return None
+    def _replay_mixed(self, step: Step, arrays: ExtendArrays) -> Sampled | None:
         counts = step.num_decode, len(arrays.token_ids), len(arrays.rows)
         key = self.graphs.mixed_key(*counts, uses_tree=step.uses_tree)
         if key is None:
             return None
-        (updates,) = upload([arrays.updates], self._decoder.device)
+        sent = arrays.updates, arrays.sample_index, arrays.score_index, arrays.score_targets
+        updates, sampled, scored, targets = upload(sent, self._decoder.device)
         scatter_rows(updates, self._tables.arena)
-        return self.graphs.replay_mixed(key, step.decode_rows, step.new_pages, arrays)
+        tokens = self.graphs.replay_mixed(key, step.decode_rows, step.new_pages, arrays)
+        scores = self._sampler.score(self._hidden, scored, targets, step.num_score_tops)
+
+        def logits_of(rows: Tensor) -> Tensor:
+            return self._decoder.logits(self._hidden.index_select(0, sampled.index_select(0, rows)))
+
+        return Sampled(_own(tokens), logits_of, scores)
 
     def _decode_body(self, key: GraphKey, buffers: DecodeBuffers) -> None:
         """A step of decode rows and padding."""
@@ -89,9 +90,14 @@ class GraphedSteps:
         extend = self._plans.extend_in_graph(*where, key.num_tokens)
         context = self._plans.context(part("positions"), part("kv_slots"), decode, extend, extend_start=0)
         hidden = self._decoder.forward(part("token_ids"), context)
-        logits = self._decoder.logits(self._keep(hidden.index_select(0, part("sample_index"))))
+        logits = self._decoder.logits(self._keep(hidden).index_select(0, part("sample_index")))
         self._sampler.choose(logits, part("sample_rows"), part("sample_positions"), None, buffers.tokens)
 
     def _keep(self, hidden: Tensor) -> Tensor:
         self._hidden[: hidden.shape[0]].copy_(hidden)
         return hidden
+
+
+def _own(tokens: Tensor) -> Tensor:
+    """Tokens that the next replay does not overwrite; to a GPU's host they are copied before it."""
+    return tokens if tokens.device.type == "cuda" else tokens.clone()

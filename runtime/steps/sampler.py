@@ -77,13 +77,26 @@ class Sampler:
 
     def sample_extend(self, step: Step, hidden: Tensor, sent: ExtendInputs) -> Sampled:
         """Compute the requested scores and sample the sampling rows, from the hidden states of a step's tokens."""
-        decoder, scores = self._decoder, self._score(hidden, sent, step.num_score_tops)
+        decoder = self._decoder
+        scores = self.score(hidden, sent.score_index, sent.score_targets, step.num_score_tops)
         if sent.sample_rows.numel() == 0:
             return Sampled(sent.sample_rows, decoder.logits, scores)
         logits = decoder.logits(hidden.index_select(0, sent.sample_index))
         sampled = self.sample(step, logits, sent.sample_rows, sent.sample_positions)
         sampled.scores = scores
         return sampled
+
+    def score(self, hidden: Tensor, index: Tensor, targets: Tensor, num_tops: int) -> Scores | None:
+        """Score `targets` [Q] after the hidden states at `index` [Q], with the `num_tops` likeliest; None if Q is 0."""
+        if not index.numel():
+            return None
+        parts = []
+        for low in range(0, index.numel(), _SCORE_ROWS):
+            part = slice(low, low + _SCORE_ROWS)
+            logits = self._decoder.logits(hidden.index_select(0, index[part]))
+            parts.append(compute_logprobs(logits, targets[part], num_tops))
+        values, top_values, top_ids = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Scores(values, top_ids, top_values)
 
     def warm_up_masks(self, num_rows: int, dummy_slot: int) -> None:
         """Compile the kernels that sample with the host's masks: no graph contains them."""
@@ -103,14 +116,3 @@ class Sampler:
         if self._share is not None:
             self._share(tokens)
         commit_decode(slots, tokens, tables.last_token, tables.kv_len)
-
-    def _score(self, hidden: Tensor, sent: ExtendInputs, num_tops: int) -> Scores | None:
-        if not sent.score_index.numel():
-            return None
-        parts = []
-        for low in range(0, sent.score_index.numel(), _SCORE_ROWS):
-            index = sent.score_index[low : low + _SCORE_ROWS]
-            logits = self._decoder.logits(hidden.index_select(0, index))
-            parts.append(compute_logprobs(logits, sent.score_targets[low : low + _SCORE_ROWS], num_tops))
-        values, top_values, top_ids = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Scores(values, top_ids, top_values)

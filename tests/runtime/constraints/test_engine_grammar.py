@@ -102,14 +102,15 @@ def test_open_automata_are_masked_by_the_host_beside_those_of_the_device(
         device.check_integrity()
 
 
-def test_the_steps_of_others_overlap_beside_a_few_open_automata(
-    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("num_open", [1, 6])
+def test_the_steps_of_others_overlap_beside_open_automata(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, num_open: int
 ) -> None:
-    opened = [compile_constraint("regex", PATTERNS[0], vocabulary(tiny_model)) for _ in range(3)]
-    masks: list[Grammar | None] = [None, None, None, opened[0], None, None, None, None]
+    opened = compile_constraint("regex", PATTERNS[0], vocabulary(tiny_model))
+    masks: list[Grammar | None] = [None, *[opened] * num_open, *[None] * (7 - num_open)]
 
     def run(engine: Engine) -> list[str]:
-        params = [SamplingParams(temperature=0.0, max_tokens=30, seed=i, ignore_eos=i != 3) for i in range(8)]
+        params = [SamplingParams(temperature=0.0, max_tokens=30, seed=i, ignore_eos=masks[i] is None) for i in range(8)]
         gate = threading.Event()
 
         def wait() -> None:
@@ -133,9 +134,9 @@ def test_the_steps_of_others_overlap_beside_a_few_open_automata(
         monkeypatch.setattr(core.runner, "launch", note)
         expected = run(host)
         assert run(device) == expected
-        assert re.fullmatch(PATTERNS[0], expected[3])
-        assert {7, 8} <= set(sizes), (
-            "steps with and without the one that the host masks, launched before the last ended"
+        assert re.fullmatch(PATTERNS[0], expected[1])
+        assert {8 - num_open, 8} <= set(sizes), (
+            "steps with and without those that the host masks, launched before the last ended"
         )
         device.check_integrity()
 

@@ -15,6 +15,7 @@ from ramet.runtime.engine.engine import Engine
 from ramet.runtime.handle import RequestResult
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.steps.cuda_graph import CudaCapture, MixedBuffers, MixedKey, StepGraphs, decode_buckets
+from ramet.runtime.steps.eager import EagerSteps
 from ramet.runtime.types import SamplingParams
 
 
@@ -101,13 +102,30 @@ def test_log_probabilities_come_from_what_a_graph_kept(tiny_model: LoadedModel) 
         assert capture.num_replays > 10
 
 
-def test_scores_run_eagerly_beside_graphs(tiny_model: LoadedModel) -> None:
-    params = SamplingParams(max_tokens=1)
-    with make_engine(tiny_model, None) as eager, make_engine(tiny_model, Rerun()) as graphs:
-        expected = eager.submit("what is scored", params, score_from=3).result(timeout_s=60)
-        actual = graphs.submit("what is scored", params, score_from=3).result(timeout_s=60)
-        assert expected.prompt_logprobs is not None
-        assert actual.prompt_logprobs == pytest.approx(expected.prompt_logprobs)
+def test_scores_come_from_what_a_graph_kept(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside decode rows and prompts that are not scored, and of several rows, some with the likeliest tokens."""
+
+    def ask(engine: Engine) -> list[RequestResult]:
+        plain = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+        handles = [engine.submit("not scored" + "y" * i, plain) for i in range(2)]
+        for i in range(4):
+            params = SamplingParams(max_tokens=1, logprobs=2 * (i % 2) or None)
+            handles.append(engine.submit("what is scored" + "z" * i, params, score_from=3 + i))
+        return [handle.result(timeout_s=60) for handle in handles]
+
+    with make_engine(tiny_model, None) as eager:
+        expected = ask(eager)
+    monkeypatch.setattr(EagerSteps, "run", lambda self, step: pytest.fail("an eager step"))
+    with make_engine(tiny_model, Rerun(), overlap=True, max_extend=128) as graphs:
+        actual = ask(graphs)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert (ours.prompt_logprobs is None) == (theirs.prompt_logprobs is None)
+        if theirs.prompt_logprobs is not None:
+            assert ours.prompt_logprobs == pytest.approx(theirs.prompt_logprobs, abs=1e-5)
+        assert [[t for t, _ in top] for top in ours.prompt_tops or ()] == [
+            [t for t, _ in top] for top in theirs.prompt_tops or ()
+        ]
 
 
 def test_keys_are_the_smallest_buckets_that_hold_a_step() -> None:
