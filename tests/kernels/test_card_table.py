@@ -58,10 +58,11 @@ def test_file_names_have_no_blanks() -> None:
 
 
 def test_measured_tiles_go_before_the_defaults_where_they_were_measured() -> None:
-    tiles = AttentionTiles(TileConfig(64, 128, 4, 3), TileConfig(16, 32, 2, 7), TileConfig(64, 64, 4, 3))
+    tiles = AttentionTiles(TileConfig(128, 128, 8, 3), TileConfig(16, 32, 2, 7), TileConfig(64, 64, 4, 3))
     half, single = torch.bfloat16, torch.float32
     assert extend_config(128, half, 4096, tiles) == tiles.extend
     assert extend_config(128, half, 16, tiles) == extend_config(128, half, 16), "too few rows for it"
+    assert len({extend_config(128, half, rows, tiles) for rows in range(1, 5000)}) == 2, "the start compiles both"
     assert decode_config(128, half, 4, tiles) == tiles.decode
     assert decode_config(128, half, 32, tiles) == TileConfig(32, 32, 2, 7), "the heads of a group are its rows"
     assert tree_config(128, half, 128, tiles) == TileConfig(128, 64, 4, 3), "a member at least"
