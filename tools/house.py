@@ -25,7 +25,7 @@ ROOMS = {
     "kernels": "triton_support layers attention sampling grammar slots card_table ops cpu",
     "runtime": "types handle text cache scheduling speculation models constraints steps testing parallel engine "
     "programs cluster server",
-    "runtime.server": "config link * openai responses anthropic native programs app",
+    "runtime.server": "config link * openai responses anthropic native programs explorer app",
 }
 # What one folder may import of another; `lazy` means inside functions only.
 ACROSS = {"runtime": ("grammar", "kernels", "lang.graph"), "lang": ("grammar.service.python_types", "grammar.ir")}

@@ -100,6 +100,8 @@ def _announce(hello: Hello, address: str, config: ServerConfig, seconds: float) 
     )
     console.print(f"  OpenAI clients: base_url={address}/v1  api_key={key}")
     console.print(f"  programs: POST {address}/v1/programs   API: {address}/docs   metrics: {address}/metrics")
+    if config.ui:
+        console.print(f"  watch it: {address}/ui")
     if not has_keys and not re.match(r"127\.|::1$|localhost$", config.host):
         console.print(
             f"  [bold yellow]anyone who reaches {config.host} can use this server; set --api-key or --api-keys-file[/]"

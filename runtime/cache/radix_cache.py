@@ -19,6 +19,7 @@ Source: RadixAttention, Zheng et al. 2024 (arXiv:2312.07104), section 3.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ from ramet.runtime.cache.prefix_log import PrefixLog
 from ramet.runtime.types import TokenIds
 
 _NO_TOKENS: TokenIds = np.empty(0, dtype=np.int32)
+_KEPT_EVICTIONS = 64
+SHOWN_TOKENS = 24  # the first ones of a segment, to tell what it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class RadixCache:
         self.num_cached_pages = 0
         self.num_evictable_pages = 0  # pages of unlocked nodes
         self.num_evicted_pages = 0  # counter
+        # The last evictions, to be drawn: the first token's position, the number of tokens, the first ones.
+        self.evictions: deque[tuple[int, int, TokenIds]] = deque(maxlen=_KEPT_EVICTIONS)
         self._page_size = pool.page_size
         self._roots: dict[bytes, RadixNode] = {}
         self.queue = EvictionQueue(rank)
@@ -329,6 +334,9 @@ class RadixCache:
             count = min(num_pages - num_freed, len(node.page_ids))
             num_freed += count
             page_ids = node.page_ids[-count:]
+            num_kept = (len(node.page_ids) - count) * self._page_size
+            gone = node.tokens[num_kept : num_kept + SHOWN_TOKENS].copy()  # a view would keep all of them
+            self.evictions.append((node.start + num_kept, len(node.tokens) - num_kept, gone))
             parent = node.parent
             assert parent is not None
             if count == len(node.page_ids):
@@ -392,9 +400,13 @@ class RadixCache:
 
     # --- for checks and diagnosis
 
+    def roots(self) -> list[RadixNode]:
+        """The roots of all namespaces."""
+        return list(self._roots.values())
+
     def nodes(self) -> Iterator[RadixNode]:
         """All nodes except the roots."""
-        stack = list(self._roots.values())
+        stack = self.roots()
         while stack:
             node = stack.pop()
             if node.parent is not None:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict
+from typing import Any
 
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.step_watch import StepWatch
@@ -189,9 +190,12 @@ class EngineCore:
         self.watch.lap("finish")
         now = time.monotonic()
         seconds = now - max(self._launched_s.popleft(), self._collected_s)
-        self.scheduler.note_time(launched.batch, seconds)
+        batch = launched.batch
+        num_decode, num_rows = batch.num_decode, len(batch.items)
+        self.watch.note_step((now, seconds, num_decode, num_rows - num_decode, batch.num_tokens - num_decode))
+        self.scheduler.note_time(batch, seconds)
         if self.speculation is not None:
-            self.speculation.note_step(launched.batch, time.thread_time() - self._worked_s)
+            self.speculation.note_step(batch, time.thread_time() - self._worked_s)
         self._collected_s = now
         return updates
 
@@ -299,6 +303,26 @@ class EngineCore:
         """Compare the page accounting with the tree. Raises CacheIntegrityError."""
         self.scheduler.check_integrity()
 
+    def take_activity(self) -> dict[str, Any]:  # Any: JSON
+        """The last steps and evictions that were not taken yet, and the running sequences. For drawings.
+
+        `now_s`: the clock of the steps. `readers`: of each running sequence its program's or its own id, its tokens
+        that are computed and known, and the id of the page up to which it reads the tree, or None.
+        """
+        evictions = [(start, num, tokens.tolist()) for start, num, tokens in self.scheduler.cache.evictions]
+        self.scheduler.cache.evictions.clear()
+        readers = [
+            (
+                s.request.program_id or s.request.request_id,
+                s.num_computed,
+                s.num_tokens,
+                s.page_ids[s.num_shared_pages - 1] if s.num_shared_pages else None,
+            )
+            for s in self.scheduler.running()
+        ]
+        steps = self.watch.take_steps()
+        return {"now_s": time.monotonic(), "steps": steps, "evictions": evictions, "readers": readers}
+
     def stats(self) -> dict[str, float]:
         """Counters and gauges of the scheduler, and the longest parts of steps."""
         scheduler = self.scheduler
@@ -313,4 +337,5 @@ class EngineCore:
             "num_free_pages": float(scheduler.pool.num_free),
             "num_evictable_pages": float(scheduler.cache.num_evictable_pages),
             "num_pages": float(scheduler.pool.num_usable),
+            "num_evicted_pages": float(scheduler.cache.num_evicted_pages),
         }

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 
 from ramet.errors import ConfigError, EngineStopped, InvalidRequest, RametError, RequestCancelled
 from ramet.runtime.cache.prefix_log import CacheChanges
-from ramet.runtime.cache.probe import Difference, differences
+from ramet.runtime.cache.probe import Difference, TreeNode, differences, segments
 from ramet.runtime.engine.compiled_code import OnStage, prepare_compiled_code
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
@@ -54,6 +55,8 @@ from ramet.runtime.types import (
 logger = logging.getLogger(__name__)
 
 OnOutput = Callable[[RequestOutput], None]
+_WALKED_NODES = 512  # of the tree between two steps: about a millisecond
+_TOLD_SEGMENTS = 256  # of the tree, with their first tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -333,6 +336,20 @@ class Engine:
         """Counters and gauges: running, waiting, tokens cached and computed, pages free and cached, preemptions."""
         answer: dict[str, float] = self._ask(self._core.stats)
         return answer
+
+    def take_activity(self) -> dict[str, Any]:  # Any: JSON
+        """What steps did since this was last asked, and who runs: see `EngineCore.take_activity`."""
+        activity: dict[str, Any] = self._ask(self._core.take_activity)
+        return activity
+
+    def segments(self, most: int = 20_000) -> list[TreeNode]:
+        """The tree of cached prefixes, at most so many of its nodes; the largest with tokens. Steps run meanwhile."""
+        walk, found = segments(self._core.scheduler.cache), list[TreeNode]()
+        while len(found) < most and (some := self._ask(lambda: list(islice(walk, _WALKED_NODES)))):
+            found += some
+        for small in sorted(found, key=lambda one: -one.num_tokens)[_TOLD_SEGMENTS:]:
+            small.tokens = []
+        return found[:most]
 
     def check_integrity(self) -> None:
         """Compare the page accounting with the tree. Raises CacheIntegrityError, which means a bug in Ramet."""

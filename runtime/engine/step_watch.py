@@ -1,5 +1,5 @@
-"""Where the time of the engine's loop goes: the longest round and the longest parts of any round, and a log line for
-long rounds.
+"""Where the time of the engine's loop goes: the last steps, the longest round and the longest parts of any round, and a
+log line for long rounds.
 
 A round is one turn of the loop: commands of callers, one step, delivery of its outputs.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
@@ -15,6 +16,9 @@ logger = logging.getLogger(__name__)
 PARTS = ("commands", "schedule", "launch", "device", "grammars", "finish", "deliver")
 _LONG_S = 0.1
 _LOG_INTERVAL_S = 10.0
+_KEPT_STEPS = 1024
+
+Step = tuple[float, float, int, int, int]  # its end (time.monotonic()), seconds, decode rows, extend rows, their tokens
 
 
 class StepWatch:
@@ -33,6 +37,7 @@ class StepWatch:
         self._report: tuple[float, str] | None = None  # of the longest round that is not logged yet
         self._num_unlogged = 0
         self._last_log = float("-inf")
+        self._steps: deque[Step] = deque(maxlen=_KEPT_STEPS)
 
     def begin(self) -> None:
         """Begin a round. The time since the last one was spent waiting for work."""
@@ -56,6 +61,15 @@ class StepWatch:
         self._longest_round_s = max(self._longest_round_s, total)
         if total >= _LONG_S:
             self._note_long(total, work)
+
+    def note_step(self, step: Step) -> None:
+        """Keep a step for whoever draws the timeline."""
+        self._steps.append(step)
+
+    def take_steps(self) -> list[Step]:
+        """Return the last steps that were not taken yet."""
+        steps, self._steps = self._steps, deque(maxlen=_KEPT_STEPS)
+        return list(steps)
 
     def stats(self) -> dict[str, float]:
         """Seconds of the longest round, `longest_step_s`, and of each part; the number of long rounds."""

@@ -91,6 +91,10 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
+    def running(self) -> list[Sequence]:
+        """The running sequences, in the order of their admission."""
+        return list(self._running)
+
     @property
     def num_running(self) -> int:
         return len(self._running)

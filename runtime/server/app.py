@@ -28,6 +28,7 @@ from ramet.runtime.models.description import describe_model
 from ramet.runtime.server.anthropic.routes import anthropic_endpoints
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.connections import PatientProtocol, bytes_of_heads
+from ramet.runtime.server.explorer.routes import explorer_endpoints
 from ramet.runtime.server.limits import HttpLimits
 from ramet.runtime.server.link import on_ray
 from ramet.runtime.server.link.launchers import LocalLauncher
@@ -40,6 +41,7 @@ from ramet.runtime.server.openai.chat import ChatEndpoint
 from ramet.runtime.server.openai.routes import openai_endpoints
 from ramet.runtime.server.openapi import description_endpoints
 from ramet.runtime.server.programs.routes import program_endpoints
+from ramet.runtime.server.programs.store import ProgramStore
 from ramet.runtime.server.responses.routes import responses_endpoints
 from ramet.runtime.server.routing import make_app
 from ramet.runtime.server.served_model import Explain, ServedModel
@@ -67,14 +69,15 @@ def create_app(served: ServedModel) -> Starlette:
         await served.proxy.stop(served.config.drain_s)
         served.pool.shutdown(wait=False, cancel_futures=True)
 
-    chat = ChatEndpoint(served)
+    chat, store = ChatEndpoint(served), ProgramStore(served)
     endpoints = [
         *openai_endpoints(served, chat),
         *responses_endpoints(served, chat),
         *anthropic_endpoints(served, chat),
         *generate_endpoints(served),
         *status_endpoints(served),
-        *program_endpoints(served),
+        *program_endpoints(served, store),
+        *explorer_endpoints(served, store),
     ]
     app = make_app([*endpoints, *description_endpoints(endpoints, served)], served, lifespan)
     if served.config.cors_allow_origin:
@@ -226,6 +229,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for task in self._tasks:
             task.cancel()
+        for end in self._served.before_shutdown:
+            end()
         asyncio.get_running_loop().call_later(self._served.config.drain_s, self._served.proxy.fail_in_flight)
         await super().shutdown(sockets)
         if self.force_exit:

@@ -52,6 +52,7 @@ class ServerConfig:
     ssl_ca_certs: str | None = _doc(
         None, "authorities (PEM) of client certificates, of which every client must have one"
     )
+    ui: bool = _doc(True, "answer /ui, the page that shows a running server")
     compat_metrics: bool = _doc(False, "also export the names sglang:... and vllm:...")
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ BODY_TIMEOUT_S = 75.0  # maximum time between two pieces of a body
 MAX_LOGGED_BYTES = 16 << 10
 _PLAIN_ID = re.compile(r"[\x21-\x7e]{1,128}")  # an id that a log line and a header can hold
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # requested every few seconds; logged only at DEBUG
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json", "/ui"})
 ADMIN_PATHS = frozenset({"/flush_cache", "/reset_prefix_cache", "/abort_request", "/scale"})
 
 
@@ -97,15 +97,13 @@ class HttpLimits:
         if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
             return HttpError(400, "the request has several Authorization headers; send one")
         key = headers.get(b"x-api-key") or _bearer(headers.get(b"authorization", b""))
-        if is_admin and self._admin_key is not None:
+        if self._admin_key is not None and (is_admin or path.startswith("/ui/")):
             allowed = hmac.compare_digest(digest_of_key(key), self._admin_key)
-        elif self._tenants.need_keys:
-            entry = self._tenants.find(key)
-            allowed = entry is not None
-            if entry is not None:
-                scope["state"]["client"] = (entry.name, scope["state"]["client"][1])
+            scope["state"]["is_admin"] = allowed
+            if not allowed and not is_admin:
+                allowed = self._is_let_in(scope, key)
         else:
-            allowed = True
+            allowed = self._is_let_in(scope, key)
         if not allowed:
             return HttpError(
                 401,
@@ -114,6 +112,15 @@ class HttpLimits:
                 code="invalid_api_key",
             )
         return None
+
+    def _is_let_in(self, scope: Scope, key: bytes) -> bool:
+        """Whether a request with this key may use the server. Notes whose key it is."""
+        if not self._tenants.need_keys:
+            return True
+        entry = self._tenants.find(key)
+        if entry is not None:
+            scope["state"]["client"] = (entry.name, scope["state"]["client"][1])
+        return entry is not None
 
 
 class _LimitedBody:

@@ -1,4 +1,4 @@
-"""The OpenAPI document of a table of endpoints, and the page that shows it in a browser."""
+"""The OpenAPI document of a table of endpoints. The page that shows it in a browser is the explorer's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 from ramet.lang.graph.ir import VERSION as GRAPH_VERSION
 from ramet.lang.graph.ir import Graph
@@ -46,29 +46,10 @@ _EVENT: Json = {
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
 }
-_PAGE = """<!DOCTYPE html>
-<html>
-<head>
-<meta name="viewport" content="width=device-width, initial-scale=1.0">
-<link type="text/css" rel="stylesheet" href="https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/swagger-ui.css">
-<title>Ramet</title>
-</head>
-<body>
-<div id="swagger-ui"></div>
-<script src="https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/swagger-ui-bundle.js"></script>
-<script>
-SwaggerUIBundle({
-    url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, showExtensions: true, showCommonExtensions: true,
-    presets: [SwaggerUIBundle.presets.apis, SwaggerUIBundle.SwaggerUIStandalonePreset],
-})
-</script>
-</body>
-</html>
-"""
 
 
 def description_endpoints(endpoints: Sequence[Endpoint], served: ServedModel) -> list[Endpoint]:
-    """The two endpoints that describe all others: the document as JSON and as a page."""
+    """The endpoint that describes all others."""
     found: list[Json] = []
 
     async def document(request: Request) -> Response:
@@ -77,15 +58,7 @@ def description_endpoints(endpoints: Sequence[Endpoint], served: ServedModel) ->
             found.append(openapi_document(endpoints, _formats(served)))
         return json_response(found[0])
 
-    async def page(request: Request) -> Response:
-        """Show this document in a browser."""
-        return HTMLResponse(_PAGE)
-
-    return [
-        Endpoint(method, path, handler, is_listed=False)
-        for path, handler in (("/openapi.json", document), ("/docs", page))
-        for method in ("GET", "HEAD")
-    ]
+    return [Endpoint("GET", "/openapi.json", document, is_listed=False)]
 
 
 def _formats(served: ServedModel) -> Json:

@@ -21,6 +21,7 @@ from ramet.runtime.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 32
 MAX_TOKENS = 1 << 20  # 4 MiB
+_MAX_MISSES = 64
 _MAX_DIFFERENT = 4 * SHOWN  # tokens behind the place where two prompts differ: enough for the characters shown
 
 Nearest = tuple[int, NDArray[np.int32]]  # the length of the common prefix, and tokens of the other prompt after it
@@ -41,9 +42,13 @@ class FirstDifference(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(slots=True)
 class PromptLog:
-    """The recent prompts of a server. Thread-safe."""
+    """The recent prompts of a server. Thread-safe.
+
+    `misses`: where the last ones left their nearest ones: time, the key's name, and the place. Owner: the event loop.
+    """
 
     tokenizer: Tokenizer
+    misses: deque[tuple[float, str, FirstDifference]] = field(default_factory=lambda: deque(maxlen=_MAX_MISSES))
     _prompts: deque[tuple[str, NDArray[np.int32]]] = field(default_factory=deque)  # (owner, tokens), the newest last
     _num_tokens: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)

@@ -46,6 +46,7 @@ class ServedModel:
     explain: Explain | None = None
     configured_context_length: int | None = None
     others: Callable[[str | None, dict[str, Any]], MakeProxy] | None = None  # Any: fields of EngineConfig
+    before_shutdown: list[Callable[[], None]] = field(default_factory=list)  # ends what would run for ever
     prompts: PromptLog = field(init=False)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="ramet-text"))
 

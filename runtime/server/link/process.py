@@ -315,6 +315,8 @@ class EngineServer:
             "flush_cache": self.engine.flush_cache,
             "check_integrity": self.engine.check_integrity,
             "whole_cache": self.engine.whole_cache,
+            "activity": self.engine.take_activity,
+            "segments": self.engine.segments,
         }
 
         def answer() -> None:

@@ -123,7 +123,7 @@ class ProvideTool(msgspec.Struct, frozen=True, tag="tool", omit_defaults=True):
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
     """A question to the engine; the reply is an `Answer`.
 
-    `what`: stats, flush_cache, check_integrity or whole_cache.
+    `what`: stats, flush_cache, check_integrity, whole_cache, activity or segments.
     """
 
     id: str

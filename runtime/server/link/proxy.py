@@ -108,6 +108,8 @@ class _InFlight:
     client: tuple[str, ...]
     num_waiting: int
     stream: OutputStream | ProgramStream
+    arrived_s: float  # time.monotonic()
+    num_generated: int = 0
 
     @property
     def name(self) -> str:
@@ -311,6 +313,16 @@ class EngineProxy:
     def in_flight(self) -> list[str]:
         return list(self._in_flight)
 
+    def requests(self) -> list[tuple[str, str, float, int, int]]:
+        """Of each request in flight that is no program: its id, its key's name, the seconds since it arrived, the
+        tokens of its prompt while it waits for an answer (then 0), and the tokens of its answer."""
+        now_s = time.monotonic()
+        return [
+            (name, one.name, now_s - one.arrived_s, one.num_waiting, one.num_generated)
+            for name, one in self._in_flight.items()
+            if isinstance(one.stream, OutputStream)
+        ]
+
     async def ask(self, what: str, timeout_s: float = 10.0) -> Any:  # Any: JSON
         """Ask the engine's thread. Raises the engine's error, TimeoutError, or EngineStopped."""
         self._check_ready()
@@ -337,8 +349,9 @@ class EngineProxy:
         if self._accounts is not None:
             is_program = isinstance(command, StartProgram)
             self._accounts.enter(client[0], len(streams), sum(tokens), is_program=is_program)
+        now_s = time.monotonic()
         for stream, num_tokens in zip(streams, tokens, strict=True):
-            self._in_flight[stream.id] = _InFlight(client, num_tokens, stream)
+            self._in_flight[stream.id] = _InFlight(client, num_tokens, stream, now_s)
         try:
             self._send(command)
         except InvalidRequest:
@@ -450,6 +463,7 @@ class EngineProxy:
         if request is not None:
             self._begin(request)
             if output.token_ids:
+                request.num_generated += len(output.token_ids)
                 self._accounts.note_tokens(request.name, len(output.token_ids))
         if output.finish_reason is not None:
             self._accounts.note_finish(_NOBODY if request is None else request.client, output)

@@ -546,6 +546,7 @@ class ChatAnswer:
             messages = [message.plain() for message in self._plan.body.messages]
             self._miss = await self._served.compute(len(ids), prompts.explain, ids, nearest, messages)
             self._served.tenants.requests.misses[self._miss.kind or "other"] += 1
+            prompts.misses.append((time.time(), self._plan.job.client[0], self._miss))
         for index in indices:
             progress = self.progress[index]
             reader = progress.reader

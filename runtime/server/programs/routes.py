@@ -120,9 +120,9 @@ class CancelBody(Strict):
 class ProgramEndpoints:
     """Starts, shows, extends and cancels programs, and takes answers to their tool calls."""
 
-    def __init__(self, served: ServedModel) -> None:
+    def __init__(self, served: ServedModel, store: ProgramStore) -> None:
         self._served = served
-        self._store = ProgramStore(served)
+        self._store = store
 
     async def run(self, request: Request, body: ProgramBody) -> Response | ProgramStatus:
         """Run a graph once, or once for each row of arguments."""
@@ -258,9 +258,9 @@ async def _events(store: ProgramStore, program: StoredProgram, after: int) -> As
     yield event({"id": program.id, "status": program.status, "rows": rows}, "end")
 
 
-def program_endpoints(served: ServedModel) -> list[Endpoint]:
+def program_endpoints(served: ServedModel, store: ProgramStore) -> list[Endpoint]:
     """The endpoints under /v1/programs."""
-    programs = ProgramEndpoints(served)
+    programs = ProgramEndpoints(served, store)
     path = "/v1/programs/{program_id}"
     return [
         Endpoint(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +95,8 @@ class StoredProgram:
     followers: list[asyncio.Event] = field(default_factory=list)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     num_attached: int = 0
+    started_s: float = field(default_factory=time.time)
+    ended_s: float | None = None
     giving_up: asyncio.TimerHandle | None = None
 
     @property
@@ -155,6 +158,10 @@ class ProgramStore:
                 404, f"no program {program_id!r}; finished ones are kept only for a while", code="not_found"
             )
         return program
+
+    def programs(self) -> list[StoredProgram]:
+        """All running and kept programs, the oldest first."""
+        return list(self._programs.values())
 
     def with_key(self, key: str, owner: str, digest: str) -> StoredProgram | None:
         """The program that a request with this key started. Raises HttpError if that request was a different one."""
@@ -333,6 +340,7 @@ class ProgramStore:
         if program.is_over:
             self._served.tenants.bytes.give(program.owner, program.num_bytes)
             program.num_bytes = 0
+            program.ended_s = time.time()
         program.wake()
 
     def _forget_old(self) -> None:

@@ -16,6 +16,7 @@ from ramet.runtime.cache.integrity import check_cache
 from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.prefix_log import prefix_keys
+from ramet.runtime.cache.probe import segments
 from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache
 from ramet.runtime.types import TokenIds
 
@@ -51,6 +52,26 @@ def pages_of(node: RadixNode) -> list[int]:
 
 def found(match: PrefixMatch) -> tuple[int, int]:
     return match.num_tokens, match.num_tail_tokens
+
+
+def test_the_tree_is_told_whole_parents_first_and_also_while_it_changes() -> None:
+    cache, _ = make()
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        put(cache, rng.integers(0, 2, 11).astype(np.int32), "own" if rng.random() < 0.3 else "")
+    told = list(segments(cache))
+    assert len(told) == len(list(cache.nodes())) + len(cache.roots())
+    assert sum(-(-one.num_tokens // P) for one in told) == cache.num_cached_pages
+    assert {one.salt for one in told if one.above is None} == {"", "own"}
+    for index, one in enumerate(told):
+        if one.above is not None:
+            above = told[one.above]
+            assert one.above < index
+            assert one.start == above.start + above.num_tokens
+    walk = segments(cache)
+    begun = [next(walk), next(walk), next(walk)]
+    cache.flush()
+    assert [*begun, *walk] == begun, "what has left the tree meanwhile is not told"
 
 
 def test_nothing_is_found_in_an_empty_tree() -> None:
