@@ -20,7 +20,7 @@ from ramet.kernels.attention.tree_triton import attention_tree_triton
 from ramet.kernels.card_table import CardTable
 from ramet.kernels.grammar.mask import Budgets, ResidentAutomata, TokenTable
 from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
-from ramet.kernels.layers import activation, adapters, gemv, norm, quantize_fp8, rope
+from ramet.kernels.layers import activation, adapters, gemv, kv_fp8, norm, quantize_fp8, rope
 from ramet.kernels.layers.matmul_invariant import matmul_invariant_triton
 from ramet.kernels.sampling.logit_edits import EditTables, count_tokens_triton
 from ramet.kernels.sampling.sample import GrammarTables
@@ -78,9 +78,13 @@ def ints(*shape: int) -> Tensor:
     return tensor(*shape, dtype=torch.int32)
 
 
-def caches(model: Model) -> tuple[Tensor, Tensor]:
+def caches(model: Model, *, is_fp8: bool = False) -> tuple[Tensor, Tensor]:
     shape = (20_000, model.num_kv_heads, PAGE, model.head_dim)
-    return tensor(*shape), tensor(*shape)
+    if not is_fp8:
+        return tensor(*shape), tensor(*shape)
+    size = PAGE * kv_fp8.cell_bytes(model.head_dim, kv_fp8.FP8)
+    k, v = (kv_fp8.values_of(tensor(*shape[:2], size, dtype=torch.uint8), PAGE) for _ in range(2))
+    return k, v
 
 
 def page_table() -> Tensor:
@@ -119,8 +123,11 @@ def elementwise(model: Model) -> list[Launch]:
     q, k, v = qkv.split([model.num_heads, model.num_kv_heads, model.num_kv_heads], dim=1)
     angles = tensor(16384, model.head_dim // 2, dtype=torch.float32)
     norms = (tensor(model.head_dim), tensor(model.head_dim)) if model.has_qk_norm else (None, None)
-    run = partial(rope.rope_and_write_kv_triton, q, k, v, angles, angles, ints(64), ints(64), *caches(model), *norms)
-    return [*launches, Launch(f"{name} rope", run)]
+    for is_fp8 in (False, True):
+        held = caches(model, is_fp8=is_fp8)
+        run = partial(rope.rope_and_write_kv_triton, q, k, v, angles, angles, ints(64), ints(64), *held, *norms)
+        launches.append(Launch(f"{name} rope{' fp8' * is_fp8}", run))
+    return launches
 
 
 def extends(model: Model) -> list[Launch]:
@@ -128,16 +135,20 @@ def extends(model: Model) -> list[Launch]:
     chosen = dict.fromkeys(extend_config(model.head_dim, DTYPE, tokens * model.group) for tokens in (1, 4, 8, 16, 4096))
     windows = [None] if model.window is None else [None, model.window]
     return [
-        Launch(f"{model.name} extend {label(config)} window {window}", partial(run_extend, model, config, window))
+        Launch(
+            f"{model.name} extend {label(config)} window {window}{' fp8' * is_fp8}",
+            partial(run_extend, model, config, window, is_fp8=is_fp8),
+        )
         for config in chosen
         for window in windows
+        for is_fp8 in (False, True)
     ]
 
 
-def run_extend(model: Model, config: TileConfig, window: int | None) -> object:
+def run_extend(model: Model, config: TileConfig, window: int | None, *, is_fp8: bool = False) -> object:
     q = tensor(512, model.num_heads, model.head_dim)
     meta = ExtendMetadata(ints(9), ints(8), ints(8), page_table(), 64, 4096, [64] * 8, [4096] * 8)
-    return attention_extend_triton(q, *caches(model), meta, model.head_dim**-0.5, window, None, config)
+    return attention_extend_triton(q, *caches(model, is_fp8=is_fp8), meta, model.head_dim**-0.5, window, None, config)
 
 
 def decodes(model: Model) -> list[Launch]:
@@ -146,27 +157,42 @@ def decodes(model: Model) -> list[Launch]:
     for splits, fused in ((1, True), (8, True), (8, False)):
         for window in [None] if model.window is None else [None, model.window]:
             name = f"{model.name} decode splits {splits} {'fused' if fused else 'merge'} window {window}"
-            launches.append(Launch(name, partial(run_decode, model, config, splits, fused, window)))
+            for is_fp8 in (False, True):
+                run = partial(run_decode, model, config, splits, fused, window, is_fp8=is_fp8)
+                launches.append(Launch(name + " fp8" * is_fp8, run))
     return launches
 
 
-def run_decode(model: Model, config: TileConfig, splits: int, fused: bool, window: int | None) -> object:
+def run_decode(
+    model: Model, config: TileConfig, splits: int, fused: bool, window: int | None, *, is_fp8: bool = False
+) -> object:
     q = tensor(64, model.num_heads, model.head_dim)
     counters = ints(64 * model.num_kv_heads) if fused else None
     meta = DecodeMetadata(ints(64), ints(64), page_table(), splits, merge_counters=counters)
-    return attention_decode_triton(q, *caches(model), meta, model.head_dim**-0.5, window, None, config)
+    return attention_decode_triton(q, *caches(model, is_fp8=is_fp8), meta, model.head_dim**-0.5, window, None, config)
 
 
 def trees(model: Model) -> list[Launch]:
     config = tree_config(model.head_dim, DTYPE, model.group)
-    return [Launch(f"{model.name} tree splits {splits}", partial(run_tree, model, config, splits)) for splits in (1, 8)]
+    return [
+        Launch(
+            f"{model.name} tree splits {splits}{' fp8' * is_fp8}",
+            partial(run_tree, model, config, splits, is_fp8=is_fp8),
+        )
+        for splits in (1, 8)
+        for is_fp8 in (False, True)
+    ]
 
 
-def run_tree(model: Model, config: TileConfig, splits: int, suffix: TileConfig | None = None) -> object:
+def run_tree(
+    model: Model, config: TileConfig, splits: int, suffix: TileConfig | None = None, *, is_fp8: bool = False
+) -> object:
     q = tensor(64, model.num_heads, model.head_dim)
     plan = TreePlan(64, config, torch.device("meta"))
     meta = DecodeMetadata(ints(64), ints(64), page_table(), splits, plan, merge_counters=ints(64 * model.num_kv_heads))
-    return attention_tree_triton(q, *caches(model), meta, plan, model.head_dim**-0.5, suffix_config=suffix)
+    return attention_tree_triton(
+        q, *caches(model, is_fp8=is_fp8), meta, plan, model.head_dim**-0.5, suffix_config=suffix
+    )
 
 
 def samplers(model: Model) -> list[Launch]:

@@ -85,8 +85,8 @@ def attention_decode_reference(
             mask &= positions >= kv_lens - window
         result = masked_attention(
             queries[part],
-            gather_pages(k_cache, pages),
-            gather_pages(v_cache, pages),
+            gather_pages(k_cache, pages, q.dtype),
+            gather_pages(v_cache, pages, q.dtype),
             mask[:, None, None, :].expand(-1, -1, group, -1),
             scale,
             softcap,

@@ -25,6 +25,7 @@ from torch import Tensor
 from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.attention.plan import LOG2_E, TileConfig, decode_config, dot_precision
 from ramet.kernels.attention.tile_triton import attend_range
+from ramet.kernels.layers.kv_fp8 import FP8, for_kernel
 from ramet.kernels.triton_support import jit, jit_any_value, next_power_of_two, tl
 
 
@@ -73,8 +74,8 @@ def attention_decode_triton(
     block_d, block_g = max(16, next_power_of_two(head_dim)), next_power_of_two(group)
     _decode_kernel[(num_kv_heads, num_splits, batch)](
         q,
-        k_cache,
-        v_cache,
+        for_kernel(k_cache),
+        for_kernel(v_cache),
         out,
         part,
         part_lse,
@@ -107,6 +108,7 @@ def attention_decode_triton(
         BLOCK_T=max(1, min(16, 8192 // (config.block_m * block_d))),
         PAGE_SIZE=page_size,
         PRECISION=dot_precision(q.dtype),
+        IS_FP8=k_cache.dtype is FP8,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -229,6 +231,7 @@ def _decode_kernel(
     BLOCK_T: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_FP8: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     split, num_splits = tl.program_id(1), tl.num_programs(1)
@@ -257,12 +260,12 @@ def _decode_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     last_visible = tl.zeros([BLOCK_M], dtype=tl.int32) + (kv_len - 1)
-    k_head_ptr = k_ptr + kv_head * PAGE_SIZE * HEAD_DIM
-    v_head_ptr = v_ptr + kv_head * PAGE_SIZE * HEAD_DIM
+    k_head_ptr = k_ptr + kv_head * PAGE_SIZE * (HEAD_DIM + IS_FP8)
+    v_head_ptr = v_ptr + kv_head * PAGE_SIZE * (HEAD_DIM + IS_FP8)
     # Always masked: 16 rows of comparisons cost nothing beside the loads, and a second loop would drain the pipeline.
     acc, row_max, row_sum = attend_range(
         q, acc, row_max, row_sum, last_visible, low, high, window, table_ptr, k_head_ptr, v_head_ptr,
-        stride_page, scale_log2, True, HAS_WINDOW, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION,
+        stride_page, scale_log2, True, HAS_WINDOW, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION, IS_FP8,
     )  # fmt: skip
     num_heads = tl.num_programs(0) * GROUP
     if not TO_PARTS:

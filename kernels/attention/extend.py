@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ramet.kernels.attention.plan import AttentionTiles
+from ramet.kernels.layers.kv_fp8 import FP8, read_rows
 
 # Query rows of one masked call on the CPU: bounds the mask at 512 x kv_len and lets a call stop at its own last key.
 _REFERENCE_CHUNK = 512
@@ -42,12 +43,18 @@ class ExtendMetadata:
     tiles: AttentionTiles | None = None  # measured on this card
 
 
-def gather_pages(cache: Tensor, pages: Tensor) -> Tensor:
-    """Copy `pages` (int [..., n]) of `cache [N, K, P, D]` into `[..., K, n * P, D]`, one copy of whole pages."""
+def gather_pages(cache: Tensor, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copy `pages` (int [..., n]) of `cache [N, K, P, D]` into `[..., K, n * P, D]`, one copy of whole pages.
+
+    dtype: that of the result if the cache is in FP8, else the cache's.
+    """
     _, num_kv_heads, page_size, head_dim = cache.shape
     heads = torch.arange(num_kv_heads, device=cache.device)
     index = (pages.long() * num_kv_heads).unsqueeze(-2) + heads.unsqueeze(-1)  # [..., K, n]
-    rows = cache.view(-1, page_size * head_dim).index_select(0, index.reshape(-1))
+    if cache.dtype is FP8:
+        rows = read_rows(cache, index.reshape(-1), dtype)
+    else:
+        rows = cache.view(-1, page_size * head_dim).index_select(0, index.reshape(-1))
     return rows.view(*index.shape[:-1], index.shape[-1] * page_size, head_dim)
 
 
@@ -78,8 +85,8 @@ def attention_extend_reference(
         first = 0 if window is None else max(0, prefix - window + 1) // page_size
         pages = meta.page_table[meta.rows[b], first : -(-kv_len // page_size)]
         offset = first * page_size
-        keys = gather_pages(k_cache, pages)[:, : kv_len - offset]
-        values = gather_pages(v_cache, pages)[:, : kv_len - offset]
+        keys = gather_pages(k_cache, pages, q.dtype)[:, : kv_len - offset]
+        values = gather_pages(v_cache, pages, q.dtype)[:, : kv_len - offset]
         tokens = slice(start, start + q_len)
         out[tokens] = _attend(q[tokens], keys, values, prefix - offset, scale, window, softcap)
         start += q_len

@@ -19,6 +19,7 @@ from torch import Tensor
 from ramet.kernels.attention.extend import ExtendMetadata
 from ramet.kernels.attention.plan import LOG2_E, TileConfig, dot_precision, extend_config
 from ramet.kernels.attention.tile_triton import attend_range
+from ramet.kernels.layers.kv_fp8 import FP8, for_kernel
 from ramet.kernels.triton_support import jit_any_value, next_power_of_two, tl
 
 
@@ -46,8 +47,8 @@ def attention_extend_triton(
     grid = (num_tokens * group // config.block_m + batch, num_kv_heads)
     _extend_kernel[grid](
         q,
-        k_cache,
-        v_cache,
+        for_kernel(k_cache),
+        for_kernel(v_cache),
         out,
         meta.cu_seqlens_q,
         meta.kv_lens,
@@ -70,6 +71,7 @@ def attention_extend_triton(
         BLOCK_B=256,
         PAGE_SIZE=page_size,
         PRECISION=dot_precision(q.dtype),
+        IS_FP8=k_cache.dtype is FP8,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -103,6 +105,7 @@ def _extend_kernel(
     BLOCK_B: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_FP8: tl.constexpr,
 ):
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -146,23 +149,23 @@ def _extend_kernel(
         full_low = tl.maximum(tl.minimum(full_low, full_high), low)
         full_high = tl.maximum(full_high, full_low)
 
-    k_head_ptr = k_ptr + kv_head * PAGE_SIZE * HEAD_DIM
-    v_head_ptr = v_ptr + kv_head * PAGE_SIZE * HEAD_DIM
+    k_head_ptr = k_ptr + kv_head * PAGE_SIZE * (HEAD_DIM + IS_FP8)
+    v_head_ptr = v_ptr + kv_head * PAGE_SIZE * (HEAD_DIM + IS_FP8)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     if HAS_WINDOW:
         acc, row_max, row_sum = attend_range(
             q, acc, row_max, row_sum, last_visible, low, full_low, window, table_ptr, k_head_ptr, v_head_ptr,
-            stride_page, scale_log2, True, True, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION,
+            stride_page, scale_log2, True, True, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION, IS_FP8,
         )  # fmt: skip
     acc, row_max, row_sum = attend_range(
         q, acc, row_max, row_sum, last_visible, full_low, full_high, window, table_ptr, k_head_ptr, v_head_ptr,
-        stride_page, scale_log2, False, False, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION,
+        stride_page, scale_log2, False, False, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION, IS_FP8,
     )  # fmt: skip
     acc, row_max, row_sum = attend_range(
         q, acc, row_max, row_sum, last_visible, full_high, high, window, table_ptr, k_head_ptr, v_head_ptr,
-        stride_page, scale_log2, True, HAS_WINDOW, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION,
+        stride_page, scale_log2, True, HAS_WINDOW, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION, IS_FP8,
     )  # fmt: skip
 
     result = acc / row_sum[:, None]

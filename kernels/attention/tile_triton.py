@@ -8,6 +8,7 @@ Source: FlashAttention-2, Dao 2023 (arXiv:2307.08691), section 3.1.
 
 from __future__ import annotations
 
+from ramet.kernels.layers.kv_fp8 import load_scales
 from ramet.kernels.triton_support import jit, tl
 
 
@@ -33,6 +34,7 @@ def attend_range(
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_FP8: tl.constexpr,  # the cache is bytes of FP8 with scales; they multiply scores and weights
 ):
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -54,7 +56,12 @@ def attend_range(
             k = tl.load(k_ptr + offsets, mask=in_head, other=0.0)
         else:
             k = tl.load(k_ptr + offsets)
+        if IS_FP8:
+            scale_offsets = pages.to(tl.int64) * stride_page + PAGE_SIZE * HEAD_DIM + positions % PAGE_SIZE
+            k = k.to(tl.float8e4nv, bitcast=True).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if IS_FP8:
+            scores = scores * load_scales(k_ptr, scale_offsets, in_range)[None, :]
         if MASKED:
             visible = (positions[None, :] <= last_visible[:, None]) & in_range[None, :]
             if HAS_WINDOW:
@@ -77,5 +84,8 @@ def attend_range(
             v = tl.load(v_ptr + offsets, mask=in_head, other=0.0)
         else:
             v = tl.load(v_ptr + offsets)
+        if IS_FP8:
+            v = v.to(tl.float8e4nv, bitcast=True).to(q.dtype)
+            weights = weights * load_scales(v_ptr, scale_offsets, in_range)[None, :]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max, row_sum

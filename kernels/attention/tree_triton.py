@@ -21,6 +21,7 @@ from ramet.kernels.attention.decode_triton import SharedParts, attention_decode_
 from ramet.kernels.attention.plan import LOG2_E, TileConfig, dot_precision
 from ramet.kernels.attention.tile_triton import attend_range
 from ramet.kernels.attention.tree import ITEM_FIELDS, TreePlan
+from ramet.kernels.layers.kv_fp8 import FP8, for_kernel
 from ramet.kernels.triton_support import jit, next_power_of_two, tl
 
 
@@ -67,8 +68,8 @@ def launch_shared_part(
     num_kv_heads, page_size = k_cache.shape[1], k_cache.shape[2]
     _tree_kernel[(num_kv_heads, plan.max_items)](
         q,
-        k_cache,
-        v_cache,
+        for_kernel(k_cache),
+        for_kernel(v_cache),
         part,
         lse,
         plan.items,
@@ -90,6 +91,7 @@ def launch_shared_part(
         BLOCK_N=plan.config.block_n,
         PAGE_SIZE=page_size,
         PRECISION=dot_precision(q.dtype),
+        IS_FP8=k_cache.dtype is FP8,
         num_warps=plan.config.num_warps,
         num_stages=plan.config.num_stages,
     )
@@ -121,6 +123,7 @@ def _tree_kernel(
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_FP8: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
@@ -150,17 +153,17 @@ def _tree_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     last_visible = tl.zeros([BLOCK_M], dtype=tl.int32) + (high - 1)
-    k_head_ptr = k_ptr + kv_head * PAGE_SIZE * HEAD_DIM
-    v_head_ptr = v_ptr + kv_head * PAGE_SIZE * HEAD_DIM
+    k_head_ptr = k_ptr + kv_head * PAGE_SIZE * (HEAD_DIM + IS_FP8)
+    v_head_ptr = v_ptr + kv_head * PAGE_SIZE * (HEAD_DIM + IS_FP8)
     # The planner cuts at multiples of BLOCK_N, so only the end of a segment can leave something for the second loop.
     full_high = low + (high - low) // BLOCK_N * BLOCK_N
     acc, row_max, row_sum = attend_range(
         q, acc, row_max, row_sum, last_visible, low, full_high, 0, table_ptr, k_head_ptr, v_head_ptr,
-        stride_page, scale_log2, False, False, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION,
+        stride_page, scale_log2, False, False, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION, IS_FP8,
     )  # fmt: skip
     acc, row_max, row_sum = attend_range(
         q, acc, row_max, row_sum, last_visible, full_high, high, 0, table_ptr, k_head_ptr, v_head_ptr,
-        stride_page, scale_log2, True, False, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION,
+        stride_page, scale_log2, True, False, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, PRECISION, IS_FP8,
     )  # fmt: skip
     part_index = slot * (tl.num_programs(0) * GROUP) + head
     tl.store(part_ptr + part_index[:, None] * HEAD_DIM + offs_d[None, :], acc / row_sum[:, None], mask=row_mask)

@@ -6,7 +6,8 @@ For a head vector with halves (x1, x2), and cos and sin of its position (D/2 val
     y1 = x1 * cos - x2 * sin
     y2 = x2 * cos + x1 * sin
 
-This is Hugging Face's llama convention (halves, not interleaved pairs). Rotation is in fp32, results in model dtype.
+This is Hugging Face's llama convention (halves, not interleaved pairs). Rotation is in fp32, results in model dtype. A
+cache in FP8 gets each head's vector, rounded from fp32, and its scale (`kv_fp8.py`).
 Kernel: one program per token and block of heads; the first programs of a token do q, the others k and v.
 
 Not here: the tables of cos and sin (base, llama3 scaling), which the model builds once.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ramet.kernels.layers.kv_fp8 import FP8, for_kernel, scale_byte, write_heads
 from ramet.kernels.layers.norm import rms_norm_reference
 from ramet.kernels.triton_support import cdiv, jit, next_power_of_two, tl
 
@@ -57,9 +59,10 @@ def rope_and_write_kv_reference(
     rotated = torch.empty_like(heads)
     torch.mul(first, cos, out=rotated[..., :half]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=rotated[..., half:]).addcmul_(first, sin)
-    rotated = rotated.to(k_cache.dtype)
-    write_kv_reference(rotated[:, num_heads:], v, kv_slots, k_cache, v_cache)
-    return rotated[:, :num_heads].contiguous()
+    dtype = q.dtype if k_cache.dtype is FP8 else k_cache.dtype
+    keys = rotated[:, num_heads:]
+    write_kv_reference(keys if k_cache.dtype is FP8 else keys.to(dtype), v, kv_slots, k_cache, v_cache)
+    return rotated[:, :num_heads].to(dtype).contiguous()
 
 
 def write_kv_reference(k: Tensor, v: Tensor, kv_slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
@@ -67,6 +70,10 @@ def write_kv_reference(k: Tensor, v: Tensor, kv_slots: Tensor, k_cache: Tensor, 
     page_size = k_cache.shape[2]
     page = kv_slots // page_size
     index = (page, kv_slots - page * page_size)
+    if k_cache.dtype is FP8:
+        write_heads(k, *index, k_cache)
+        write_heads(v, *index, v_cache)
+        return
     k_cache.transpose(1, 2).index_put_(index, k)
     v_cache.transpose(1, 2).index_put_(index, v)
 
@@ -94,13 +101,14 @@ def rope_and_write_kv_triton(
     assert k_cache.stride() == v_cache.stride(), (k_cache.stride(), v_cache.stride())
     num_q_blocks = cdiv(num_heads, _HEADS_PER_PROGRAM)
     _rope_kernel[(num_tokens, num_q_blocks + cdiv(num_kv_heads, _HEADS_PER_PROGRAM))](
-        q, k, v, cos, sin, positions, kv_slots, k_cache, v_cache, q_norm_weight, k_norm_weight, out,
+        q, k, v, cos, sin, positions, kv_slots, for_kernel(k_cache), for_kernel(v_cache), q_norm_weight,
+        k_norm_weight, out,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         num_q_blocks, eps,
         H=num_heads, K=num_kv_heads, P=page_size, HALF=head_dim // 2, HALF_BLOCK=next_power_of_two(head_dim // 2),
         HEADS=_HEADS_PER_PROGRAM, NORM_Q=q_norm_weight is not None, NORM_K=k_norm_weight is not None,
-        num_warps=4 if head_dim >= 128 else 2,
+        IS_FP8=k_cache.dtype is FP8, num_warps=4 if head_dim >= 128 else 2,
     )  # fmt: skip
     return out
 
@@ -111,7 +119,7 @@ def _rope_kernel(
     out_ptr, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     cache_page_stride, cache_head_stride, cache_token_stride, num_q_blocks, eps,
     H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    HEADS: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr,
+    HEADS: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr, IS_FP8: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -131,15 +139,32 @@ def _rope_kernel(
         head = (block - num_q_blocks) * HEADS + tl.arange(0, HEADS)
         inside = (head < K)[:, None] & (column < HALF)[None, :]
         slot = tl.load(slots_ptr + token)
-        cell = (slot // P).to(tl.int64) * cache_page_stride + (slot % P) * cache_token_stride
-        cell = cell + head[:, None] * cache_head_stride + column[None, :]
+        page = (slot // P).to(tl.int64) * cache_page_stride + head * cache_head_stride
+        cell = (page + (slot % P) * cache_token_stride)[:, None] + column[None, :]
+        scale_cell = page + P * 2 * HALF + slot % P
         source = k_ptr + token * k_stride + head[:, None] * k_head_stride + column[None, :]
         first, second = _load_halves(source, k_norm_ptr, column, inside, eps, HALF, NORM_K)
-        tl.store(k_cache_ptr + cell, first * cos - second * sin, mask=inside)
-        tl.store(k_cache_ptr + cell + HALF, second * cos + first * sin, mask=inside)
+        rotated_first, rotated_second = first * cos - second * sin, second * cos + first * sin
+        _store_halves(k_cache_ptr, cell, scale_cell, rotated_first, rotated_second, head < K, inside, HALF, IS_FP8)
         source = v_ptr + token * v_stride + head[:, None] * v_head_stride + column[None, :]
-        tl.store(v_cache_ptr + cell, tl.load(source, mask=inside, other=0.0), mask=inside)
-        tl.store(v_cache_ptr + cell + HALF, tl.load(source + HALF, mask=inside, other=0.0), mask=inside)
+        v_first, v_second = tl.load(source, mask=inside, other=0.0), tl.load(source + HALF, mask=inside, other=0.0)
+        _store_halves(v_cache_ptr, cell, scale_cell, v_first, v_second, head < K, inside, HALF, IS_FP8)
+
+
+@jit
+def _store_halves(
+    cache_ptr, cell, scale_cell, first, second, is_head, inside, HALF: tl.constexpr, IS_FP8: tl.constexpr
+):
+    """Store both halves of a block of heads, in FP8 with a scale for each head."""
+    if IS_FP8:
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        byte = scale_byte(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1))
+        tl.store(cache_ptr + scale_cell, byte.to(tl.uint8), mask=is_head)
+        inverse = ((254 - byte) << 23).to(tl.float32, bitcast=True)[:, None]
+        first = (first * inverse).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        second = (second * inverse).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    tl.store(cache_ptr + cell, first, mask=inside)
+    tl.store(cache_ptr + cell + HALF, second, mask=inside)
 
 
 @jit

@@ -39,6 +39,10 @@ class EngineConfig:
     context_length: int | None = _doc(
         None, "tokens a sequence may have; None: what the model was trained for, capped by memory"
     )
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = _doc(
+        "auto",
+        "keys and values: auto: in the model's dtype; fp8_e4m3: in one byte, with a scale for each head's vector",
+    )
     page_size: int = _doc(16, "token positions in a KV page")
     num_kv_tokens: int | None = _doc(None, "token positions in the KV pool; None: by memory")
     mem_fraction_static: float = _doc(0.9, "share of the device's memory for weights, KV and workspace together")

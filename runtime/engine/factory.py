@@ -12,6 +12,7 @@ from ramet.errors import ConfigError, OutOfMemory
 from ramet.kernels.card_table import CardTable, load_card_table
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import TokenTable
+from ramet.kernels.layers.kv_fp8 import FP8
 from ramet.kernels.sampling.logit_edits import EditTables
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
@@ -20,6 +21,7 @@ from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.models.adapters import Adapters
+from ramet.runtime.models.build import apply_fp8_cache
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import BlockLinear
 from ramet.runtime.models.linear_gpu import apply_batch_invariance, apply_card_table
@@ -132,16 +134,17 @@ def build_runner(
         raise ConfigError(
             f"context_length is {wanted:,} but the model was trained for {longest:,}; lower --context-length"
         )
+    kv_dtype = FP8 if config.kv_cache_dtype == "fp8_e4m3" else dtype
     decoder = prepare_decoder(decoder, config, device)
     if isinstance(decoder, TransformersDecoder):  # its layers may read the host in a step
         config = config.changed({"cuda_graph": False})
     adapters = Adapters(decoder, config.num_loras, config.max_lora_rank) if config.num_loras else None
-    tree = make_tree_planner(decoder, config, device)
-    page_bytes = bytes_per_token(decoder.config, dtype) * config.page_size
+    tree = make_tree_planner(decoder, config, device, kv_dtype)
+    page_bytes = bytes_per_token(decoder.config, kv_dtype) * config.page_size
     num_pages = None if config.num_kv_tokens is None else -(-config.num_kv_tokens // config.page_size) + 1
     plan: MemoryPlan | None = None
     if device.type == "cuda":
-        steps = measure_steps(decoder, config, wanted, arena, edits, tree)
+        steps = measure_steps(decoder, config, wanted, kv_dtype, arena, edits, tree)
         plan = plan_memory(
             read_cuda_memory(device),
             steps,
@@ -157,7 +160,7 @@ def build_runner(
         num_pages = group.smallest(num_pages)
     context = min(wanted, (num_pages - 1) * config.page_size)
     try:
-        kv_cache = KVCache(decoder.config, num_pages, config.page_size, device=device, dtype=dtype)
+        kv_cache = KVCache(decoder.config, num_pages, config.page_size, device=device, dtype=kv_dtype)
         slots = RunningSlots(config.max_running_requests, -(-context // config.page_size), device=device)
         runner = ModelRunner(
             decoder,
@@ -212,7 +215,9 @@ def make_edits(model: LoadedModel, config: EngineConfig, device: torch.device) -
     return LogitEdits(EditTables.create(rows, model.config.vocab_size, device))
 
 
-def make_tree_planner(decoder: Decoder, config: EngineConfig, device: torch.device) -> TreePlanner | None:
+def make_tree_planner(
+    decoder: Decoder, config: EngineConfig, device: torch.device, kv_dtype: torch.dtype
+) -> TreePlanner | None:
     """Make the planner of tree attention on a GPU. On a CPU the result is None: tree attention has no CPU kernels."""
     if device.type != "cuda" or config.tree_attention == "off" or config.deterministic:
         return None
@@ -223,7 +228,7 @@ def make_tree_planner(decoder: Decoder, config: EngineConfig, device: torch.devi
         mode=config.tree_attention,
         num_sms=torch.cuda.get_device_properties(device).multi_processor_count,
         device=device,
-        dtype=decoder.dtype,
+        dtype=kv_dtype,
         costs=card_table(config, device).tree_costs,
         tiles=card_table(config, device).tiles,
     )
@@ -267,6 +272,7 @@ def measure_steps(
     decoder: Decoder,
     config: EngineConfig,
     context_length: int,
+    kv_dtype: torch.dtype,
     arena: GrammarArena | None,
     edits: LogitEdits | None,
     tree: TreePlanner | None,
@@ -280,7 +286,7 @@ def measure_steps(
     num_tokens = min(step_tokens(config, device), context_length)
     num_pages = -(-num_tokens // config.page_size) + 1
     try:
-        kv_cache = KVCache(decoder.config, num_pages, config.page_size, device=device, dtype=decoder.dtype)
+        kv_cache = KVCache(decoder.config, num_pages, config.page_size, device=device, dtype=kv_dtype)
         slots = RunningSlots(config.max_running_requests, -(-context_length // config.page_size), device=device)
         runner = ModelRunner(
             decoder,
@@ -338,6 +344,11 @@ def measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
 
 def prepare_decoder(decoder: Decoder, config: EngineConfig, device: torch.device) -> Decoder:
     """Apply the passes that the configuration requires to the finished model."""
+    if isinstance(decoder, TransformersDecoder) and (config.kv_cache_dtype != "auto" or config.num_loras):
+        name = "kv_cache_dtype fp8_e4m3" if config.kv_cache_dtype != "auto" else "max_loras"
+        raise ConfigError(f"{name} needs Ramet's own layers, but transformers computes those of this model")
+    if config.kv_cache_dtype != "auto":
+        decoder = apply_fp8_cache(decoder)
     if device.type != "cuda":
         return decoder
     if isinstance(decoder, TransformersDecoder):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ramet.errors import ConfigError
 from ramet.kernels.ops import REFERENCE, TRITON, Ops
 from ramet.runtime.models.config import Experts, ModelConfig, Rope
-from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.decoder import Decoder, Layer
 from ramet.runtime.models.layers import Attention, DecoderLayer, FeedForward, RotaryTable, SparseFeedForward
 from ramet.runtime.models.linear import Linear, PlainStorage, Storage
 from ramet.runtime.models.linear_fp8 import Fp8Storage, has_fp8_products
@@ -57,6 +57,24 @@ def build_decoder(
         )
     storage = (Fp8Storage if is_fp8 else PlainStorage)(weights, device, torch.bfloat16 if dtype == "auto" else dtype)
     return _Builder(config, storage, ops or (TRITON if device.type == "cuda" else REFERENCE)).build()
+
+
+def apply_fp8_cache(decoder: Decoder) -> Decoder:
+    """Return a decoder for a KV cache in FP8. Kernels of a GPU take any cache; on a CPU the references do, slowly."""
+    if decoder.device.type == "cuda":
+        return decoder
+    ops = dataclasses.replace(
+        decoder.ops,
+        rope_and_write_kv=REFERENCE.rope_and_write_kv,
+        attention_decode=REFERENCE.attention_decode,
+        attention_extend=REFERENCE.attention_extend,
+        make_record=None,
+    )
+    layers: list[Layer] = []
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        layers.append(dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, ops=ops)))
+    return dataclasses.replace(decoder, ops=ops, layers=layers)
 
 
 def _build_on_cpu(

@@ -88,7 +88,7 @@ class TransformersDecoder(Decoder):
         for tokens, pages, num_cached in _sequences(context):
             cache = _new_cache()
             for layer, (keys, values) in enumerate(context.kv_caches if num_cached else []):
-                cached = [gather_pages(part, pages)[None, :, :num_cached] for part in (keys, values)]
+                cached = [gather_pages(part, pages, self.dtype)[None, :, :num_cached] for part in (keys, values)]
                 cache.update(*cached, layer)
             positions = context.positions[tokens]
             hidden[tokens] = _hidden(self.model, token_ids[tokens], positions, use_cache=True, **{cache_name: cache})

@@ -13,11 +13,16 @@ import torch
 from torch import Tensor
 
 from ramet.errors import OutOfMemory
+from ramet.kernels.layers.kv_fp8 import FP8, cell_bytes, values_of
+from ramet.kernels.slots.copy_pages import copy_pages
 from ramet.runtime.models.config import ModelConfig
 
 
 class KVCache:
-    """Keys and values of every layer in one allocation `[L, 2, N, K, P, D]`; `layers[l]` is the pair of views."""
+    """Keys and values of every layer in one allocation `[L, 2, N, K, P, D]`; `layers[l]` is the pair of views.
+
+    In FP8 the allocation is uint8 [L, 2, N, K, 1, P * (D + 1)]: the scales of a head's page follow its values.
+    """
 
     def __init__(
         self, config: ModelConfig, num_pages: int, page_size: int, *, device: torch.device, dtype: torch.dtype
@@ -25,16 +30,25 @@ class KVCache:
         self.page_size = page_size
         self.num_pages = num_pages
         shape = (config.num_layers, 2, num_pages, config.num_kv_heads, page_size, config.head_dim)
+        is_fp8 = dtype is FP8
+        if is_fp8:
+            shape = (*shape[:4], 1, page_size * cell_bytes(config.head_dim, dtype))
         try:
             # Zeros, not empty: attention reads whole pages with weight 0 beyond the end, and 0 * nan is nan.
-            self.storage: Tensor = _zeros(shape, device, dtype)
+            self.storage: Tensor = _zeros(shape, device, torch.uint8 if is_fp8 else dtype)
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             size = num_pages * page_size * bytes_per_token(config, dtype)
             raise OutOfMemory(
                 f"the KV pool of {num_pages * page_size:,} tokens needs {size / 2**30:.1f} GiB on {device}, "
                 f"which it does not have; lower --num-kv-tokens or --mem-fraction-static"
             ) from error
-        self.layers: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self.storage]
+        values = values_of(self.storage.squeeze(4), page_size) if is_fp8 else self.storage
+        self.layers: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in values]
+
+    def copy_pages(self, source: Tensor, target: Tensor, num_tokens: Tensor) -> None:
+        """Copy the first positions of pages in every layer, int32 [C] each; in FP8, whole pages."""
+        is_whole = self.storage.shape[4] == 1
+        copy_pages(self.storage, source, target, num_tokens.clamp(max=1) if is_whole else num_tokens)
 
     @property
     def num_bytes(self) -> int:
@@ -56,4 +70,4 @@ _ALIGNMENT = 64  # bytes of a vector: one that crosses cache lines takes two loa
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of one token position in all layers."""
-    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return config.num_layers * 2 * config.num_kv_heads * cell_bytes(config.head_dim, dtype)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ramet.kernels.attention.plan import AttentionTiles
 from ramet.kernels.grammar.arena import FREE_STATE, GrammarArena
-from ramet.kernels.slots.copy_pages import copy_pages
 from ramet.kernels.slots.tables import COLUMNS, scatter_rows, upload
 from ramet.runtime.constraints.states import HostMasks
 from ramet.runtime.models.adapters import Adapters
@@ -251,7 +250,7 @@ class ModelRunner:
         if not len(copies):
             return
         source, target, num_tokens = upload([copies[:, 0], copies[:, 1], copies[:, 2]], self.device)
-        copy_pages(self.kv_cache.storage, source, target, num_tokens)
+        self.kv_cache.copy_pages(source, target, num_tokens)
 
     def use_device(self) -> None:
         """Make the device current in this thread: Triton launches on the current device."""
@@ -283,7 +282,7 @@ class ModelRunner:
         self.graphed.graphs.capture(self.graphed.graphs.keys(with_tree=self.tree is not None))
         self._strategies.insert(0, self.graphed)
         none = torch.zeros(1, dtype=torch.int32, device=self.device)
-        copy_pages(self.kv_cache.storage, none, none, none)
+        self.kv_cache.copy_pages(none, none, none)
         if self.arena is not None:
             self.arena.warm_up()
             return

@@ -12,6 +12,7 @@ from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.attention.extend import ExtendMetadata
 from ramet.runtime.models.context import ForwardContext
 from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.steps.kv_cache import KVCache
 
 
 class BareCache:
@@ -20,17 +21,21 @@ class BareCache:
     `kv_lens[row]` counts the row's cached positions. Set it to a lower value to go back.
     """
 
-    def __init__(self, decoder: Decoder, num_rows: int, max_tokens: int, page_size: int = 16, seed: int = 0) -> None:
-        config = decoder.config
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_rows: int,
+        max_tokens: int,
+        page_size: int = 16,
+        seed: int = 0,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """kv_dtype: None for the decoder's."""
         self.page_size = page_size
         pages_per_row = -(-max_tokens // page_size)
         num_pages = 1 + num_rows * pages_per_row
-        shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
-
-        def cache() -> Tensor:
-            return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
-
-        self.kv_caches = [(cache(), cache()) for _ in range(config.num_layers)]
+        dtype = kv_dtype or decoder.dtype
+        self.kv_caches = KVCache(decoder.config, num_pages, page_size, device=decoder.device, dtype=dtype).layers
         # Shuffled, so no code can rely on a sequence's pages being adjacent.
         order = 1 + torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(seed))
         self.page_table = order.view(num_rows, pages_per_row).to(torch.int32)

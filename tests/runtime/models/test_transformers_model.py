@@ -216,6 +216,9 @@ def test_wrong_arguments_say_what_is_wanted(folder: Path, tmp_path: Path, monkey
         Engine(str(folder), tokenizer=TOKENIZER)
     with pytest.raises(ConfigError, match="'int8' but models that transformers runs are not quantised"):
         Engine(str(folder), quantization="int8")
+    for option in ({"kv_cache_dtype": "fp8_e4m3"}, {"max_loras": 1}):
+        with pytest.raises(ConfigError, match=r"need.? Ramet's own layers"):
+            Engine(model_of("olmo2"), tokenizer=TOKENIZER, num_kv_tokens=512, **option)
     with pytest.raises(ConfigError, match="tp is 2, but transformers computes the layers"):
         Engine(str(folder), tp=2)
     with pytest.raises(ConfigError, match="model_impl is 'vllm' but must be auto, ramet or transformers"):
