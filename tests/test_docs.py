@@ -17,7 +17,7 @@ import ramet
 from ramet import set_default_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCUMENTS = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,13 @@ def default_backend_is_put_back() -> Iterator[None]:
     set_default_backend(None)
 
 
-@pytest.mark.parametrize(("name", "num_blocks"), [("language.md", 20), ("tutorial.md", 8)])
+HOW_TO = {"batches": 2, "extract": 2, "migrate": 1, "rag": 2, "sessions": 2, "testing": 2, "tools": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_blocks"),
+    [("language.md", 20), ("tutorial.md", 8), *((f"how-to/{name}.md", count) for name, count in HOW_TO.items())],
+)
 def test_every_example_runs_and_prints_what_is_shown_under_it(
     name: str,
     num_blocks: int,
@@ -64,6 +70,17 @@ def test_links_between_documents_lead_to_a_heading(document: Path) -> None:
         file = (document.parent / name) if name else document
         assert file.exists(), target
         assert not anchor or anchor in anchors(file.read_text()), target
+
+
+def test_every_test_that_the_readme_names_is_there() -> None:
+    cells = re.findall(r"^\|[^|]+\| (`tests/.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(cells) >= 5
+    for cell in cells:
+        file = ""
+        for name in re.findall(r"`([^`]+)`", cell):
+            path, _, test = name.partition("::")
+            file = path or file
+            assert f"def {test}(" in (ROOT / file).read_text(), name
 
 
 def test_the_reference_has_every_public_name() -> None:

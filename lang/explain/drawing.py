@@ -52,7 +52,7 @@ class Drawing:
             raise InvalidRequest(f"{path}: a drawing is saved as .html, .svg or .mmd", param="path")
         Path(path).write_text(forms[suffix](), encoding="utf-8")
 
-    def _repr_svg_(self) -> str:
+    def _repr_html_(self) -> str:
         return self.svg()
 
 

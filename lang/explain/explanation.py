@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ramet.lang.graph import ir
 from ramet.lang.graph.run_record import RunRecord, Stage
 from ramet.lang.passes.kv_bound import KvBound
-from ramet.lang.passes.paths import ZERO, Count
+from ramet.lang.passes.paths import NO_LIMIT, ZERO, Count
 
 if TYPE_CHECKING:  # rich's tables are loaded when a table is printed
     from rich.console import RenderableType
@@ -105,7 +107,9 @@ class Measured:
 class Explanation:
     """The plan of a program. `str()` and rich show it as a table, `to_dict()` as plain data.
 
-    `is_complete`: the plan covers the whole program. If not, the plan and the KV bound end at the stop in `stages`.
+    `is_complete`: the plan covers the whole program. If not, the plan and the KV bound end at the stop in `stages`, and
+    totals have no upper limit. `arms`: the plans of each way through the program, if it has several; totals are then
+    the least and the most of all.
     """
 
     program: str
@@ -118,26 +122,73 @@ class Explanation:
     is_complete: bool
     num_rows: int = 1
     measured: tuple[Measured, ...] = ()
+    arms: tuple[Explanation, ...] = ()
 
     @property
     def prompt(self) -> Count:
         """The prompt tokens of all requests."""
-        return sum_counts(node.prompt for node in self.nodes)
+        return self._total("prompt")
 
     @property
     def shared(self) -> Count:
         """The prompt tokens that an earlier request of the program computed."""
-        return sum_counts(node.shared for node in self.nodes)
+        return self._total("shared")
 
     @property
     def new(self) -> Count:
         """The prompt tokens that are computed."""
-        return sum_counts(node.new for node in self.nodes)
+        return self._total("new")
 
     @property
     def written(self) -> Count:
         """The tokens that the model writes."""
-        return sum_counts(node.written for node in self.nodes)
+        return self._total("written")
+
+    def _total(self, what: str) -> Count:
+        if self.arms:
+            return widest([getattr(arm, what) for arm in self.arms], is_complete=self.is_complete)
+        return widest([sum_counts(getattr(node, what) for node in self.nodes)], is_complete=self.is_complete)
+
+    def money(self, *, new: float, written: float, shared: float | None = None) -> tuple[float, float]:
+        """Return the least and the most that a run costs, by prices of a million tokens. After a run, both are its own.
+
+        `shared`: the price of prompt tokens from the cache; None: as `new`. The most is infinite where nobody knows it.
+        """
+        prices = {"new": new, "written": written, "shared": new if shared is None else shared}
+        if self.measured:
+            used = self.usage
+            counts = {"new": used.computed_tokens, "written": used.completion_tokens, "shared": used.cached_tokens}
+            found = {name: Count(size, size) for name, size in counts.items()}
+        else:
+            # A token is new or shared: the least has as many shared ones as there can be, if these are the cheaper.
+            found = {"written": self.written, **self._split_prompt(is_shared_cheaper=prices["shared"] <= new)}
+        return _weighed(found, {name: price / 1e6 for name, price in prices.items()})
+
+    def _split_prompt(self, *, is_shared_cheaper: bool) -> dict[str, Count]:
+        """Return the new and the shared tokens of the cheapest and of the dearest run."""
+        prompt, new, shared = self.prompt, self.new, self.shared
+        if not is_shared_cheaper:
+            return {"new": Count(new.at_least, new.at_most), "shared": shared}
+        return {
+            "new": new,
+            "shared": Count(max(prompt.at_least - new.at_least, 0), max(prompt.at_most - new.at_most, 0)),
+        }
+
+    def seconds(self, *, prefill: float, decode: float) -> tuple[float, float]:
+        """Return limits on a run's time on an idle engine, by its tokens a second of prompts and of one answer.
+
+        At least the longest single request, and at most all of them one after the other. After a run, both are the
+        measured time.
+        """
+        if self.measured:
+            ends = [one.end_s for one in self.measured if one.end_s is not None]
+            return max(ends, default=0.0), max(ends, default=0.0)
+        each = [_weighed({"p": n.new, "w": n.written}, {"p": 1 / prefill, "w": 1 / decode}) for n in self.nodes]
+        if self.arms:
+            limits = [arm.seconds(prefill=prefill, decode=decode) for arm in self.arms]
+            return min(least for least, _ in limits), max(most for _, most in limits)
+        most = sum(most for _, most in each) if self.is_complete else math.inf
+        return max((least for least, _ in each), default=0.0), most
 
     @property
     def usage(self) -> ir.Usage:
@@ -145,11 +196,12 @@ class Explanation:
         return sum((one.usage for one in self.measured), ir.Usage())
 
     def to_dict(self) -> dict[str, Any]:  # Any: JSON
-        """Return plain data. A count is an int if it is exact, else [least, most]."""
+        """Return plain data. A count is an int if it is exact, else [least, most]; most is None if nobody knows it."""
         return {
             "program": self.program,
             "target": self.target,
             "is_complete": self.is_complete,
+            "arms": max(len(self.arms), 1),
             "rows": self.num_rows,
             **{name: _plain(getattr(self, name)) for name in ("prompt", "shared", "new", "written")},
             "kv_bound": {name: getattr(self.kv, name) for name in ("tokens", "pages", "known", "longest")},
@@ -166,9 +218,13 @@ class Explanation:
     def __str__(self) -> str:
         from rich.console import Console
 
-        out = io.StringIO()
-        Console(file=out, width=WIDTH, color_system=None, highlight=False).print(_shown(self))
+        out = io.StringIO()  # rich shows what it prints in a notebook's cell, unless it is told not to
+        console = Console(file=out, width=WIDTH, color_system=None, highlight=False, force_jupyter=False)
+        console.print(_shown(self))
         return out.getvalue().rstrip("\n")
+
+    def _repr_html_(self) -> str:
+        return f'<pre style="white-space:pre;overflow-x:auto;line-height:1.3">{escape(str(self))}</pre>'
 
 
 def explain_run(record: RunRecord) -> Explanation:
@@ -199,8 +255,21 @@ def _measure(node: ir.AnyNode, event: ir.NodeEvent | None) -> Measured | None:
     )
 
 
-def _plain(count: Count) -> int | list[int]:
-    return count.at_most if count.is_exact else [count.at_least, count.at_most]
+def _plain(count: Count) -> int | list[int | None]:
+    most = count.at_most if count.at_most < NO_LIMIT else None
+    return count.at_most if count.is_exact else [count.at_least, most]
+
+
+def widest(counts: Sequence[Count], *, is_complete: bool = True) -> Count:
+    """Return the least and the most of all counts; no most if what they count goes on."""
+    least, most = min(count.at_least for count in counts), max(count.at_most for count in counts)
+    return Count(least, most if is_complete else max(most, least + NO_LIMIT))
+
+
+def _weighed(counts: Mapping[str, Count], weights: Mapping[str, float]) -> tuple[float, float]:
+    least = sum(count.at_least * weights[name] for name, count in counts.items())
+    is_limited = all(count.at_most < NO_LIMIT for count in counts.values())
+    return least, sum(c.at_most * weights[name] for name, c in counts.items()) if is_limited else math.inf
 
 
 # The table.
@@ -236,7 +305,10 @@ def _shown(found: Explanation) -> RenderableType:
 def _title(found: Explanation) -> RenderableType:
     from rich.text import Text
 
-    what = " · ".join(part for part in (found.target, f"{found.num_rows} rows" if found.num_rows > 1 else "") if part)
+    rows = f"{found.num_rows} rows" if found.num_rows > 1 else ""
+    arms = f"{len(found.arms)} ways through it" if found.arms else ""
+    part = "" if found.is_complete else "up to the stage below"
+    what = " · ".join(each for each in (found.target, rows, arms, part) if each)
     first = " (first row)" if found.num_rows > 1 else ""
     if found.measured:
         usage = found.usage

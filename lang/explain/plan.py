@@ -6,15 +6,22 @@ line for each pass. Nothing here runs a model. Not here: measured costs, the tab
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ramet.errors import GrammarError
-from ramet.lang.explain.explanation import Explanation, NodeCost, PassReport, sum_counts
+from ramet.lang.explain.explanation import Explanation, NodeCost, PassReport, sum_counts, widest
 from ramet.lang.graph import ir
 from ramet.lang.graph.run_record import RunRecord
-from ramet.lang.passes.argument_motion import argument_motion, as_written, shared_by_calls
+from ramet.lang.passes.argument_motion import (
+    argument_motion,
+    as_written,
+    cues_before_late_text,
+    shared_by_calls,
+    unfinished,
+)
 from ramet.lang.passes.fold import Folded, fold_constants
 from ramet.lang.passes.forced_tokens import appended_tokens, tokens_at_start
 from ramet.lang.passes.fork_groups import fork_groups
@@ -48,15 +55,56 @@ def explain_plan(traced: RunRecord, target: Target, unbound: ir.Graph | None = N
     ]
     if unbound is not None:
         reports.append(_motion_report(unbound, target))
+    reports += _cue_report(traced.graph)
     return Explanation(
         traced.program,
         target.name,
-        tuple(_node_costs(paths, plan)),
+        tuple(
+            _any_of([cost], may_be_absent=True) if cost.node in traced.cancelled else cost
+            for cost in _node_costs(paths, plan)
+        ),
         tuple(reports),
         traced.stages,
         traced.specialised,
         kv,
         is_complete,
+    )
+
+
+def explain_arms(
+    traced: Sequence[RunRecord], are_all: bool, target: Target, unbound: ir.Graph | None = None
+) -> Explanation:
+    """Predict the cost of a program that goes one of several ways, each traced by itself. `are_all`: there are no more.
+
+    The nodes are those of all ways, and a node that a way lacks may cost nothing.
+    """
+    arms = tuple(explain_plan(one, target, unbound) for one in traced)
+    if len(arms) == 1:
+        return arms[0]
+    is_complete = are_all and all(arm.is_complete for arm in arms)
+    found: dict[object, list[NodeCost]] = {}
+    for arm in arms:
+        seen: Counter[object] = Counter()
+        for node in arm.nodes:
+            key = (node.kind, node.name, node.line)
+            found.setdefault((*key, seen[key]), []).append(node)
+            seen[key] += 1
+    nodes = []
+    for some in found.values():
+        nodes.append(_any_of(some, may_be_absent=len(some) < len(arms)))
+    most = [max(getattr(arm.kv, what) for arm in arms) for what in ("tokens", "longest")]
+    kv = KvBound(most[0], most[0] // target.page_size, min(arm.kv.known for arm in arms), most[1], is_complete)
+    more = "" if are_all else ", and there are more"
+    text = f"{len(arms)} ways through it{more}: counts are the least and the most of all, the lines below the first's"
+    reports = [p for p in arms[0].passes if p.name != "kv bound"]
+    return replace(
+        arms[0],
+        nodes=tuple(nodes),
+        passes=(PassReport("arms", text, {"arms": len(arms)}), _kv_report(kv), *reports),
+        stages=tuple({stage: None for arm in arms for stage in arm.stages}),
+        kv=kv,
+        is_complete=is_complete,
+        arms=arms,
     )
 
 
@@ -129,6 +177,16 @@ def _node_costs(paths: Paths, plan: RequestPlan) -> Iterable[NodeCost]:
         yield NodeCost(node.id, kind, node.label, node.line, prompt, shared, new, written)
 
 
+def _any_of(costs: Sequence[NodeCost], *, may_be_absent: bool) -> NodeCost:
+    """Return the cost of a node that is one of these, or that a run may not have asked for at all."""
+    absent = [ZERO] * may_be_absent
+    prompt, shared, new, written = (
+        widest([*(getattr(cost, what) for cost in costs), *absent]) for what in ("prompt", "shared", "new", "written")
+    )
+    twin = None if may_be_absent else costs[0].twin
+    return replace(costs[0], prompt=prompt, shared=shared, new=new, written=written, twin=twin)
+
+
 # One line for each pass.
 
 
@@ -179,9 +237,9 @@ def _liveness_report(paths: Paths) -> PassReport:
 
 
 def _kv_report(kv: KvBound) -> PassReport:
-    part = "" if kv.is_complete else "; for the part up to the stage below"
+    whole = "for the whole program" if kv.is_complete else "up to the stage below; what follows it comes on top"
     pages = "" if kv.pages is None or kv.pages == kv.tokens else f" ({_some(kv.pages, 'page')})"
-    text = f"at most {kv.tokens:,} tokens{pages} for the whole program, {kv.longest:,} for one branch{part}"
+    text = f"at most {kv.tokens:,} tokens{pages} {whole}, {kv.longest:,} for one branch"
     return PassReport("kv bound", text, {"tokens": kv.tokens, "longest": kv.longest})
 
 
@@ -253,6 +311,17 @@ def _motion_report(graph: ir.Graph, target: Target) -> PassReport:
     if not best.gain:
         text = f"{best.shared_now:,} tokens before {best.argument!r} are the same in every call; nothing to gain"
     return PassReport("argument motion", text, {"shared": best.shared_now, "gain": best.gain})
+
+
+def _cue_report(graph: ir.Graph) -> Iterable[PassReport]:
+    """Warn of unfinished lines, such as "Answer:", that the model now reads before the question."""
+    found = cues_before_late_text(graph)
+    for cue, late in found[:1]:
+        text = (
+            f"{cue.line} ends with {unfinished(cue)!r}, and the late text of {late.line} now stands behind it: write "
+            "the cue into the late text, so that the model reads it last"
+        )
+        yield PassReport("warning", text, {"cues": len(found)})
 
 
 def _batch_report(batch: BatchPrefixes, num_rows: int, gained: int) -> PassReport:

@@ -51,6 +51,24 @@ def as_written(graph: ir.Graph) -> ir.Graph:
     return ir.Graph(tuple(nodes), graph.arguments, graph.first)
 
 
+def cues_before_late_text(graph: ir.Graph) -> list[tuple[ir.Text, ir.Text]]:
+    """Return texts that end in an unfinished line, each with the late text that was moved past it. O(nodes)."""
+    found = []
+    for late in graph.nodes:
+        if isinstance(late, ir.Text) and late.moved and late.parent is not None:
+            passed = graph.nodes[late.parent]
+            if isinstance(passed, ir.Text) and not passed.moved and unfinished(passed):
+                found.append((passed, late))
+    return found
+
+
+def unfinished(text: ir.Text) -> str:
+    """Return the last line of a text if neither a line break nor the end of a sentence follows it, else ""."""
+    last = text.parts[-1] if text.parts else ""
+    line = last.rpartition("\n")[2].rstrip(" ") if isinstance(last, str) else ""
+    return "" if line.endswith((".", "!", "?")) else line[-40:]
+
+
 def _chain(graph: ir.Graph, last: ir.Text) -> list[int]:
     """Return the chain of texts that consists of adjoining moved texts and the texts they were moved past."""
     chain, at, most = [last.id], last.parent, last.moved

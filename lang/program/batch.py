@@ -13,11 +13,30 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any, TypeVar
 
+from ramet.lang import explain as explanations
 from ramet.lang.graph import ir
 from ramet.lang.recording.state import State
 
 THREADS = 64  # only programs that wait for a value in Python occupy a thread
 T = TypeVar("T")
+
+
+class States(list[State]):
+    """The states of a batch, in the order of its rows. A notebook shows them as a table."""
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for number, state in enumerate(self[: explanations.MAX_ROWS + 1]):
+            error = state.error()
+            found = str(error) if error is not None else ""
+            values = state.variables if error is None else {}
+            rows.append((number, state.recorder.run.options.program, found, values))
+        names = list(dict.fromkeys(name for *_, values in rows for name in values))
+        cells = [
+            (number, found, *(repr(values[name]) if name in values else "" for name in names))
+            for number, _, found, values in rows
+        ]
+        return explanations.table(("row", "error", *names), cells)
 
 
 def run_rows(

@@ -15,7 +15,7 @@ from ramet.lang.backends.protocol import Backend, TakesRows
 from ramet.lang.graph import ir
 from ramet.lang.graph.operations import follow
 from ramet.lang.graph.options import ProgramOptions, deadline
-from ramet.lang.program.batch import cancelling
+from ramet.lang.program.batch import States, cancelling
 from ramet.lang.program.trace import ArgumentSource, as_argument
 from ramet.lang.recording.recorder import Recorder
 from ramet.lang.recording.state import State
@@ -85,7 +85,7 @@ class Compiled:
         states: list[State] = []
         with cancelling(states):
             self._start_rows([{**kwargs, **row} for row in rows], states)
-            return [state.wait() for state in states]
+            return States(state.wait() for state in states)
 
     def start(
         self,

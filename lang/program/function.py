@@ -26,7 +26,7 @@ from ramet.lang.graph.options import ProgramOptions, deadline
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.graph.sampling import to_sampling
 from ramet.lang.passes.target import Target, target_of
-from ramet.lang.program.batch import arguments_in_text, cancelling, in_row_order, row_order, run_rows
+from ramet.lang.program.batch import States, arguments_in_text, cancelling, in_row_order, row_order, run_rows
 from ramet.lang.program.compiled import Compiled
 from ramet.lang.program.stream import Stream
 from ramet.lang.program.trace import TraceStopped, TracingRun, symbolic
@@ -40,6 +40,7 @@ from ramet.lang.running.values import plain
 _OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
 _STAGES = ("needed", "always")
 _ORDERS = ("given", "prefix")
+MAX_ARMS = 32  # ways through a program that a plan follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +236,7 @@ class Function:
             starts = row_order([call.arguments for call in calls], self._argument_order(calls[0].arguments))
             calls = [calls[index] for index in starts]
         states = in_row_order(starts, self._run_calls(calls, progress_bar, num_threads, max_live))
-        return states if generator_style else list(states)
+        return states if generator_style else States(states)
 
     def _argument_order(self, row: Mapping[str, Any]) -> list[str]:
         """Return the names of arguments. Those used in text come first, in the order of their first use."""
@@ -265,18 +266,18 @@ class Function:
         """
         return self._symbolic_trace(self._split(args, kwargs, is_partial=True)).record
 
-    def _symbolic_trace(self, call: _Call) -> State:
+    def _symbolic_trace(self, call: _Call, arm: Sequence[int] | None = None) -> State:
         """Return the state at the end of a trace."""
         try:
-            return self._trace(call, is_symbolic=True)
+            return self._trace(call, is_symbolic=True, arm=arm)
         except Exception:
             missing = [p.name for p in self.parameters if p.name not in call.arguments]
             if missing:
                 raise
-            return self._trace(call, is_symbolic=False)
+            return self._trace(call, is_symbolic=False, arm=arm)
 
-    def _trace(self, call: _Call, *, is_symbolic: bool) -> State:
-        run = TracingRun(self.name, call.options.get("seed"))
+    def _trace(self, call: _Call, *, is_symbolic: bool, arm: Sequence[int] | None = None) -> State:
+        run = TracingRun(self.name, call.options.get("seed"), arm)
         state = State(Recorder(run, sampling=call.sampling))
         names = [p.name for p in self.parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
         arguments = symbolic(run, names, call.arguments) if is_symbolic else dict(call.arguments)
@@ -330,10 +331,24 @@ class Function:
             target = target or target_of(calls[0].options.get("backend"))
             return explanations.explain_rows([self._trace(call, is_symbolic=False).record for call in calls], target)
         call = self._split(args, kwargs, is_partial=True)
-        record = self._whole_trace(call).record
-        return explanations.explain_plan(
-            record, target or target_of(call.options.get("backend")), self._unbound_graph(call)
-        )
+        target = target or target_of(call.options.get("backend"))
+        return explanations.explain_arms(*self._arms(call), target, self._unbound_graph(call))
+
+    def _arms(self, call: _Call) -> tuple[list[RunRecord], bool]:
+        """Trace every way that the program can go where the choices of a selection, or the first branch that is done,
+        decide. Returns at most `MAX_ARMS` of them, and whether these are all.
+        """
+        waiting, found = list[tuple[int, ...]]([()]), list[RunRecord]()
+        while waiting and len(found) < MAX_ARMS:
+            arm = waiting.pop()
+            state = self._whole_trace(call, arm)
+            run = state.recorder.run
+            assert isinstance(run, TracingRun)
+            taken = [option for option, _ in run.taken]
+            for place in range(len(arm), len(taken)):
+                waiting += [(*taken[:place], other) for other in range(1, run.taken[place][1])]
+            found.append(state.record)
+        return found, not waiting
 
     def why_miss(self, *args: Any, var: str | None = None, **kwargs: Any) -> list[explanations.Miss]:
         """Return, for each generation with a known prompt, where it leaves the cached ones. The costliest first."""
@@ -355,11 +370,11 @@ class Function:
             record, explanations.explain_plan(record, target, self._unbound_graph(call)), target
         )
 
-    def _whole_trace(self, call: _Call) -> State:
+    def _whole_trace(self, call: _Call, arm: Sequence[int] | None = None) -> State:
         """Trace the call. If every argument is given, the nodes equal those of a run; else arguments stay symbolic."""
         if all(p.name in call.arguments for p in self.parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)):
-            return self._trace(call, is_symbolic=False)
-        return self._symbolic_trace(call)
+            return self._trace(call, is_symbolic=False, arm=arm)
+        return self._symbolic_trace(call, arm)
 
     def _unbound_graph(self, call: _Call) -> ir.Graph | None:
         """Return the graph of all calls, in which all arguments are symbolic. None for a program without arguments."""

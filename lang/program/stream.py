@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from ramet.errors import UndefinedVariable
+from ramet.lang.explain import transcript
 from ramet.lang.graph import ir
 from ramet.lang.recording.state import State
 
 _END = object()
+_SHOW_S = 0.1  # between two looks of a notebook's cell
 
 
 class Stream:
@@ -97,6 +100,21 @@ class Stream:
             if not is_over:
                 self._run.cancel()
         self._check_whole()
+
+    def _ipython_display_(self) -> None:
+        """Show the program in a notebook's cell while it writes."""
+        from IPython.display import HTML, display
+
+        shown = display(HTML(""), display_id=True)
+        texts: dict[int, str] = {}
+        shown_s = 0.0
+        self._var = None
+        for event in self:
+            texts[event.node] = event.text if event.kind == "done" else texts.get(event.node, "") + event.text
+            if time.monotonic() - shown_s >= _SHOW_S:
+                shown.update(HTML(transcript(self._run.nodes, texts)))
+                shown_s = time.monotonic()
+        shown.update(self.state)
 
     def _check_whole(self) -> None:
         """Raise, at the end, the program's error, or an error if it never wrote the variable."""

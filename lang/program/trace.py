@@ -8,17 +8,20 @@ recorded when the program runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ramet.lang.graph import ir
 from ramet.lang.graph.operations import MAX_STEPS, Operation, Step, follow, path_text
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord
+from ramet.lang.running.output_types import OutputType
 from ramet.lang.running.run import Run
 from ramet.lang.running.source_lines import caller_line
 from ramet.lang.running.values import Source, Value
+
+T = TypeVar("T")
 
 
 class TraceStopped(BaseException):
@@ -26,15 +29,52 @@ class TraceStopped(BaseException):
 
 
 class TracingRun(Run):
-    """A run without a backend."""
+    """A run without a backend.
 
-    def __init__(self, program: str, seed: int | None = None) -> None:
+    `arm`: the options to take where the program needs to know which of a few it is: which branch is done first, which
+    choice a selection made; the first one where it ends. None: such a need ends the trace, as any other.
+    `taken`: the options that it took, each with their number.
+    """
+
+    def __init__(self, program: str, seed: int | None = None, arm: Sequence[int] | None = None) -> None:
         super().__init__(None, ProgramOptions(program=program), seed=seed)
+        self.arm = arm
+        self.taken: list[tuple[int, int]] = []
+        self._chosen: dict[int, str] = {}  # selection -> its choice
+        self._cancelled: set[int] = set()
         self._specialised: dict[str, str] = {}
         self._argument_nodes: dict[str, int] = {}
 
     def submit(self, *, is_last: bool = False) -> None:
         """Send nothing."""
+
+    def pick(self, values: Sequence[T], choose: Callable[[], tuple[int, T]]) -> tuple[int, T]:
+        return super().pick(values, choose) if self.arm is None else (0, values[0])
+
+    def first_done(self, nodes: list[int]) -> int:
+        return super().first_done(nodes) if self.arm is None else self._option(len(nodes))
+
+    def read(self, node: int, output: OutputType, why: str) -> Any:
+        select = self.nodes[node]
+        if self.arm is None or not isinstance(select, ir.Select):
+            return super().read(node, output, why)
+        choices = ["".join(part for part in choice if isinstance(part, str)) for choice in select.choices]
+        if any(not isinstance(part, str) for choice in select.choices for part in choice):
+            return super().read(node, output, why)
+        if node not in self._chosen:
+            self._chosen[node] = choices[self._option(len(choices))]
+        return output.convert(self._chosen[node])
+
+    def _option(self, num_options: int) -> int:
+        assert self.arm is not None
+        place = len(self.taken)
+        option = self.arm[place] if place < len(self.arm) else 0
+        self.taken.append((option, num_options))
+        return option
+
+    def cancel(self, nodes: list[int] | None = None) -> None:
+        """Note the nodes that a run may cancel before it has asked for them."""
+        self._cancelled.update(nodes or ())
 
     def need(self, node: int, why: str) -> None:
         stage = self.note_stage(node, why)
@@ -45,7 +85,7 @@ class TracingRun(Run):
         self._specialised.setdefault(argument, f"{caller_line()} ({why})")
 
     def report(self) -> RunRecord:
-        return replace(super().report(), specialised=dict(self._specialised))
+        return replace(super().report(), specialised=dict(self._specialised), cancelled=frozenset(self._cancelled))
 
     def argument_node(self, name: str, *examples: Any) -> int:
         """Return the node of an argument, recorded at its first use in text. `examples`: its value, if it has one."""

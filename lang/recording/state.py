@@ -204,8 +204,13 @@ class State:
         branches = self.fork(n)
         branches += item
         self.recorder.run.submit()
-        scores = plain([by(branch) for branch in branches])  # generated scores run together
-        best: State = branches[scores.index(max(scores))]
+        scores = [by(branch) for branch in branches]  # generated ones run together
+
+        def highest() -> tuple[int, Any]:
+            found = plain(scores)
+            return found.index(max(found)), max(found)
+
+        best: State = branches[self.recorder.run.pick(scores, highest)[0]]
         self.recorder.adopt(best.recorder)
         return best
 
@@ -217,13 +222,19 @@ class State:
         branches = self.fork(n)
         branches += item
         if name is None:
-            written = list(branches[0].recorder.written_since(self.recorder))
-            if len(written) != 1:
-                raise InvalidProgram(f"vote needs the name of the variable that counts; written: {written or 'none'}")
-            name = written[0]
-        values = [plain(value) for value in branches[name]]
-        winner = max(values, key=values.count)  # the first of the most frequent ones
-        self.recorder.adopt(branches[values.index(winner)].recorder)
+            names = list(branches[0].recorder.written_since(self.recorder))
+            if len(names) != 1:
+                raise InvalidProgram(f"vote needs the name of the variable that counts; written: {names or 'none'}")
+            name = names[0]
+        written = branches[name]
+
+        def most_frequent() -> tuple[int, Any]:
+            found = [plain(value) for value in written]
+            winner = max(found, key=found.count)  # the first of the most frequent ones
+            return found.index(winner), winner
+
+        index, winner = self.recorder.run.pick(written, most_frequent)
+        self.recorder.adopt(branches[index].recorder)
         return winner
 
     def first_of(self, *items: Appendable) -> int:
@@ -259,6 +270,8 @@ class State:
         variables, program = self.recorder.variables, self.recorder.program
         if name not in variables:
             known = ", ".join(variables) or "none yet"
+            if any(node.label is not None and ir.variable(node.label) == name for node in self.recorder.run.nodes):
+                known += f"; {name!r} was written on another branch: join it first, s.join(branch)"
             raise UndefinedVariable(f"{program}: no variable {name!r}; known: {known}", program=program)
         return self._resolved(variables[name])
 
@@ -327,6 +340,15 @@ class State:
     def record(self) -> RunRecord:
         """Return the graph of the whole run, the events of its nodes, and the lines where recording stopped."""
         return self.recorder.run.report()
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: this branch's turns and variables, of what is there now."""
+        run = self.recorder.run
+        events = run.report().events
+        is_over = not run.is_recording and run.is_done() and run.first_error() is None
+        return explanations.run_html(
+            self.recorder.program, run.path(self.recorder.tip), events, self.variables if is_over else {}
+        )
 
     def where(self) -> list[str]:
         """Return what a running program waits for, as sentences: for programs that hang, from another thread."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -327,6 +327,10 @@ class Run:
         if node not in self.outcomes:
             self.need(node, why)
             await self._until(lambda: node in self.outcomes, node)
+
+    def pick(self, values: Sequence[T], choose: Callable[[], tuple[int, T]]) -> tuple[int, T]:
+        """Choose one of several branches that differ in nothing but their `values`. Returns its index and value."""
+        return choose()
 
     def first_done(self, nodes: list[int]) -> int:
         """Wait until one of these nodes is done, and return its index. If all fail, raises the first one's error."""

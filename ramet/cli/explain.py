@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def add_explain(parser: argparse.ArgumentParser) -> None:
     add_program(parser)
     parser.add_argument("--rows", help="a JSON list of rows: explain a batch")
-    parser.add_argument("--model", help="whose tokenizer and chat template (weights are not read); default: bytes")
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument("--model", help="whose tokenizer and chat template (weights are not read); default: bytes")
+    whose.add_argument("--mock", action="store_true", help="plan for MockBackend, whose tokens are bytes: the default")
     parser.add_argument("--json", action="store_true", help="print plain data")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the graph as well: .html, .svg or .mmd")
 

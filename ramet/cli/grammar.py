@@ -26,7 +26,11 @@ def add_grammar(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)
     summary = "Say what a schema or grammar enforces, and where instances are refused."
     check = actions.add_parser("check", help=summary, description=summary)
-    check.add_argument("source", metavar="SCHEMA", help="a file, or a JSON schema itself; - reads standard input")
+    check.add_argument(
+        "source",
+        metavar="SCHEMA",
+        help="a file; or the text itself, if it is a JSON object or --kind is given; - reads standard input",
+    )
     check.add_argument("instances", metavar="INSTANCE", nargs="*", help="a file, or the text itself")
     check.add_argument(
         "--kind",
@@ -68,7 +72,7 @@ def run_grammar(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     is_text = arguments.source.lstrip().startswith("{")
     kind = arguments.kind or ("json_schema" if is_text else _KINDS.get(Path(arguments.source).suffix, "json_schema"))
-    source = _read(arguments.source)
+    source = _read(arguments.source, arguments.kind)
     options: dict[str, Any] = {}
     if kind == "json_schema":
         names = ("whitespace", "order", "additional_properties", "strict", "on_unsupported")
@@ -146,7 +150,7 @@ def _print_instance(console: Console, grammar: Any, kind: str, given: str, argum
     from ramet.grammar.service.check import walk
 
     is_file = len(given) < 4096 and "\0" not in given and Path(given).is_file()
-    text = _read(given) if is_file else given
+    text = _read(given, None) if is_file else given
     name = given if is_file else "the instance"
     if not is_file and len(arguments.instances) > 1:
         name = given if len(given) <= _NAME else given[: _NAME - 3] + "..."
@@ -185,12 +189,22 @@ def _layout(whitespace: str) -> dict[str, Any]:  # Any: arguments of json.dumps
     return {"separators": (",", ":") if whitespace == "compact" else (", ", ": ")}
 
 
-def _read(source: str) -> str:
+def _read(source: str, kind: str | None) -> str:
+    """Return the text of a file, or `source` itself: where it can be no path, or where its `kind` says what it is."""
     if source == "-":
         return sys.stdin.read()
     if source.lstrip().startswith("{"):
         return source
     try:
-        return Path(source).read_text(encoding="utf-8")
+        is_file = Path(source).is_file()
+        if is_file:
+            return Path(source).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise InvalidRequest(f"cannot read {source}: {error}") from error
+        if kind is None:
+            raise InvalidRequest(f"cannot read {source}: {error}") from error
+        is_file = False
+    if kind is None:
+        raise InvalidRequest(
+            f"cannot read {source}: it is no file; if it is the text itself, say what it is: --kind regex"
+        )
+    return source

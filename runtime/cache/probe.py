@@ -48,7 +48,7 @@ class TreeNode(msgspec.Struct, array_like=True):
 def segments(cache: RadixCache) -> Iterator[TreeNode]:
     """Yield every node after its parent, level by level. The tree may change between two of them.
 
-    What has left it by then is not told, and what a split has made is told with its lower part. 1.5 µs a node.
+    What has left it by then is not told, and what a split has made is told with its lower part. 2 µs a node.
     """
     num_told = 0
     waiting: deque[tuple[RadixNode, int | None]] = deque((root, None) for root in cache.roots())

@@ -150,3 +150,16 @@ def test_instances_are_read_in_the_layout_that_is_asked_for(
     whitespace: str, person: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check(capsys, person, "--whitespace", whitespace, '{"name": "A", "age": 3}')[0] == 0
+
+
+def test_a_text_is_told_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["grammar", "check", "[a-z]+", "abc", "--kind", "regex"]) == 0
+    assert "accepted" in capsys.readouterr().out
+    file = tmp_path / "words.regex"
+    file.write_text("[0-9]+\n")
+    assert main(["grammar", "check", str(file), "123", "--kind", "regex"]) == 0, "a file with this name comes first"
+    capsys.readouterr()
+    assert main(["grammar", "check", "[a-z]+", "abc"]) == 1
+    error = capsys.readouterr().err
+    assert "cannot read [a-z]+: it is no file" in error, "brackets are no colours"
+    assert "--kind regex" in error

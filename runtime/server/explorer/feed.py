@@ -20,7 +20,7 @@ from ramet.runtime.server.served_model import ServedModel
 
 MAX_WATCHERS = 32
 _INTERVAL_S = 1.0
-_TREE_S, _TREE_NODE_S = 2.0, 3e-4  # between two trees: at least so long, and so long for each of its nodes
+_TREE_S, _TREE_NODE_S = 2.0, 5e-4  # between two trees: at least so long, and so long for each of its nodes
 _PATIENCE_S = 5.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def test_the_line_that_forces_a_stage_is_named_with_its_reason(backend: MockBack
     assert "test_explain.py:" in stage.line
     assert f"stage  {stage.line} needs generate 'more': ==" in str(found)
     assert "in a body of s.map(...) or branches.each(...)" in str(found)  # the form that waits less
-    assert "for the part up to the stage" in reports(found)["kv bound"].text
+    assert "up to the stage below" in reports(found)["kv bound"].text
 
 
 def test_a_value_that_python_needs_makes_the_plan_hold_for_it_alone(backend: MockBackend) -> None:
@@ -201,6 +202,8 @@ def test_the_command_prints_plain_data(capsys: pytest.CaptureFixture[str]) -> No
     assert data["nodes"][0]["prompt"] == data["nodes"][0]["new"]
     assert main(["explain", file, "--rows", '["One.", "Two."]', "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 2
+    assert main(["explain", file, "--mock", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["target"] == "bytes"
 
 
 @pytest.mark.parametrize(
@@ -214,3 +217,109 @@ def test_the_command_prints_plain_data(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_command_says_what_is_wrong(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *arguments]) == 1
     assert problem in capsys.readouterr().err
+
+
+# Plans that are not the whole truth say so.
+
+
+def test_the_totals_of_a_part_have_no_upper_limit(backend: MockBackend) -> None:
+    @function(max_tokens=5)
+    def program(s: State) -> None:
+        s += "Go on? " + gen("more")
+        if s["more"] == "yes":
+            s += "So: " + gen("rest")
+
+    found = program.explain()
+    for total in (found.prompt, found.shared, found.new, found.written):
+        assert not total.is_exact
+        assert str(total).startswith("≥ ")
+    data = found.to_dict()
+    assert [data[name][1] for name in ("prompt", "shared", "new", "written")] == [None] * 4
+    assert data["nodes"][0]["prompt"] == len("Go on? "), "what is known of one node stays known"
+    assert found.money(new=1, written=2)[1] == found.seconds(prefill=100, decode=10)[1] == math.inf
+    title = str(found).splitlines()[0]
+    assert "up to the stage below" in title
+    assert "whole program" not in str(found)
+
+
+def mixed(s: State, topic: str) -> None:
+    s += f"About {topic}: " + select("mood", ["good", "bad", "ugly"])
+    if s["mood"] == "good":
+        s += " Fine. " + gen("why", max_tokens=7)
+    elif s["mood"] == "bad":
+        s += " That is bad, and why is it bad? " + gen("reason", max_tokens=20)
+    s += " Vote: " + gen("before", max_tokens=2)
+    s.vote(3, " v " + gen("v", max_tokens=4))
+    s.best_of(2, " b " + gen("b", max_tokens=4), by=lambda branch: len(branch["b"]) if topic == "len" else 1.0)
+    s.first_of(" x " + gen("x", max_tokens=3), " yyy " + gen("y", max_tokens=9))
+    s += " after " + gen("z", max_tokens=4)
+
+
+@pytest.mark.parametrize("mood", ["good", "bad", "ugly"])
+def test_a_plan_goes_on_behind_choices_votes_and_races_as_limits(mood: str) -> None:
+    program = function(mixed)
+    plan = program.explain("rain", backend=MockBackend())
+    assert plan.is_complete
+    assert len(plan.arms) == 6
+    assert {node.name for node in plan.nodes} >= {"mood", "why", "reason", "before", "z"}
+    script = {"About rain:": mood, " Vote: ": "ab", " v ": "vvv", " b ": "bb", " x ": "x", " yyy ": "yyyy"}
+    state = program.run("rain", backend=MockBackend(script))
+    assert state["mood"] == mood
+    usage = state.usage
+    assert plan.prompt.at_least <= usage.prompt_tokens <= plan.prompt.at_most
+    assert plan.new.at_least <= usage.computed_tokens <= plan.new.at_most
+    assert plan.written.at_least <= usage.completion_tokens <= plan.written.at_most
+    assert usage.computed_tokens + usage.completion_tokens <= plan.kv.tokens
+
+
+def test_a_program_that_goes_one_way_only_has_no_arms(backend: MockBackend) -> None:
+    found = advise.explain("Rome", "What to see?")
+    assert found.arms == ()
+    assert found.to_dict()["arms"] == 1
+
+
+def test_more_ways_than_are_followed_leave_the_plan_open(backend: MockBackend) -> None:
+    @function
+    def program(s: State) -> None:
+        for name in "abcdef":
+            s += f"{name}: " + select(name, ["yes", "no"])
+            if s[name] == "yes":
+                s += " so " + gen(f"{name}1", max_tokens=2)
+
+    found = program.explain()
+    assert len(found.arms) == 32
+    assert not found.is_complete
+    assert str(found.prompt).startswith("≥ ")
+
+
+def test_money_and_time_follow_the_counts(backend: MockBackend) -> None:
+    @function(temperature=0)
+    def program(s: State) -> None:
+        s += "0123456789" + gen("a", max_tokens=5)
+
+    found = program.explain()
+    assert found.money(new=1e6, written=2e6) == (10.0, 20.0)
+    assert found.seconds(prefill=10, decode=1) == (1.0, 6.0)
+    after = program.explain(analyze=True)
+    usage = after.usage
+    assert after.money(new=1e6, written=2e6) == (10.0 + 2 * usage.completion_tokens,) * 2
+    least, most = after.seconds(prefill=10, decode=1)
+    assert 0 < least == most
+
+
+@pytest.mark.parametrize(
+    ("cue", "late", "warns"),
+    [("Answer:", "Q?\n", True), ("Answer: ", "Q?\n", True), ("", "Q?\nAnswer:", False), ("Be brief.\n", "Q?\n", False)],
+)
+def test_a_cue_before_its_question_is_warned_of(cue: str, late: str, warns: bool, backend: MockBackend) -> None:
+    @function(max_tokens=3)
+    def clerk(s: State, question: str) -> None:
+        s.append(f"Question: {question} {late}", prefix="late")
+        s += "Rules.\n"
+        s += cue + gen("answer")
+
+    found = reports(clerk.explain("Why?"))
+    assert ("warning" in found) == warns
+    if warns:
+        assert "'Answer:'" in found["warning"].text
+        assert "write the cue into the late text" in found["warning"].text
