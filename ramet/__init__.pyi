@@ -29,6 +29,8 @@ from .lang.recording.primitives import select as select
 from .lang.recording.primitives import system as system
 from .lang.recording.primitives import user as user
 from .lang.recording.state import State as State
+from .lang.running.mcp_tools import mcp as mcp
+from .lang.running.mcp_tools import mcp_url as mcp_url
 from .lang.running.tools import Tool as Tool
 from .lang.running.tools import tool as tool
 from .lang.running.values import ToolUse as ToolUse

@@ -30,6 +30,7 @@ class Tool:
     """A function with its description for the model. It is called like the function itself.
 
     `parameters`: JSON schema of the arguments. `timeout_s`: the limit of one call; the program's deadline holds, too.
+    `takes_json`: the function takes the arguments as they are, not as the types of its signature.
     """
 
     function: Callable[..., Any]
@@ -37,16 +38,25 @@ class Tool:
     description: str
     parameters: Mapping[str, Any]
     timeout_s: float | None = None
+    takes_json: bool = False
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise InvalidRequest(
+                f"a tool's name is {self.name!r}, but must match {_NAME.pattern}; give name=", param="name"
+            )
 
     @property
     def is_async(self) -> bool:
         return inspect.iscoroutinefunction(self.function)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
     def read(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Convert a call's JSON arguments to the types of the signature. Raises InvalidRequest."""
+        if self.takes_json:
+            return dict(arguments)
         from pydantic import TypeAdapter, ValidationError
 
         adapter: TypeAdapter[Any] = TypeAdapter(_arguments_type(self.function, self.name))
@@ -138,8 +148,6 @@ def _tool(function: Callable[..., Any], name: str | None, description: str | Non
     if not callable(function):
         raise InvalidRequest(f"a tool must be a function, not {function!r}", param="tools")
     name = name or str(getattr(function, "__name__", ""))
-    if not _NAME.fullmatch(name):
-        raise InvalidRequest(f"a tool's name is {name!r}, but must match {_NAME.pattern}; give name=", param="name")
     if timeout_s is not None and not timeout_s > 0:
         raise InvalidRequest(f"timeout_s of tool {name!r} is {timeout_s!r}, but must be above 0", param="timeout_s")
     told = inspect.getdoc(function) or ""
@@ -161,6 +169,7 @@ def _tool(function: Callable[..., Any], name: str | None, description: str | Non
 @functools.lru_cache(maxsize=1024)
 def _arguments_type(function: Callable[..., Any], name: str) -> Any:  # Any: a TypedDict
     import typing_extensions
+    from pydantic import with_config
 
     try:
         hints = typing.get_type_hints(function, include_extras=True)
@@ -175,7 +184,8 @@ def _arguments_type(function: Callable[..., Any], name: str) -> Any:  # Any: a T
         kind = hints[parameter.name]
         marker = typing_extensions.Required if parameter.default is parameter.empty else typing_extensions.NotRequired
         fields[parameter.name] = marker[kind]
-    return typing_extensions.TypedDict("Arguments", fields)  # type: ignore[operator]
+    arguments = typing_extensions.TypedDict("Arguments", fields)  # type: ignore[operator]
+    return with_config(extra="forbid")(arguments)
 
 
 def _summary(told: str) -> str:

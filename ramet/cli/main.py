@@ -25,6 +25,7 @@ from ramet.cli.doctor import add_doctor, run_doctor
 from ramet.cli.explain import add_explain, run_explain
 from ramet.cli.grammar import add_grammar, run_grammar
 from ramet.cli.keys import add_keys, run_keys
+from ramet.cli.mcp import add_mcp, run_mcp
 from ramet.cli.run import add_run, run_run
 from ramet.cli.scale import add_scale, run_scale
 from ramet.cli.serve import add_serve, run_serve
@@ -150,6 +151,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "bench": ("Measure a server or a model.", add_bench, run_bench),
     "grammar": ("Check what a schema or grammar enforces.", add_grammar, run_grammar),
     "run": ("Run a program of a Python file.", add_run, run_run),
+    "mcp": ("Offer the programs of a Python file as MCP tools.", add_mcp, run_mcp),
     "explain": ("Show what a program will cost.", add_explain, run_explain),
     "size": ("Show what fits on which GPUs.", add_size, run_size),
     "doctor": ("Show what Ramet finds on this machine.", add_doctor, run_doctor),

@@ -1,4 +1,4 @@
-"""Find the programs of a Python file and read their arguments: for `ramet run` and `ramet explain`."""
+"""Find the programs of a Python file and read their arguments: for `ramet run`, `explain` and `mcp`."""
 
 from __future__ import annotations
 
@@ -34,11 +34,17 @@ def add_program(parser: argparse.ArgumentParser) -> None:
 
 def load_program(arguments: argparse.Namespace) -> tuple[dict[str, Any], Function]:  # Any: whatever the file defines
     """Return the names of the file and the program that is meant. Raises InvalidRequest."""
-    path, _, wanted = arguments.file.rpartition(":")
-    if not path or not wanted.isidentifier():  # the colon of a drive's letter, or none
-        path, wanted = arguments.file, ""
+    path, wanted = split_name(arguments.file)
     names = load_file(Path(path))
     return names, choose_program(names, wanted, path)
+
+
+def split_name(file: str) -> tuple[str, str]:
+    """Return the path and the program's name of `FILE[:PROGRAM]`."""
+    path, _, wanted = file.rpartition(":")
+    if not path or not wanted.isidentifier():  # the colon of a drive's letter, or none
+        return file, ""
+    return path, wanted
 
 
 def load_file(file: Path) -> dict[str, Any]:  # Any: whatever the file defines

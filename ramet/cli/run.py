@@ -26,15 +26,20 @@ KEY_VARIABLE = "RAMET_API_KEY"
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     add_program(parser)
+    add_place(parser)
+    parser.add_argument("--seed", type=int, help="a seed for every generation is derived from it")
+    parser.add_argument("--timeout", type=_seconds, metavar="S", help="seconds after which the program is cancelled")
+    parser.add_argument("--json", action="store_true", help="print result, variables and tokens as JSON, and no text")
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Declare where programs run; `backend_of` reads it."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--model", help="a catalogue name, a directory, a .gguf file or a hub id")
     where.add_argument(
         "--backend", metavar="URL", help=f"a server of programs (`ramet serve`); its key comes from {KEY_VARIABLE}"
     )
     where.add_argument("--mock", action="store_true", help="no model: answers by the file's SCRIPT, or made up")
-    parser.add_argument("--seed", type=int, help="a seed for every generation is derived from it")
-    parser.add_argument("--timeout", type=_seconds, metavar="S", help="seconds after which the program is cancelled")
-    parser.add_argument("--json", action="store_true", help="print result, variables and tokens as JSON, and no text")
 
 
 def _seconds(text: str) -> float:
@@ -51,7 +56,7 @@ def run_run(arguments: argparse.Namespace) -> int:
     options = {"seed": arguments.seed, "timeout_s": arguments.timeout}
     options = {name: value for name, value in options.items() if value is not None}
     with ExitStack() as stack:
-        backend = _backend(arguments, names)
+        backend = backend_of(arguments, names)
         if backend is not None:
             options["backend"] = stack.enter_context(backend)
         start_s = time.monotonic()
@@ -68,7 +73,7 @@ def run_run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _backend(
+def backend_of(
     arguments: argparse.Namespace, names: dict[str, Any]
 ) -> AbstractContextManager[Any] | None:  # Any: what the file defines; engines and backends
     """Choose the backend. None stands for the one that the file has set, or else the default model's engine."""
