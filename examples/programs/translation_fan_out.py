@@ -13,7 +13,7 @@ SCRIPT = {
 
 
 @function(temperature=0, max_tokens=32)
-def translate(s: State, text: str) -> dict[str, object]:
+def translate(s: State, text: str) -> dict[str, str]:
     s += f"English: {text}\n"
     branches = s.fork(len(LANGUAGES))
     branches += [f"{language}:" for language in LANGUAGES]

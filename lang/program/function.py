@@ -11,12 +11,12 @@ import asyncio
 import functools
 import inspect
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, nullcontext, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Protocol, TypeVar, cast, overload
 
 from ramet.errors import ConfigError, InvalidProgram, InvalidRequest, RametError
 from ramet.lang import explain as explanations
@@ -31,12 +31,22 @@ from ramet.lang.program.compiled import Compiled
 from ramet.lang.program.stream import Stream
 from ramet.lang.program.trace import TraceStopped, TracingRun, symbolic
 from ramet.lang.recording.recorder import Recorder
-from ramet.lang.recording.state import State
+from ramet.lang.recording.state import R, State
 from ramet.lang.running.run import Run
 from ramet.lang.running.source_lines import line_of
 from ramet.lang.running.tools import Tool, as_tools, tools_by_name
 from ramet.lang.running.values import plain
 
+if TYPE_CHECKING:
+    from typing_extensions import ParamSpec
+
+    P = ParamSpec("P", default=...)
+else:  # defaults came with Python 3.13
+    from typing import ParamSpec
+
+    P = ParamSpec("P")
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 _OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
 _STAGES = ("needed", "always")
 _ORDERS = ("given", "prefix")
@@ -52,7 +62,73 @@ class _Call:
     sampling: ir.Sampling
 
 
-class Function:
+class Runs(Protocol[T_co, P]):
+    """A way to run a program, for type checkers: with the function's own arguments, or with options of the run, too.
+
+    Python's types can't add keywords to those of another function. So arguments are checked where no option is given,
+    and options are checked wherever they stand.
+    """
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, backend: object, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, timeout_s: float | None, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, token_budget: int | None, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, priority: int, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, cache_salt: str, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, seed: int | None, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, stage: str, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, tools: object, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, var: str | None, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, temperature: float, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, max_tokens: int, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, min_tokens: int, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, string_tokens: int | None, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, top_k: int, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, top_p: float, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, min_p: float, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, frequency_penalty: float, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, presence_penalty: float, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, repetition_penalty: float, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, logit_bias: Mapping[int, float], **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, stop: str | Sequence[str], **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, stop_regex: str | Sequence[str], **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, stop_token_ids: Sequence[int], **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, ignore_eos: bool, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, logprobs: int | None, **options: Any) -> T_co: ...
+
+
+def typed(method: Callable[Concatenate[Function[P, R], ...], T]) -> Runs[T, P]:
+    """Tell type checkers that a method takes the arguments of the program's function."""
+    return cast(Any, method)  # type: ignore[no-any-return]  # a method as it is
+
+
+class Function(Generic[P, R]):
     """A program. `defaults` are sampling values for all its generations."""
 
     def __init__(
@@ -85,14 +161,14 @@ class Function:
         self._signature = inspect.Signature(self.parameters)
         self._sampling = to_sampling(plain(self.defaults))
 
-    def __get__(self, instance: object, owner: type | None = None) -> Function:
+    def __get__(self, instance: object, owner: type | None = None) -> Function[P, R]:
         """Bind a method to its object. The state is then the parameter after `self`."""
         if instance is None:
             return self
         body = self.body.__get__(instance, owner)
         return Function(body, name=self.name, defaults=self.defaults, bound=self.bound, tools=self.tools)
 
-    def __call__(self, state: State, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, state: State, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the body as a part of `state`'s program. Use `run` for a separate run."""
         if not isinstance(state, State):
             raise TypeError(f"{self.name}(...) takes a state and becomes a part of its program; to run it: .run(...)")
@@ -101,14 +177,14 @@ class Function:
             scope.enter_context(state.recorder.default_sampling(self._sampling))
             self._declare_tools(state)
             if self.is_async:
-                return self._inline(state, bound, scope.pop_all())
-            return self.body(state, *bound.args, **bound.kwargs)
+                return cast(R, self._inline(state, bound, scope.pop_all()))
+            return cast(R, self.body(state, *bound.args, **bound.kwargs))
 
     async def _inline(self, state: State, bound: inspect.BoundArguments, scope: ExitStack) -> Any:
         with scope:
             return await self.body(state, *bound.args, **bound.kwargs)
 
-    def bind(self, **arguments: Any) -> Function:
+    def bind(self, **arguments: Any) -> Function[..., R]:
         """Return the same program with some arguments given."""
         unknown = [name for name in arguments if name not in self._signature.parameters]
         if unknown:
@@ -123,7 +199,8 @@ class Function:
 
     # Running.
 
-    def run(self, *args: Any, **kwargs: Any) -> State:
+    @typed
+    def run(self, *args: Any, **kwargs: Any) -> State[R]:
         """Run the program and wait for its end.
 
         Options besides the function's own arguments: `backend`, `timeout_s`, `token_budget`, `priority`, `cache_salt`,
@@ -142,7 +219,8 @@ class Function:
             state.wait()
         return state
 
-    def start(self, *args: Any, **kwargs: Any) -> State:
+    @typed
+    def start(self, *args: Any, **kwargs: Any) -> State[R]:
         """Run the program, and leave its run open: what is appended to the state goes on in it (State.say, close)."""
         if self.is_async:
             raise InvalidProgram(f"{self.name} is async; start() takes a program that is not")
@@ -159,7 +237,8 @@ class Function:
             return
         raise InvalidProgram(f"{self.name} is async and an event loop runs here; use: await {self.name}.arun(...)")
 
-    async def arun(self, *args: Any, **kwargs: Any) -> State:
+    @typed
+    async def arun(self, *args: Any, **kwargs: Any) -> State[R]:
         """`run` for an event loop. A sync program records on a thread of its own, since it may wait for a value."""
         call = self._split(args, kwargs)
         state = self._new_state(call)
@@ -171,6 +250,7 @@ class Function:
             await state
         return state
 
+    @typed
     def stream(self, *args: Any, var: str | None = None, **kwargs: Any) -> Stream:
         """Run the program and return a stream of its text of variable `var`, or of all events if `var` is None.
 
@@ -186,6 +266,7 @@ class Function:
         threading.Thread(target=copy_context().run, args=(work,), name=f"ramet-{self.name}", daemon=True).start()
         return stream
 
+    @typed
     async def astream(self, *args: Any, var: str | None = None, **kwargs: Any) -> AsyncIterator[Any]:
         """`stream` for an event loop."""
         call = self._split(args, kwargs)
@@ -488,8 +569,25 @@ def _shown_progress(states: Iterable[State], total: int, name: str) -> Iterator[
         yield from bar.track(states, total=total, description=name)
 
 
+class Makes(Protocol):
+    """What makes a function a program, for type checkers."""
+
+    @overload
+    def __call__(self, body: Callable[Concatenate[State, P], Coroutine[Any, Any, R]]) -> Function[P, R]: ...
+    @overload
+    def __call__(self, body: Callable[Concatenate[State, P], R]) -> Function[P, R]: ...
+    @overload
+    def __call__(self, body: Callable[Concatenate[Any, State, P], R]) -> Function[P, R]: ...  # a method
+
+
 @overload
-def function(body: Callable[..., Any]) -> Function: ...
+def function(
+    body: Callable[Concatenate[State, P], Coroutine[Any, Any, R]],
+) -> Function[P, R]: ...
+@overload
+def function(body: Callable[Concatenate[State, P], R]) -> Function[P, R]: ...
+@overload
+def function(body: Callable[Concatenate[Any, State, P], R]) -> Function[P, R]: ...
 @overload
 def function(
     body: None = None,
@@ -497,14 +595,14 @@ def function(
     name: str | None = None,
     tools: Sequence[Tool | Callable[..., Any]] = (),
     **defaults: Any,
-) -> Callable[[Callable[..., Any]], Function]: ...
+) -> Makes: ...
 def function(
     body: Callable[..., Any] | None = None,
     *,
     name: str | None = None,
     tools: Sequence[Tool | Callable[..., Any]] = (),
     **defaults: Any,
-) -> Function | Callable[[Callable[..., Any]], Function]:
+) -> Any:
     """Make a function a program: `@function`, or `@function(temperature=0, max_tokens=64)` with sampling defaults.
 
     `tools`: tools that are declared at the start of every run; see State.call_tools.

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 from ramet.errors import InvalidProgram, ProgramError, UndefinedVariable
 from ramet.lang import explain as explanations
@@ -30,10 +30,18 @@ from ramet.lang.running.run import Run
 from ramet.lang.running.tools import Tool, as_tools
 from ramet.lang.running.values import Value, plain, source_of
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    R = TypeVar("R", default=Any)  # what the program's function returns
+else:  # defaults came with Python 3.13
+    from typing import TypeVar
+
+    R = TypeVar("R")
 T = TypeVar("T")
 
 
-class State:
+class State(Generic[R]):
     """One branch. Running a program creates the first; `fork` and `copy` create others.
 
     `recorder`: records the branch; programs don't need it.
@@ -46,7 +54,7 @@ class State:
 
     # Appending.
 
-    def __iadd__(self, other: Appendable) -> State:
+    def __iadd__(self, other: Appendable) -> State[R]:
         self.recorder.append(other)
         return self
 
@@ -301,10 +309,11 @@ class State:
     # Reading.
 
     @property
-    def result(self) -> Any:  # Any: whatever the program's function returned
+    def result(self) -> R:
         """The result of the program's function, with its values read."""
         self.recorder.run.check_function()
-        return None if self.recorder.place else self._resolved(self.recorder.run.returned)
+        found: Any = None if self.recorder.place else self._resolved(self.recorder.run.returned)
+        return found  # type: ignore[no-any-return]  # what the function returned
 
     def text(self) -> str:
         """Return all text of this branch as the model read and wrote it, with the chat template's marks. Waits."""
@@ -377,7 +386,7 @@ class State:
         self.recorder.run.wait_all()
         return self.recorder.run.first_error()
 
-    def wait(self) -> State:
+    def wait(self) -> State[R]:
         """Wait until everything is done or failed."""
         self.recorder.run.wait_all()
         return self

@@ -184,7 +184,7 @@ def _arguments_type(function: Callable[..., Any], name: str) -> Any:  # Any: a T
         kind = hints[parameter.name]
         marker = typing_extensions.Required if parameter.default is parameter.empty else typing_extensions.NotRequired
         fields[parameter.name] = marker[kind]
-    arguments = typing_extensions.TypedDict("Arguments", fields)  # type: ignore[operator]
+    arguments: Any = typing_extensions.TypedDict("Arguments", fields)  # type: ignore[misc]
     return with_config(extra="forbid")(arguments)
 
 

@@ -270,7 +270,7 @@ def test_a_program_that_runs_inside_of_another_uses_its_backend() -> None:
         s += "yes?" + gen("x")
 
     @function
-    def outer(s: State) -> object:
+    def outer(s: State) -> tuple[str, str, str]:
         own = inner.run()["x"]
         with use_backend(MockBackend({"yes?": "block"})):
             return own, inner.run()["x"], inner.run(backend=MockBackend({"yes?": "given"}))["x"]

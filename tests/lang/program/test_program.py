@@ -711,16 +711,39 @@ def test_misuse_of_a_state_says_what_to_do_instead(backend: MockBackend) -> None
     with pytest.raises(TypeError, match=r"\.run"):
         fine("no state")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no parameter 'citty'"):
-        fine.run(citty=1)
+        fine.run(citty=1)  # type: ignore[call-overload]
     with pytest.raises(ConfigError, match="stage is"):
         fine.run(stage="sometimes")
     with pytest.raises(ConfigError, match="must be an Engine"):
         fine.run(backend=3)
     with pytest.raises(InvalidProgram, match="first parameter"):
-        function(lambda: None)
+        function(lambda: None)  # type: ignore[arg-type, misc]
 
 
 # Arguments.
+
+
+def test_arguments_and_results_have_the_types_of_the_function() -> None:
+    """What is wrong here is refused by mypy, too: an ignore without an error would be one."""
+
+    @function(max_tokens=4)
+    def f(s: State, n: int, word: str = "x") -> list[int]:
+        s += f"{word}: " + gen("y")
+        return [n + 1]
+
+    found: list[int] = f.run(3, word="a", backend=MockBackend(), seed=3).result
+    assert found == [4]
+    with use_backend(MockBackend()):
+        word: str = f.run(3).result  # type: ignore[assignment]
+        assert word == [4]  # type: ignore[comparison-overlap]
+        with pytest.raises(TypeError):
+            f.run(m=3)  # type: ignore[call-overload]
+        with pytest.raises(TypeError):
+            f.run("three")  # type: ignore[call-overload]
+        with pytest.raises(InvalidRequest):
+            f.run(3, timeout_s="x")  # type: ignore[call-overload]
+        with pytest.raises(InvalidRequest):
+            gen("y", 64)  # type: ignore[arg-type]
 
 
 def test_arguments_of_the_function_win_over_options_of_the_run(backend: MockBackend) -> None:
@@ -731,7 +754,7 @@ def test_arguments_of_the_function_win_over_options_of_the_run(backend: MockBack
     assert program.run(temperature="hot", seed="pip").text() == "hot pip name? An"
     assert program.bind(temperature="cold").run().text() == "cold x name? An"
     with pytest.raises(TypeError, match="temperature"):
-        program.run()
+        program.run()  # type: ignore[call-overload]
 
 
 def test_sampling_defaults_come_from_the_call_then_the_decorator(backend: MockBackend) -> None:

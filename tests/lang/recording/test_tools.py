@@ -125,7 +125,7 @@ def backend() -> Iterator[MockBackend]:
 
 
 @function(temperature=0, max_tokens=200)
-def ask(s: State, question: str, **options: Any) -> Any:
+def ask(s: State, /, question: str, **options: Any) -> Any:
     s.user(question)
     return s.call_tools([capital, add], **options)
 

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -112,7 +112,7 @@ def test_structured_results_are_values_and_a_server_gets_its_environment(server:
 
 def test_a_tools_failure_is_told_with_its_message(server: McpServer) -> None:
     @function(tools=server)
-    def ask(s: State, on_error: str) -> None:
+    def ask(s: State, on_error: Literal["raise", "report"]) -> None:
         s.user("Try.")
         s.call_tools(on_error=on_error)
 

@@ -117,7 +117,7 @@ def engine(tiny_model: LoadedModel) -> Any:
 
 
 @function(temperature=0)
-def age(s: Any, **options: Any) -> None:
+def age(s: Any, /, **options: Any) -> None:
     s += "Age: " + gen("n", int, **options) + " years" + gen("then", regex="[a-z ]{3}", max_tokens=4)
 
 

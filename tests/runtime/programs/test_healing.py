@@ -62,7 +62,7 @@ def endings() -> dict[bool, str]:
 
 
 @function(temperature=0)
-def write(s: Any, prompt: str, **options: Any) -> None:
+def write(s: Any, /, prompt: str, **options: Any) -> None:
     s += prompt
     s += gen("a", **options)
     s += "; "
