@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -149,11 +150,16 @@ class _TextProgram:
         if sampling is None:
             return
         asked = msgspec.structs.replace(node, sampling=sampling)
-        on_text = (lambda text: self._graph.say(run, text)) if self._graph.tells_text(run) else None
+        on_text = partial(self._take_in, run) if self._graph.wants_text(run) else None
         written = await self._writer.write(prompt, asked, self._graph.deadline, on_text)
         judged = self._graph.judge(run, written)
         if judged is not None:
             self._graph.done(run, judged)
+
+    def _take_in(self, run: NodeRun, text: str) -> None:
+        self._graph.say(run, text)
+        if self._graph.wrote(run, text):
+            self._pump()
 
     async def _select(self, run: NodeRun, node: ir.Select) -> None:
         choices = [self._graph.render(choice) for choice in node.choices]

@@ -192,6 +192,11 @@ class Generate(Node, frozen=True, tag="generate"):
     is_border = True
 
     @property
+    def is_readable_early(self) -> bool:
+        """True if parts of the value are sure as soon as they are written: JSON that no check may still refuse."""
+        return self.type == "json" and not self.checks
+
+    @property
     def is_typed(self) -> bool:
         """True if the value is read from the text, so that a space before it does not change it."""
         return self.type in ("int", "float", "bool", "json")
@@ -497,6 +502,17 @@ def dependencies(node: AnyNode) -> list[int]:
     found.extend(ref.node for ref in refs(node))
     found.extend(node.joined())
     return found
+
+
+def parts_used(node: AnyNode) -> dict[int, set[tuple[str | int, ...]]]:
+    """Return the nodes of whose values only parts are used, with the paths to these parts: fields and items."""
+    found: dict[int, set[tuple[str | int, ...]]] = {}
+    for ref in refs(node):
+        is_step = [isinstance(step, str) or (isinstance(step, int) and step >= 0) for step in ref.path]
+        length = is_step.index(False) if False in is_step else len(is_step)
+        found.setdefault(ref.node, set()).add(ref.path[:length])  # type: ignore[arg-type]
+    whole = {node.parent, *node.joined()}
+    return {used: paths for used, paths in found.items() if used not in whole and () not in paths}
 
 
 def branch(nodes: Sequence[AnyNode], tip: int | None, start: int | None = None) -> list[AnyNode]:

@@ -24,9 +24,11 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.sampling import Sampling, SamplingParams
+from ramet.lang.graph.written_json import WrittenJson
 
 logger = logging.getLogger(__name__)
 
+_CLOSING = frozenset('",]}')  # a part of a JSON value is closed by one of these
 PROMPT_TAIL = 200  # characters of the prompt shown in errors
 
 S = TypeVar("S", Sampling, SamplingParams)
@@ -39,7 +41,8 @@ class NodeRun:
 
     `missing`: the number of things that the node still waits for: unfinished dependencies, and its release if it
     `is_held`. `reserved`: tokens of the budget that it holds. `attempts`: texts that its checks refused. `spent`: the
-    tokens of these texts.
+    tokens of these texts. `written`: its JSON so far, if that can be read early; `value` has the parts that others use.
+    `early`: users that wait for parts of the value alone, with the paths to the parts.
     """
 
     node: ir.AnyNode
@@ -55,6 +58,8 @@ class NodeRun:
     attempts: list[dict[str, str]] = field(default_factory=list)
     spent: ir.Usage = field(default_factory=ir.Usage)
     start_s: float = 0.0
+    written: WrittenJson | None = None
+    early: list[tuple[NodeRun, set[tuple[str | int, ...]]]] = field(default_factory=list)
 
     @property
     def is_over(self) -> bool:
@@ -177,6 +182,17 @@ class GraphRun:
         if self.tells_text(run):
             self._emit(run, "text", text=text)
 
+    def wants_text(self, run: NodeRun) -> bool:
+        """Return whether text of a node is needed as it is generated: by the caller, or by nodes that use its parts."""
+        return self.tells_text(run) or bool(run.early)
+
+    def wrote(self, run: NodeRun, text: str) -> bool:
+        """Take a piece of generated text. Return whether nodes are ready now that waited for a part of the value."""
+        if run.written is None:
+            return False
+        run.written.push(text)
+        return any(char in _CLOSING for char in text) and self._read_parts(run)
+
     def judge(
         self, run: NodeRun, result: ir.NodeResult, read: Callable[[str], ir.JsonValue] | None = None
     ) -> ir.NodeResult | None:
@@ -296,6 +312,38 @@ class GraphRun:
             run.missing += 1
         if run.missing == 0:
             self._make_ready(run)
+        self._add_early(run)
+
+    def _add_early(self, run: NodeRun) -> None:
+        """Let a node that uses only parts of a value wait for these parts.
+
+        Where a budget is shared, it depends on the order of the generations, so nothing begins early.
+        """
+        if isinstance(run.node, ir.Generate) and run.node.is_readable_early and self._budget_left is None:
+            run.written = WrittenJson()
+        for used, paths in ir.parts_used(run.node).items():
+            other = self.nodes[used]
+            if other.written is not None and not other.is_over:
+                other.early.append((run, paths))
+                self._read_parts(other)
+
+    def _read_parts(self, run: NodeRun) -> bool:
+        """Satisfy the users whose parts are closed. Return whether there was one."""
+        assert run.written is not None
+        waiting, run.early = run.early, []
+        for user, paths in waiting:
+            found = {path: run.written.field(path) for path in paths}
+            if None in found.values():
+                run.early.append((user, paths))
+                continue
+            for path, part in found.items():
+                assert part is not None
+                run.value = _with_part(run.value, path, part[0])
+            num_edges = run.users.count(user)
+            run.users = [one for one in run.users if one is not user]
+            for _ in range(num_edges):
+                self._satisfy(user)
+        return len(run.early) < len(waiting)
 
     def _make_ready(self, run: NodeRun) -> None:
         run.status = "ready"
@@ -403,6 +451,18 @@ class GraphRun:
             tip = self.nodes[tip].node.parent
         text = "".join(reversed(parts))
         return text if limit is None else text[-limit:]
+
+
+def _with_part(value: ir.JsonValue, path: Sequence[str | int], part: ir.JsonValue) -> ir.JsonValue:
+    """Return a value with a part in its place. What stands beside it and is not known is left out, or None."""
+    if not path:
+        return part
+    step, rest = path[0], path[1:]
+    if isinstance(step, str):
+        return {**(value or {}), step: _with_part((value or {}).get(step), rest, part)}
+    items = [*(value or ()), *[None] * (step + 1 - len(value or ()))]
+    items[step] = _with_part(items[step], rest, part)
+    return items
 
 
 def _value(

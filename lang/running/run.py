@@ -23,13 +23,13 @@ from ramet.lang.backends.protocol import Backend, Session, block_backend
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.run_record import RunRecord, Stage
+from ramet.lang.graph.written_json import WrittenJson
 from ramet.lang.running.outcomes import Outcomes
 from ramet.lang.running.output_types import OutputType
 from ramet.lang.running.placeholders import Placeholders
 from ramet.lang.running.source_lines import caller_line
 from ramet.lang.running.tool_runner import ToolRunner
 from ramet.lang.running.turns import together
-from ramet.lang.running.written_json import WrittenJson
 
 current_run: ContextVar[Run | None] = ContextVar("ramet_current_run", default=None)
 T = TypeVar("T")
@@ -186,8 +186,8 @@ class Run:
             is_sent = node < len(self.index.nodes)
             if is_sent or self._backend is None or self.stage_always or not isinstance(found, ir.Generate):
                 return False
-            if found.checks or found.type != "json":
-                return False  # a check may still refuse what is written
+            if not found.is_readable_early:
+                return False
             self.nodes[node] = msgspec.structs.replace(found, tells_text=True)
             self.outcomes.follow(node)
         return True

@@ -374,16 +374,20 @@ class ProgramExecutor:
 
     def _take_in(self, run: NodeRun, at: _AtEngine, index: int, output: RequestOutput) -> None:
         """Take an output on the engine's thread, which no error of a program may end."""
+        has_news = output.finish_reason is not None
         try:
             at.work.take(index, output)
             if not run.is_over:
                 if output.text and at.work.requests[index].score_from is None:
                     self._graph.say(run, output.text)
+                    if run.written is not None:
+                        with self._lock:
+                            has_news = self._graph.wrote(run, output.text) or has_news
                 if output.finish_reason is not None:
                     self._request_ended(run, at, output)
         except Exception as error:
             self._failed(run, error)
-        if output.finish_reason is not None:
+        if has_news:
             self._pump()
 
     def _request_ended(self, run: NodeRun, at: _AtEngine, output: RequestOutput) -> None:

@@ -208,3 +208,78 @@ def test_every_node_ends_once_whatever_fails_and_in_whatever_order_nodes_end(dat
             driven.run.done(one, ir.NodeResult())
     assert driven.run.is_over
     assert sorted(event.node for event in driven.events) == list(range(len(nodes)))
+
+
+# Parts of values.
+
+
+def part_user(node: int, *paths: tuple[str | int, ...], of: int = 0) -> ir.Text:
+    return ir.Text(id=node, parts=tuple(ir.Ref(of, path) for path in paths))
+
+
+def test_a_node_that_uses_a_field_is_ready_as_soon_as_the_field_is_written() -> None:
+    driven = Driven(*gens(1, type="json"), part_user(1, ("city",)), part_user(2, ("n",), ("city",)), part_user(3, ()))
+    (plan,) = driven.take()
+    assert not driven.run.wrote(plan, '{"city": "Ly')
+    assert driven.run.wrote(plan, 'on", "n": 12')
+    (user,) = driven.take()
+    assert driven.run.evaluate(user) == ir.NodeResult("Lyon")
+    assert not driven.run.wrote(plan, "3")
+    assert driven.run.wrote(plan, "}")
+    (user,) = driven.take()
+    assert driven.run.evaluate(user) == ir.NodeResult("123Lyon")
+    driven.done(0, '{"city": "Lyon", "n": 123}')
+    assert driven.started() == [3]
+
+
+def test_items_are_parts_and_a_part_that_is_whole_when_its_user_comes_is_used_at_once() -> None:
+    driven = Driven(*gens(1, type="json"))
+    (plan,) = driven.take()
+    driven.run.wrote(plan, '{"steps": ["a", {"b": [1')
+    driven.run.extend(
+        ir.Graph((part_user(1, ("steps", 0)), part_user(2, ("steps", 1, "b", 0)), part_user(3, ("steps", -1))), first=1)
+    )
+    (user,) = driven.take()
+    assert driven.run.evaluate(user) == ir.NodeResult("a")
+    assert driven.run.wrote(plan, ', 2]}, "c"')
+    (user,) = driven.take()
+    assert driven.run.evaluate(user) == ir.NodeResult("1")
+    assert driven.run.wrote(plan, "]")
+    (user,) = driven.take()
+    assert driven.run.evaluate(user) == ir.NodeResult("c")
+
+
+def test_nothing_is_read_early_where_the_value_is_not_sure_or_the_order_counts() -> None:
+    checked = ir.Generate(id=0, type="json", checks=(length(1, 3),))
+    below = ir.Text(id=1, parent=0, parts=(ir.Ref(0, ("a",)),))
+    both = part_user(1, ("a",), ())
+    for nodes, options in (
+        ((checked, part_user(1, ("a",))), {}),
+        ((*gens(1), part_user(1, ("a",))), {}),
+        ((*gens(1, type="json"), below), {}),
+        ((*gens(1, type="json"), both), {}),
+        ((*gens(1, type="json"), part_user(1, ("a",))), {"token_budget": 10}),
+    ):
+        driven = Driven(*nodes, **options)
+        (plan,) = driven.take()
+        assert not driven.run.wrote(plan, '{"a": "b", ')
+        assert driven.started() == []
+
+
+def test_a_user_of_a_part_that_never_comes_waits_for_the_whole_value_and_then_fails() -> None:
+    driven = Driven(*gens(1, type="json"), part_user(1, ("b",)))
+    (plan,) = driven.take()
+    driven.run.wrote(plan, '{"a": 1}')
+    assert driven.started() == []
+    driven.run.done(plan, ir.NodeResult('{"a": 1}', value={"a": 1}))
+    (user,) = driven.take()
+    with pytest.raises(RametError, match="has no 'b'"):
+        driven.run.evaluate(user)
+
+
+def test_a_cancelled_user_of_a_part_is_not_ready_when_the_part_comes() -> None:
+    driven = Driven(*gens(1, type="json"), part_user(1, ("a",)))
+    (plan,) = driven.take()
+    driven.run.cancel([1])
+    driven.run.wrote(plan, '{"a": 1, ')
+    assert driven.started() == []

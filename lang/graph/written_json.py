@@ -22,14 +22,14 @@ class WrittenJson:
         """Take the next piece of the text."""
         self._text += piece
 
-    def field(self, path: Sequence[str]) -> tuple[Any] | None:  # Any: JSON
-        """Return the value of a field, as the only one of a tuple, if it is closed."""
+    def field(self, path: Sequence[str | int]) -> tuple[Any] | None:  # Any: JSON
+        """Return the value of a field or an item, as the only one of a tuple, if it is closed."""
         try:
             return (self._value(self._place(path))[0],)
         except _NOT_YET:
             return None
 
-    def next_items(self, path: Sequence[str]) -> list[Any]:
+    def next_items(self, path: Sequence[str | int]) -> list[Any]:
         """Return the items of a list that were closed since the last call, which had the same path."""
         found: list[Any] = []
         try:
@@ -42,15 +42,20 @@ class WrittenJson:
             pass  # what follows comes with the next piece
         return found
 
-    def _place(self, path: Sequence[str]) -> int:
-        """Return the place of a field's value. Raises what `_NOT_YET` has if it is not there yet."""
+    def _place(self, path: Sequence[str | int]) -> int:
+        """Return the place of a part's value. Raises what `_NOT_YET` has if it is not there yet."""
         at = 0
-        for name in path:
-            at = self._behind(at, "{")
+        for step in path:
+            at = self._behind(at, "{" if isinstance(step, str) else "[")
+            if isinstance(step, int):
+                for _ in range(step):
+                    _, at = self._value(self._skip(at, ","))
+                at = self._skip(at, ",")
+                continue
             while True:
                 key, at = self._value(self._skip(at, ","))
                 at = self._skip(self._behind(at, ":"), "")
-                if key == name:
+                if key == step:
                     break
                 _, at = self._value(at)
         return self._skip(at, "")

@@ -20,7 +20,7 @@ from ramet import MockBackend, OpenAI, ProgramError, Remote, State, function, ge
 from ramet.lang.graph import ir
 from ramet.lang.graph.events import NodeEvent, OnEvent
 from ramet.lang.graph.options import ProgramOptions
-from ramet.lang.running.written_json import WrittenJson
+from ramet.lang.graph.written_json import WrittenJson
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 
 Serve = Callable[..., AbstractContextManager[Any]]
