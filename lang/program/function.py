@@ -254,7 +254,8 @@ class Function(Generic[P, R]):
     def stream(self, *args: Any, var: str | None = None, **kwargs: Any) -> Stream:
         """Run the program and return a stream of its text of variable `var`, or of all events if `var` is None.
 
-        The stream's `state` is the program's state. Leaving the iteration early cancels the program.
+        A variable that is written as JSON (a model, a list, a schema) comes as its JSON value so far (Stream). The
+        stream's `state` is the program's state. Leaving the iteration early cancels the program.
         """
         call = self._split(args, kwargs)
         state = self._new_state(call, keep_events=True)

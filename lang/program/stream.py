@@ -1,4 +1,4 @@
-"""Follows a running program: yields the text of one variable as it is generated, or every event."""
+"""Follows a running program: yields one variable as it is generated, or every event."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ _SHOW_S = 0.1  # between two looks of a notebook's cell
 class Stream:
     """An iterator (`for`, `async for`) over pieces of text of variable `var`, or over NodeEvents if `var` is None.
 
+    A variable that is written as JSON comes as its value so far, each time it grows: `{"name": "An"}`, then
+    `{"name": "Ann", "age": 4}`. A text or number at the end of it may still go on. `state[var]` has the type's own value.
     It ends with the program. It raises the exception of the program's function, or the error of the followed variable.
     Leaving the iteration early cancels the program.
     """
@@ -28,6 +30,7 @@ class Stream:
         self.state = state
         self._run = state.recorder.run
         self._var = var
+        self._json: dict[int, tuple[str, Any]] = {}  # by node: text so far, the last value that was yielded
         self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()  # events, an exception, _END
         self._wake: Callable[[], object] | None = None
         self._error: BaseException | None = None
@@ -139,5 +142,22 @@ class Stream:
             error = self._run.error_of(event.node)
             assert error is not None
             raise error
-        if event.kind == "text" or isinstance(self._run.nodes[event.node], ir.Select | ir.Capture):
+        node = self._run.nodes[event.node]
+        if event.kind == "text" and isinstance(node, ir.Generate) and node.type == "json":
+            yield from self._grown(event)
+        elif event.kind == "text" or isinstance(node, ir.Select | ir.Capture):
             yield event.text or str(event.value)
+
+    def _grown(self, event: ir.NodeEvent) -> Iterator[Any]:  # Any: JSON
+        """Yield the JSON value so far, if it has changed."""
+        from pydantic_core import from_json
+
+        before, shown = self._json.get(event.node, ("", _END))
+        text = before + event.text
+        try:
+            found = from_json(text, allow_partial="trailing-strings")
+        except ValueError:  # nothing of it is written yet
+            found = shown
+        self._json[event.node] = (text, found)
+        if found != shown:
+            yield found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import sys
 import threading
@@ -718,6 +719,29 @@ def test_misuse_of_a_state_says_what_to_do_instead(backend: MockBackend) -> None
         fine.run(backend=3)
     with pytest.raises(InvalidProgram, match="first parameter"):
         function(lambda: None)  # type: ignore[arg-type, misc]
+
+
+def test_a_json_variable_streams_as_its_value_so_far() -> None:
+    schema = {"type": "object", "properties": {"name": {"type": "string"}, "tags": {"type": "array"}}}
+
+    @function
+    def program(s: State) -> None:
+        s += "Who? " + gen("who", schema)
+        s += "Again? " + gen("who", schema)
+        s += "None? " + gen("none", {"type": "null"})
+
+    first, second = '{"name": "Ann of the north", "tags": ["a b", 1]}', '{"name": "B", "tags": []}'
+    mock = MockBackend({"Who?": first, "Again?": second, "None?": "null"})
+    found = list(program.stream(var="who", backend=mock))
+    values = [{"name": "Ann of the north", "tags": ["a b", 1]}, {"name": "B", "tags": []}]
+    assert found[-1] == values[1]
+    whole = found.index(values[0])
+    assert whole > 1, "it came in one piece"
+    for earlier, later in itertools.pairwise(found[: whole + 1]):
+        assert set(earlier) <= set(later)
+        assert later["name"].startswith(earlier.get("name", ""))
+        assert later.get("tags", [])[: len(earlier.get("tags", [])) - 1] == earlier.get("tags", [])[:-1]
+    assert list(program.stream(var="none", backend=mock)) == [None]
 
 
 # Arguments.
