@@ -12,6 +12,11 @@ same text:
     programs in a loop  `sub.run(...)` for each row against `sub.run_batch(rows)`
     a plan, then a map  eight steps and the risks as JSON on a branch of its own, 24 tokens about each step: the list
                         read as a whole against the list followed while it is written
+    extract, translate  six fields of a report as JSON; the first one is translated in 64 tokens: the value read as a
+                        whole against the field as an edge of the graph
+    outline, sections   six titles and an abstract as JSON, a section of 32 tokens for each title; as for the plan
+    tool loops          each branch calls a tool that takes 0.5 s, and answers: a loop of `call_tools` against
+                        `branches.call_tools`
 
 Steps: of the engine. `ideal`: the steps of the longest branch alone, by its own run; of the plan, the plan's.
 """
@@ -29,7 +34,7 @@ from json_line import commit, print_record
 from rich.console import Console
 from rich.table import Table
 
-from ramet import Engine, State, function, gen
+from ramet import Engine, State, function, gen, tool
 from ramet.lang.recording.generations import Gen
 
 RULES = "You are patient and exact, and you answer in a few plain words.\n"
@@ -89,14 +94,16 @@ def alone(s: State, body: Body, index: int) -> None:
     body(s, index)
 
 
-PLAN = {
-    "type": "object",
-    "properties": {
-        "steps": {"type": "array", "items": {"type": "string"}, "minItems": 8, "maxItems": 8},
-        "risks": {"type": "string"},
-    },
-    "required": ["steps", "risks"],
-}
+def listed(items: str, count: int, rest: str) -> dict[str, object]:
+    """Return the schema of an object with a list of texts, and a text after it."""
+    texts = {"type": "array", "items": {"type": "string"}, "minItems": count, "maxItems": count}
+    return {"type": "object", "properties": {items: texts, rest: {"type": "string"}}, "required": [items, rest]}
+
+
+PLAN = listed("steps", 8, "risks")
+OUTLINE = listed("titles", 6, "abstract")
+FIELDS = ("claim", "speaker", "place", "date", "reason", "doubt")
+REPORT = {"type": "object", "properties": {name: {"type": "string"} for name in FIELDS}, "required": list(FIELDS)}
 
 
 @function
@@ -113,6 +120,55 @@ def plan_and_map(s: State, is_followed: bool, is_plan_alone: bool = False) -> li
         branch += f"How do I do this: {step}?\n" + words("how", 24)
 
     return [branch.text() for branch in s.map(steps if is_followed else list(steps.value), about)]
+
+
+@function
+def extract_and_translate(s: State, is_followed: bool, is_value_alone: bool = False) -> list[str]:
+    s += RULES
+    aside = s.copy()
+    aside += "The report of a storm at sea, as JSON:\n"
+    aside += gen("report", REPORT, max_tokens=400, string_tokens=20, temperature=0)
+    if is_value_alone:
+        return list(aside["report"].value)
+    claim = aside["report"]["claim"] if is_followed else aside["report"].value["claim"]
+    s += f"English: {claim}\nFrench:" + words("french", 64)
+    return [s["french"], aside["report"].value]
+
+
+@function
+def outline_and_sections(s: State, is_followed: bool, is_value_alone: bool = False) -> list[str]:
+    s += RULES
+    aside = s.copy()
+    aside += "Six titles and the abstract of an essay on rivers, as JSON:\n"
+    aside += gen("outline", OUTLINE, max_tokens=400, string_tokens=12, temperature=0)
+    titles = aside["outline"]["titles"]
+    if is_value_alone:
+        return list(titles.value)
+
+    def section(branch: State, title: str) -> None:
+        branch += f"## {title}\n" + words("section", 32)
+
+    return [branch.text() for branch in s.map(titles if is_followed else list(titles.value), section)]
+
+
+@tool
+def look_up(word: str) -> str:
+    """Look a word up."""
+    time.sleep(0.5)
+    return f"{word} is a word"
+
+
+@function(temperature=0, max_tokens=40, tools=[look_up])
+def tool_loops(s: State, is_together: bool, count: int) -> list[str]:
+    branches = s.fork(count)
+    for index, branch in enumerate(branches):
+        branch.user(f"Look up word number {index}.")
+    if is_together:
+        branches.call_tools(choice="required", max_steps=1)
+    else:
+        for branch in branches:
+            branch.call_tools(choice="required", max_steps=1)
+    return [branch.text() for branch in branches]
 
 
 def measured(engine: Engine, run: Callable[[], list[str]], repeats: int) -> tuple[list[str], int, float]:
@@ -157,10 +213,19 @@ def main() -> None:
             args.repeats,
         )
         found["programs in a loop"] = _row(loop, turns, int(found["read, then go on"]["ideal"]))
-        loop = measured(engine, lambda: plan_and_map.run(False, backend=engine).result, args.repeats)
-        turns = measured(engine, lambda: plan_and_map.run(True, backend=engine).result, args.repeats)
-        plan = measured(engine, lambda: plan_and_map.run(True, True, backend=engine).result, 1)[1]
-        found["a plan, then a map"] = _row(loop, turns, plan)
+        for name, program in (
+            ("a plan, then a map", plan_and_map),
+            ("extract, translate", extract_and_translate),
+            ("outline, sections", outline_and_sections),
+        ):
+            loop = measured(engine, lambda p=program: p.run(False, backend=engine).result, args.repeats)
+            turns = measured(engine, lambda p=program: p.run(True, backend=engine).result, args.repeats)
+            alone_steps = measured(engine, lambda p=program: p.run(True, True, backend=engine).result, 1)[1]
+            found[name] = _row(loop, turns, alone_steps)
+        loop = measured(engine, lambda: tool_loops.run(False, args.branches, backend=engine).result, args.repeats)
+        turns = measured(engine, lambda: tool_loops.run(True, args.branches, backend=engine).result, args.repeats)
+        once_alone = measured(engine, lambda: tool_loops.run(True, 1, backend=engine).result, 1)
+        found["tool loops"] = _row(loop, turns, once_alone[1])
     for name, row in found.items():
         table.add_row(name, *(str(value) for value in row.values()))
     Console().print(table)

@@ -45,6 +45,7 @@ class Card:
     first_token_s: float | None = None
     end_s: float | None = None
     error: str = ""
+    is_cancelled: bool = False
     num_readers: int = 0
     prefix_tokens: str = ""
     hue: int = 0
@@ -68,7 +69,18 @@ class Card:
             "cached",
             "computed",
         )
-        more = ("written", "label", "start_s", "first_token_s", "end_s", "error", "num_readers", "prefix_tokens", "hue")
+        more = (
+            "written",
+            "label",
+            "start_s",
+            "first_token_s",
+            "end_s",
+            "error",
+            "is_cancelled",
+            "num_readers",
+            "prefix_tokens",
+            "hue",
+        )
         return {name: getattr(self, name) for name in (*names, *more, "num_hidden")}
 
 
@@ -206,6 +218,7 @@ class _Cards:
             card.written_text = event.text or ("" if event.value is None else ir.value_text(event.value))
             if event.error is not None:
                 card.error = f"{event.error.type}: {event.error.message}"
+                card.is_cancelled = event.error.is_cancelled
             times = event.timings or {}
             card.start_s, card.first_token_s = times.get("start_s"), times.get("first_token_s")
             card.end_s = times.get("end_s")

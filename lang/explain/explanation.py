@@ -85,6 +85,7 @@ class Measured:
     first_token_s: float | None
     end_s: float | None
     error: str | None
+    is_cancelled: bool  # by the failure of another node, or by the program
 
     def to_dict(self) -> dict[str, Any]:  # Any: JSON
         return {
@@ -100,6 +101,7 @@ class Measured:
             "first_token_s": self.first_token_s,
             "end_s": self.end_s,
             "error": self.error,
+            "cancelled": self.is_cancelled,
         }
 
 
@@ -252,6 +254,7 @@ def _measure(node: ir.AnyNode, event: ir.NodeEvent | None) -> Measured | None:
         times.get("first_token_s"),
         times.get("end_s"),
         None if event.error is None else f"{event.error.type}: {event.error.message}",
+        event.error is not None and event.error.is_cancelled,
     )
 
 
@@ -362,9 +365,10 @@ def _measured_table(nodes: Sequence[Measured]) -> RenderableType:
         groups.setdefault(key, []).append(one)
     for members in list(groups.values())[:MAX_LINES]:
         first, usage = members[0], sum((one.usage for one in members), ir.Usage())
-        failed = sum(one.error is not None for one in members)
+        cancelled = sum(one.is_cancelled for one in members)
+        failed = sum(one.error is not None for one in members) - cancelled
         name = first.name or "" if len(members) == 1 else ir.variable(first.name or "")
-        label = f"{first.kind} {name}".rstrip() + (" ✗" * min(failed, 1)) + (f"{failed}" if failed > 1 else "")
+        label = f"{first.kind} {name}".rstrip() + _mark("✗", failed) + _mark("⊘", cancelled)
         sizes = (usage.prompt_tokens, usage.cached_tokens, usage.computed_tokens, usage.completion_tokens)
         times = [[t for one in members if (t := getattr(one, at)) is not None] for at in _TIMES]
         shown = (
@@ -376,6 +380,10 @@ def _measured_table(nodes: Sequence[Measured]) -> RenderableType:
     if len(groups) > MAX_LINES:
         table.add_row(f"… {len(groups) - MAX_LINES} more lines", *[""] * 9)
     return table
+
+
+def _mark(mark: str, count: int) -> str:
+    return "" if not count else f" {mark}" if count == 1 else f" {mark}{count}"
 
 
 def _passes_table(found: Explanation) -> RenderableType:

@@ -76,7 +76,7 @@ function open(id) {
   add(panel, "div", card.kind, "kind");
   add(panel, "h2", card.name || card.kind);
   add(panel, "div", card.line, "where");
-  if (card.error) add(panel, "p", card.error, "bad");
+  if (card.error) add(panel, "p", card.error, card.is_cancelled ? "" : "bad");
   if (card.cached !== null) {
     add(panel, "h3", "tokens");
     const sizes = [["cached", card.cached], ["computed", card.computed], ["written", card.written || 0]];

@@ -170,7 +170,7 @@ def _card(card: Card, file: str) -> str:
     for index, text in enumerate(lines):
         parts.append(_mono("prompt", 41 + 14 * index, text))
     if card.error:
-        parts.append(_mono("bad", 73, card.error))
+        parts.append(_mono("prompt" if card.is_cancelled else "bad", 73, card.error))
     elif card.written_text:
         for index, text in enumerate(_head_lines(card.written_text, 2)):
             parts.append(_mono("written", 41 + 14 * len(lines) + 2 + 14 * index, text))

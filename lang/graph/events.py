@@ -38,6 +38,11 @@ class NodeError(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str
     prompt_tail: str = ""
 
+    @property
+    def is_cancelled(self) -> bool:
+        """True if the node did not fail itself: another one did, or the program was cancelled."""
+        return self.type == "ProgramCancelled"
+
 
 class NodeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing that happened to one node of a running program.

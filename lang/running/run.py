@@ -366,7 +366,7 @@ class Run:
     def first_error(self) -> ProgramError | None:
         """Return the run's first error, the cause of later ones, or None. Cancellations by the program don't count."""
         for event in self.outcomes.copy().values():
-            if event.error is not None and event.error.type != "ProgramCancelled":
+            if event.error is not None and not event.error.is_cancelled:
                 return self.error_of(event.node)
         failure = self.outcomes.failure
         if failure is None or isinstance(failure, ProgramError):
@@ -510,7 +510,7 @@ class Run:
 
             self.wait(is_there)
         failed = [self.outcomes[node] for node in reversed(ids) if self.outcomes[node].kind == "error"]
-        for event in sorted(failed, key=lambda e: e.error is not None and e.error.type == "ProgramCancelled"):
+        for event in sorted(failed, key=lambda e: e.error is not None and e.error.is_cancelled):
             self._checked(event.node)
         return "".join(self.outcomes[node].text for node in reversed(ids))
 

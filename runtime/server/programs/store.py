@@ -128,7 +128,7 @@ class StoredProgram:
             self.rows[row].done.append(event)
             error = event.error
             # A branch that the program itself cancelled has not failed.
-            if event.kind == "error" and error is not None and error.type != "ProgramCancelled":
+            if event.kind == "error" and error is not None and not error.is_cancelled:
                 self.rows[row].fail(error.type, error.message)
         self.wake()
 

@@ -165,6 +165,23 @@ def test_a_failed_node_says_why() -> None:
     mock.engine.shutdown()
 
 
+def test_what_was_cancelled_is_marked_otherwise_than_what_failed() -> None:
+    @function
+    def program(s: State) -> None:
+        branches = s.fork(3)
+        branches += lambda i: f"{i}: " + gen("x")
+
+    mock = MockBackend(failures={"1:": ValueError("no such thing")}, latency_s=0.2)
+    state = program.run(backend=mock)
+    found = state.explain()
+    assert sum(one.is_cancelled for one in found.measured) == len([one for one in found.measured if one.error]) - 1
+    shown = str(found)
+    assert shown.count("✗") == 1
+    assert "⊘" in shown
+    assert "ProgramCancelled" in state.graph().svg()
+    mock.engine.shutdown()
+
+
 def test_many_branches_are_one_line(backend: MockBackend) -> None:
     @function(max_tokens=3)
     def program(s: State) -> None:
