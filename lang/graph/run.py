@@ -59,7 +59,7 @@ class NodeRun:
     spent: ir.Usage = field(default_factory=ir.Usage)
     start_s: float = 0.0
     written: WrittenJson | None = None
-    early: list[tuple[NodeRun, set[tuple[str | int, ...]]]] = field(default_factory=list)
+    early: tuple[tuple[NodeRun, set[tuple[str | int, ...]]], ...] = ()
 
     @property
     def is_over(self) -> bool:
@@ -324,17 +324,17 @@ class GraphRun:
         for used, paths in ir.parts_used(run.node).items():
             other = self.nodes[used]
             if other.written is not None and not other.is_over:
-                other.early.append((run, paths))
+                other.early = (*other.early, (run, paths))
                 self._read_parts(other)
 
     def _read_parts(self, run: NodeRun) -> bool:
         """Satisfy the users whose parts are closed. Return whether there was one."""
         assert run.written is not None
-        waiting, run.early = run.early, []
+        waiting, run.early = run.early, ()
         for user, paths in waiting:
             found = {path: run.written.field(path) for path in paths}
             if None in found.values():
-                run.early.append((user, paths))
+                run.early = (*run.early, (user, paths))
                 continue
             for path, part in found.items():
                 assert part is not None

@@ -21,7 +21,7 @@ class Stream:
     """An iterator (`for`, `async for`) over pieces of text of variable `var`, or over NodeEvents if `var` is None.
 
     A variable that is written as JSON comes as its value so far, each time it grows: `{"name": "An"}`, then
-    `{"name": "Ann", "age": 4}`. A text or number at the end of it may still go on. `state[var]` has the type's own value.
+    `{"name": "Ann", "age": 4}`. A text or number at its end may still go on. `state[var]` has the type's own value.
     It ends with the program. It raises the exception of the program's function, or the error of the followed variable.
     Leaving the iteration early cancels the program.
     """

@@ -253,13 +253,14 @@ def test_nothing_is_read_early_where_the_value_is_not_sure_or_the_order_counts()
     checked = ir.Generate(id=0, type="json", checks=(length(1, 3),))
     below = ir.Text(id=1, parent=0, parts=(ir.Ref(0, ("a",)),))
     both = part_user(1, ("a",), ())
-    for nodes, options in (
+    cases: list[tuple[tuple[ir.AnyNode, ...], dict[str, Any]]] = [
         ((checked, part_user(1, ("a",))), {}),
         ((*gens(1), part_user(1, ("a",))), {}),
         ((*gens(1, type="json"), below), {}),
         ((*gens(1, type="json"), both), {}),
         ((*gens(1, type="json"), part_user(1, ("a",))), {"token_budget": 10}),
-    ):
+    ]
+    for nodes, options in cases:
         driven = Driven(*nodes, **options)
         (plan,) = driven.take()
         assert not driven.run.wrote(plan, '{"a": "b", ')
