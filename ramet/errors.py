@@ -41,7 +41,7 @@ EXTRAS = {
     "cpu": ("gguf", "numba", "safetensors", "torch"),
     "server": ("httptools", "prometheus_client", "starlette", "uvicorn", "uvloop", "zmq", "zstandard"),
     "gpu": ("triton",),
-    "mcp": ("mcp", "httpx2"),
+    "mcp": ("mcp",),
 }
 
 

@@ -260,6 +260,7 @@ class _Program:
             self._fail(error if isinstance(error, RametError) else RemoteError(f"{type(error).__name__}: {error}"))
         finally:
             writer.cancel()
+            await asyncio.wait([writer])  # a request of it may take a moment to end
 
     async def _write(self) -> None:
         """Send parts and cancellations in their order; parts that wait go together."""

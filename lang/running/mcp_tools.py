@@ -131,12 +131,12 @@ def mcp_url(url: str, *, headers: Mapping[str, str] | None = None, timeout_s: fl
         raise InvalidRequest(f"url is {url!r}, but must begin with http:// or https://", param="url")
 
     def connect() -> Client:
+        import mcp  # first, because it brings the other one
         from httpx2 import AsyncClient
-        from mcp import Client
         from mcp.client.streamable_http import streamable_http_client
 
         client = AsyncClient(headers=dict(headers or {}), timeout=timeout_s)
-        return Client(streamable_http_client(url, http_client=client))
+        return mcp.Client(streamable_http_client(url, http_client=client))
 
     return McpServer(f"the MCP server {url}", connect, timeout_s)
 

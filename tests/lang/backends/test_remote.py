@@ -56,6 +56,36 @@ def remote(served: Any) -> Iterator[Remote]:
         yield remote
 
 
+def test_a_program_that_has_ended_leaves_no_task(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = remote.http.request
+
+    async def slow(method: str, path: str, *args: Any, **more: Any) -> Any:
+        found = await real(method, path, *args, **more)
+        if path.endswith("/parts"):
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                for _ in range(5):  # as the end of a connection takes
+                    await asyncio.sleep(0)
+        return found
+
+    async def tasks() -> list[str]:
+        found = asyncio.all_tasks() - {asyncio.current_task()}
+        return [str(one.get_coro()) for one in found if "_Program" in str(one.get_coro())]
+
+    @function(temperature=0)
+    def staged(s: State) -> None:
+        s += "One: " + gen("x", max_tokens=4)
+        s += f"{len(str(s['x']))} letters"
+
+    monkeypatch.setattr(remote.http, "request", slow)
+    staged.run(backend=remote)
+    left = ["_run"]
+    while any("_run" in one for one in left):
+        left = remote.http.wait(tasks())
+    assert left == []
+
+
 @function(temperature=0)
 def chat(s: State, name: str, turns: int = 3) -> None:
     s += f"A talk with {name}.\n"
