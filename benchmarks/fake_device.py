@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -23,8 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import jit
 
+from ramet.runtime.engine import core
+
 DEVICE = torch.device("cuda", 0)
 TOTAL_BYTES = 80 << 30
+GRAMMARS = "ramet-grammar"  # the name of the threads that bring grammars to the device
 _CUDA, _META = 1, 14  # of c10::DeviceType
 
 
@@ -55,6 +59,8 @@ class FakeDevice:
 
     def note_wait(self, what: str) -> None:
         assert not self.is_capturing, f"{what} inside a capture"
+        if threading.current_thread().name == GRAMMARS:  # no step waits for it
+            return
         key = self.phase, what
         self.waits[key] = self.waits.get(key, 0) + 1
 
@@ -210,6 +216,7 @@ def fake_device(*, compiles: bool, capability: int = 90) -> Iterator[FakeDevice]
         "synchronize": lambda *args: device.note_wait("the device"),
         "Stream": lambda *args, **options: stream,
         "current_stream": lambda *args: stream,
+        "default_stream": lambda *args: stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "Event": Event,
         "CUDAGraph": graph,
@@ -235,8 +242,20 @@ def fake_device(*, compiles: bool, capability: int = 90) -> Iterator[FakeDevice]
         stack.enter_context(mock.patch.object(torch, "tensor", make_tensor))
         stack.enter_context(mock.patch.object(torch, "empty", pinnable(empty)))
         stack.enter_context(mock.patch.object(torch, "zeros", pinnable(zeros)))
-        stack.enter_context(Valueless(allow_non_fake_inputs=False))
-        stack.enter_context(Watch(device))
+        modes = Valueless(allow_non_fake_inputs=False), Watch(device)
+        for mode in modes:
+            stack.enter_context(mode)
+        work = threading.Thread.run
+
+        def run_with_device(thread: threading.Thread) -> None:
+            with contextlib.ExitStack() as entered:
+                for mode in modes if thread.name == GRAMMARS else ():  # a mode is its thread's
+                    entered.enter_context(mode)
+                work(thread)
+
+        stack.enter_context(mock.patch.object(threading.Thread, "run", run_with_device))
+        for name in ("_BESIDE_S", "_ALONE_S"):  # fake tensors are for one thread at a time: steps wait for the others
+            stack.enter_context(mock.patch.object(core, name, 60.0))
         yield device
 
 

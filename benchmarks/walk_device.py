@@ -135,13 +135,22 @@ class Walk:
         for _ in range(4):
             self.add(3, 1, prefix=3001, score_from=3002)
         self.run("choices")
-        return ["alone", "shared", "unique", "sampled", "turns", "choices"]
+        names = ["alone", "shared", "unique", "sampled", "turns", "choices"]
+        if self.core.grammars.device is not None:  # the host computes no mask, and another thread uploads the tables
+            for _ in range(3):
+                self.add(100, 5, grammar=self.closed())
+            self.run("closed")
+            names.append("closed")
+        return names
+
+    def closed(self) -> Grammar:
+        grammar = compile_constraint("regex", "[ab]{1,20}", self.vocabulary)
+        assert grammar.close()
+        return grammar
 
     def others(self) -> None:
         """Steps for which it may."""
-        closed = compile_constraint("regex", "[ab]{1,20}", self.vocabulary)
-        assert closed.close()
-        for grammar in (closed, compile_constraint("json_schema", '{"type": "array"}', self.vocabulary)):
+        for grammar in (self.closed(), compile_constraint("json_schema", '{"type": "array"}', self.vocabulary)):
             for _ in range(3):
                 self.add(100, 5, grammar=grammar)
         self.run("grammars")

@@ -15,7 +15,8 @@ recently used first.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,7 +59,11 @@ class ResidentGrammar:
 
 
 class GrammarArena:
-    """Fixed tensors for masks and transitions of many grammars. Not thread-safe; owned by the engine loop."""
+    """Fixed tensors for masks and transitions of many grammars.
+
+    One thread at a time may call `acquire` and `release`, beside the thread that runs the steps: it writes only what no
+    step reads, on a stream of its own.
+    """
 
     def __init__(
         self,
@@ -101,6 +106,7 @@ class GrammarArena:
         self._free_grammar_rows = list(range(max_grammars - 1, -1, -1))
         self._rows = _RowTable(num_special, max_mask_rows)
         self._resident: OrderedDict[Hashable, ResidentGrammar] = OrderedDict()  # least recently used first
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def advance(self, rows: Tensor, sampled: Tensor, state: Tensor, budgets: Budgets | None = None) -> None:
         """Run `advance_states_reference` for the slots `rows`. May be part of a CUDA graph."""
@@ -132,7 +138,7 @@ class GrammarArena:
         """Make a grammar resident, unless it is, and count a user. Returns the global number of its local state 0.
 
         `key` identifies (grammar, vocabulary). Cost when new: an upload, one kernel for each 1,024 distinct masks, and
-        a synchronisation to intern them.
+        synchronisations to intern them and at the end. Steps that are launched after it may use the grammar.
 
         Raises:
             GrammarTooLarge: the grammar does not fit beside the grammars in use.
@@ -143,14 +149,31 @@ class GrammarArena:
             self._resident.move_to_end(key)
             return resident.base
         resident = self._reserve(tables)
-        try:
-            self._upload(resident, tables)
-            self._build(resident, tables)
-        except GrammarTooLarge:
-            self._free(resident)
-            raise
+        with self._own_stream():
+            try:
+                self._upload(resident, tables)
+                self._build(resident, tables)
+            except GrammarTooLarge:
+                self._free(resident)
+                raise
         self._resident[key] = resident
         return resident.base
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """Work on another stream than the steps, so that they do not wait, and wait for its end.
+
+        It begins after the launched steps: they may read what was evicted.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.default_stream(self.mask_rows.device))
+        with torch.cuda.stream(self._stream):
+            try:
+                yield
+            finally:
+                self._stream.synchronize()
 
     def release(self, key: Hashable) -> None:
         """Count a user less. The grammar stays resident until its space is needed."""

@@ -2,8 +2,8 @@
 
 Only a closed automaton can run there: one whose states are all known. `close` visits the states, up to a limit.
 `prepare` finds each state's path to the end of the text, and the states that share a mask. The compiler's caller calls
-`close` on a separate thread. If nobody called it, `prepare` runs in turns with the steps (turns.py). So the engine's
-thread only copies the tables (`acquire`). The host masks all other grammars.
+`close` on a separate thread. If nobody called it, `prepare` runs in turns with the steps (turns.py). So does `acquire`,
+which copies the tables and waits for the device. The host masks all other grammars.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,7 @@ MAX_TRANSITIONS = 4_000_000
 class DeviceGrammars:
     """The grammars of one vocabulary for one arena. Keeps tables as long as their grammar.
 
-    `close` and `prepare` may be called on any thread. The arena, and with it `acquire` and `release`, belongs to the
-    engine's thread.
+    `close`, `prepare` and `acquire` may be called on any thread; `release` waits for nothing.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class DeviceGrammars:
         self._lock = threading.Lock()  # held for a moment only
         self._preparing: weakref.WeakKeyDictionary[Grammar, threading.Lock] = weakref.WeakKeyDictionary()
         self._making_trie = threading.Lock()
+        self._changing = threading.Lock()  # held by the thread that changes the arena's tables
+        self._released: deque[Hashable] = deque()  # keys of the arena that have lost a user, since it was changed
 
     def close(self, grammar: CompiledGrammar) -> bool:
         """Try to close a grammar within the limits, and prepare it. Return whether it can run on the device."""
@@ -72,19 +74,23 @@ class DeviceGrammars:
         """Copy a grammar to the device, or find it there, for one more sequence. Each call needs a `release`.
 
         tables: those of `prepare`. has_ends: the masks have ends (see `kernels.grammar.mask`), if the tables have.
-        Returns the arena's number of the grammar's state 0; None if there is no room.
+        Returns the arena's number of the grammar's state 0; None if there is no room. Waits for the device, and for
+        other calls, so the engine's thread must not call it.
         """
         if not has_ends:
             tables = replace(tables, has_ends=False)
-        try:
-            return self.arena.acquire((grammar, tables.has_ends), tables)
-        except GrammarTooLarge as error:
-            logger.info("the host computes the masks of a grammar: %s", error)
-            return None
+        with self._changing:
+            while self._released:
+                self.arena.release(self._released.popleft())
+            try:
+                return self.arena.acquire((grammar, tables.has_ends), tables)
+            except GrammarTooLarge as error:
+                logger.info("the host computes the masks of a grammar: %s", error)
+                return None
 
     def release(self, grammar: Grammar, tables: AutomatonTables, *, has_ends: bool) -> None:
         """Note that a sequence no longer needs the grammar. The arguments are those of `acquire`."""
-        self.arena.release((grammar, has_ends and tables.has_ends))
+        self._released.append((grammar, has_ends and tables.has_ends))
 
     def prepare(self, grammar: Grammar) -> AutomatonTables | None:
         """Return a closed grammar's tables, with paths to the end and mask classes; None if it is open or too large.

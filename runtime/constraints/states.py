@@ -120,17 +120,26 @@ class GrammarStates:
         if device is None or not is_fixed:
             self._add_on_host(sequence, grammar)
             return
-        tables: list[AutomatonTables | None] = []
+        acquired: list[_OnDevice] = []
+
+        def do() -> None:
+            tables = device.prepare(grammar)
+            base = None if tables is None else device.acquire(grammar, tables, has_ends=has_ends)
+            if tables is not None and base is not None:
+                acquired.append(_OnDevice(base, tables, has_ends))
 
         def finish() -> None:
-            base = None if tables[0] is None else device.acquire(grammar, tables[0], has_ends=has_ends)
-            if tables[0] is None or base is None:
-                self._add_on_host(sequence, grammar)
-            else:
-                self._on_device[sequence] = _OnDevice(base, tables[0], has_ends)
+            if acquired:
+                self._on_device[sequence] = acquired[0]
                 self._joined.append(sequence)
+            else:
+                self._add_on_host(sequence, grammar)
 
-        self._begin(sequence, lambda: tables.append(device.prepare(grammar)), finish)
+        def drop() -> None:
+            for found in acquired:
+                device.release(grammar, found.tables, has_ends=has_ends)
+
+        self._begin(sequence, do, finish, drop)
 
     def _add_on_host(self, sequence: Sequence, grammar: Grammar) -> None:
         automaton = HostAutomaton(sequence, grammar)
@@ -231,9 +240,18 @@ class GrammarStates:
         rows, self._rows = self._rows, TakenRows()
         return rows
 
-    def _begin(self, sequence: Sequence, do: Callable[[], None], finish: Callable[[], None]) -> None:
+    def _begin(
+        self,
+        sequence: Sequence,
+        do: Callable[[], None],
+        finish: Callable[[], None],
+        drop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begin a work of a sequence. drop: is called instead of `finish` if the sequence has ended meanwhile."""
+
         def go_on(work: GrammarWork) -> None:
             if sequence.is_finished:
+                drop()
                 return
             del self._works[sequence]
             if work.error is not None:

@@ -323,7 +323,7 @@ def compiled_modules() -> list[str]:
     return [
         ".".join(("ramet", *file.relative_to(root).with_suffix("").parts))
         for file in files
-        if "njit" in file.read_text()
+        if "ramet.loops" in file.read_text()
     ]
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Hashable
 from itertools import product
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from ramet.errors import RequestCancelled
 from ramet.grammar import Vocabulary, deadline
 from ramet.grammar.service.sources import compile_constraint
 from ramet.kernels.grammar.arena import GrammarArena
-from ramet.kernels.grammar.mask import TokenTable
+from ramet.kernels.grammar.mask import AutomatonTables, TokenTable
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.core import Update
 from ramet.runtime.engine.engine import Engine
@@ -442,3 +443,49 @@ def test_an_aborted_sequence_leaves_its_grammars_place_on_the_device(
         handle.cancel()
         engine.submit("x", SamplingParams(max_tokens=40), grammar=second).result(timeout_s=60)
         assert "the host computes the masks" not in caplog.text
+
+
+def test_the_engines_thread_brings_no_grammar_to_the_device(
+    tiny_model: LoadedModel, grammars: list[Grammar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    acquire = GrammarArena.acquire
+
+    def noted(arena: GrammarArena, key: Hashable, tables: AutomatonTables) -> int:
+        threads.append(threading.current_thread().name)
+        return acquire(arena, key, tables)
+
+    monkeypatch.setattr(GrammarArena, "acquire", noted)
+    with make_engine(tiny_model, on_device=True) as engine:
+        run_all(engine, grammars, 1.0)
+    assert threads
+    assert set(threads) == {"ramet-grammar"}
+
+
+def test_a_request_that_ends_while_its_grammar_is_brought_to_the_device_leaves_no_user(
+    tiny_model: LoadedModel, grammars: list[Grammar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
+    acquire = GrammarArena.acquire
+
+    def held(arena: GrammarArena, key: Hashable, tables: AutomatonTables) -> int:
+        begun.set()
+        assert may_go_on.wait(60)
+        return acquire(arena, key, tables)
+
+    monkeypatch.setattr(GrammarArena, "acquire", held)
+    with make_engine(tiny_model, on_device=True) as engine:
+        waiting = engine.submit("a", SamplingParams(max_tokens=5), grammar=grammars[0])
+        assert begun.wait(60)
+        assert engine.submit("b", SamplingParams(max_tokens=5)).result(timeout_s=60).token_ids, "others go on"
+        waiting.cancel()
+        with pytest.raises(RequestCancelled):
+            waiting.result(timeout_s=60)
+        may_go_on.set()
+        engine.submit("c", SamplingParams(max_tokens=5), grammar=grammars[1]).result(timeout_s=60)
+        device = engine._core.grammars.device
+        assert device is not None
+        for grammar in grammars[:2]:  # a use of the arena notes what was released before
+            engine.submit("d", SamplingParams(max_tokens=5), grammar=grammar).result(timeout_s=60)
+        users = {key: resident.num_users for key, resident in device.arena._resident.items()}
+        assert sum(users.values()) == len(device._released), users
