@@ -2,6 +2,7 @@
 
     python tests/adversary/soak.py --seconds 1800
     python tests/adversary/soak.py --overload --seconds 60 [--model smollm2-135m]
+    python tests/adversary/soak.py --table --model smollm2-135m
 
 Afterwards, nothing may be left: no request, no page, no program, and little memory. Nice clients may get an error only
 while the engine is away, or 429. Prints what was done, and ends with 1 if something was left or wrong.
@@ -10,12 +11,16 @@ With --overload, the engine is left alone, and ten times as many clients as it r
 a third of them nasty. They run in a process of their own, which leaves the processor to the server where both want it:
 elsewhere, clients are on other machines. A few well-behaved clients of a key of their own read streams beside them.
 Their gaps between tokens must stay small, nobody may get a 5xx, and memory must stay flat.
+
+With --table, one client after the other asks for what once made everybody wait, while a well-behaved one reads a
+stream. Prints the longest gap of its tokens for each, beside its gap alone, and what the HTTP process grew by.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
@@ -169,6 +174,101 @@ async def read_stream(soak: Soak, client: httpx.AsyncClient) -> int:
         return answer.status_code
 
 
+def schema_of(schema: object, **fields: object) -> Ask:
+    """A constrained answer of up to 100 tokens, with a schema that no other request has."""
+
+    async def ask(soak: Soak, client: httpx.AsyncClient) -> int:
+        source = {"description": f"{soak.rng.random()}", **json.loads(json.dumps(schema))}
+        sampling = {"max_new_tokens": 100, "temperature": 1.0, "json_schema": json.dumps(source), **fields}
+        return await post(client, "/generate", {"text": words(soak, 9), "sampling_params": sampling})
+
+    return ask
+
+
+def optional(count: int) -> object:
+    return {"type": "object", "properties": {f"property_{i}": {"type": ["string", "integer"]} for i in range(count)}}
+
+
+def nested(depth: int) -> object:
+    schema: object = {"type": "integer"}
+    for i in range(depth):
+        schema = {"type": "object", "properties": {f"k{i}": schema}, "required": [f"k{i}"]}
+    return schema
+
+
+async def ambiguous(soak: Soak, client: httpx.AsyncClient) -> int:
+    sampling = {"max_new_tokens": 100, "ebnf": 'root ::= e\ne ::= e e | e "a" | "a" e | "a"', "temperature": 1.0}
+    return await post(client, "/generate", {"text": words(soak, 9), "sampling_params": sampling})
+
+
+async def long_prompts(soak: Soak, client: httpx.AsyncClient) -> int:
+    """Two prompts of about 8,000 tokens."""
+    ids = [[soak.rng.randrange(100, 40_000) for _ in range(7900)] for _ in range(2)]
+    sampling = {"max_new_tokens": 4, "ignore_eos": True}
+    asked = [post(client, "/generate", {"input_ids": one, "sampling_params": sampling}) for one in ids]
+    return max(await asyncio.gather(*asked))
+
+
+def edited(count: int) -> Ask:
+    """Answers with penalties, biases and log-probabilities, all at once."""
+
+    async def ask(soak: Soak, client: httpx.AsyncClient) -> int:
+        edits = {"logprobs": 5, "frequency_penalty": 0.3, "repetition_penalty": 1.1}
+        bias = {str(token): 1 for token in range(100, 130)}
+        body = {"prompt": words(soak, 40), "max_tokens": 40, "n": count, "ignore_eos": True, "logit_bias": bias}
+        return await post(client, "/v1/completions", {**body, **edits})
+
+    return ask
+
+
+async def large_texts(soak: Soak, client: httpx.AsyncClient) -> int:
+    text = "".join(f"word{soak.rng.randrange(1 << 30)} " for _ in range(60_000))[:900_000]
+    return max(await asyncio.gather(*(post(client, "/v1/tokenize", {"prompt": text}) for _ in range(4))))
+
+
+async def four_endless(soak: Soak, client: httpx.AsyncClient) -> int:
+    """Four endless regexes. Beside them, another key's integer must not wait: see `small_s`."""
+    asked = [endless_grammar(soak, client) for _ in range(4)]
+    return max(await asyncio.gather(*asked))
+
+
+async def head_lines(soak: Soak, client: httpx.AsyncClient) -> int:
+    """Up to 96 MB of header lines, without a key."""
+    host, port = soak.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /health HTTP/1.1\r\n")
+    for _ in range(96):
+        if writer.is_closing():
+            break
+        writer.write((b"x-%08d: " % soak.rng.randrange(10**8) + b"y" * 1000 + b"\r\n") * 1000)
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+    writer.close()
+    return 0
+
+
+async def many_rows(soak: Soak, client: httpx.AsyncClient) -> int:
+    """A program of 600 rows, with 1 MB of text."""
+    nodes = [
+        {"kind": "text", "id": 0, "parts": ["a " * 500_000]},
+        {"kind": "generate", "id": 1, "parent": 0, "name": "x", "sampling": {"max_tokens": 2}},
+    ]
+    return await post(client, "/v1/programs", {"graph": {"version": 1, "nodes": nodes}, "rows": [{}] * 600})
+
+
+TABLE: dict[str, Ask] = {
+    "1,000 optional properties": schema_of(optional(1000)),
+    "two prompts of 8,000 tokens": long_prompts,
+    "unique strings": schema_of({"type": "array", "items": {"type": "string"}, "uniqueItems": True, "minItems": 55}),
+    "64 edited answers": edited(64),
+    "128 edited answers": edited(128),
+    "four texts of 900 kB": large_texts,
+    "an ambiguous grammar": ambiguous,
+    "150 nested objects": schema_of(nested(150)),
+    "four endless regexes": four_endless,
+    "96 MB of header lines": head_lines,
+    "600 rows of 1 MB": many_rows,
+}
 NICE: tuple[Ask, ...] = (generate, chat, program, tokenize)
 NASTY: tuple[Ask, ...] = (leave_stream, leave_body, flood, endless_grammar, garbage, large_body)
 
@@ -312,19 +412,54 @@ async def overload(soak: Soak) -> int:
     return int(bool(soak.wrong) or any(left.values()) or max(grown.values()) > MAX_OVERLOAD_GROWTH_BYTES)
 
 
+async def table(soak: Soak) -> int:
+    """Ask for each row of `TABLE` beside a reader."""
+
+    async def beside(ask: Ask | None) -> tuple[float, float, int]:
+        """Returns the reader's longest gap, the longest time of another key's integer, and the answer's status."""
+        soak.end_s, small_s = time.monotonic() + 600, 0.0
+        reader = asyncio.ensure_future(tenant(soak, "nice", (read_stream,)))
+        async with soak.client("nasty") as nasty, soak.client("other") as other:
+            await asyncio.sleep(3)
+            soak.gaps_s = []
+            asked = asyncio.ensure_future(asyncio.sleep(3, 0) if ask is None else ask(soak, nasty))
+            while not asked.done() and ask is four_endless:
+                begin_s, source = time.monotonic(), {"type": "integer", "minimum": soak.rng.randrange(1 << 30)}
+                sampling = {"max_new_tokens": 1, "json_schema": json.dumps(source)}
+                await post(other, "/generate", {"text": "x", "sampling_params": sampling})
+                small_s = max(small_s, time.monotonic() - begin_s)
+            status = await asked
+        soak.end_s = 0.0
+        await reader
+        return max(soak.gaps_s, default=0.0), small_s, status
+
+    alone_s, _, _ = await beside(None)
+    print(f"{'a client beside':30} {'gap, ms':>9} {'memory, MiB':>12}  status")
+    print(f"{'alone':30} {1000 * alone_s:9.0f}")
+    for name, ask in TABLE.items():
+        early = rss_bytes(soak.pid)
+        gap_s, small_s, status = await beside(ask)
+        small = f"; an integer took at most {1000 * small_s:.0f} ms" if small_s else ""
+        grown = (rss_bytes(soak.pid) - early) / 2**20
+        print(f"{name:30} {1000 * gap_s:9.0f} {grown:12.1f}  {status}{small}", flush=True)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--clients", type=int, default=4, help="of each of the three keys")
     parser.add_argument("--trouble-every", type=float, default=30, metavar="SECONDS", help="between kills and stops")
     parser.add_argument("--overload", action="store_true", help="ten times the load, and what it does to nice clients")
+    parser.add_argument("--table", action="store_true", help="what once made everybody wait, one after the other")
     parser.add_argument("--model", default="tiny-random")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = [sys.executable, "-m", "ramet.cli", "serve", arguments.model, "--port", "0", "--device", "cpu"]
-        command += ["--num-kv-tokens", "16384", "--max-running-requests", str(NUM_RUNNING), "--max-in-flight", "256"]
+        size = ["32768", "160"] if arguments.table else ["16384", str(NUM_RUNNING)]
+        command += ["--num-kv-tokens", size[0], "--max-running-requests", size[1], "--max-in-flight", "256"]
         command += ["--max-engine-failures", "1000000"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAMET_API_KEY": ",".join(KEYS)}
         with log.open("wb") as file:
@@ -337,7 +472,9 @@ def main() -> int:
                 time.sleep(0.1)
             end_s = time.monotonic() + arguments.seconds
             soak = Soak(found[1], server.pid, random.Random(arguments.seed), end_s)
-            if arguments.overload:
+            if arguments.table:
+                code = asyncio.run(table(soak))
+            elif arguments.overload:
                 code = asyncio.run(overload(soak))
             else:
                 code = asyncio.run(run(soak, arguments.clients, arguments.trouble_every))
