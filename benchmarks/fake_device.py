@@ -52,6 +52,7 @@ class FakeDevice:
     is_capturing: bool = False
     pinned: set[int] = field(default_factory=set)
     variants: dict[tuple[Any, ...], str] = field(default_factory=dict)  # -> phase of its first launch
+    alone: list[str] = field(default_factory=list)  # kernels of variants that a launch compiled while it waited
     launches: dict[str, int] = field(default_factory=dict)  # by phase; not those of replays
     replays: int = 0
     waits: dict[tuple[str, str], int] = field(default_factory=dict)  # (phase, what the host waits for)
@@ -77,6 +78,8 @@ class FakeDevice:
         key = self.key_of(kernel, replaced, named)
         if key not in self.variants:
             self.variants[key] = self.phase
+            if not options["warmup"]:
+                self.alone.append(kernel.fn.__name__)
             if self.compiles:
                 named.pop("warmup", None)
                 compiled = run(kernel, *replaced, warmup=True, **named)

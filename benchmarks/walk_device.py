@@ -6,8 +6,8 @@
 
 The engine starts, captures its graphs and serves requests of every kind on a device of fake tensors (fake_device.py).
 What a card would refuse ends the walk. Reported, and an error where the exit status is 1: kernels that are first met
-while requests run (a card's users would wait for the compiler), waits of the host in overlapped steps, and with
-`--compile` variants that spill or do not fit. Not here: values, times.
+while requests run (a card's users would wait for the compiler) or one after the other at the start, waits of the host
+in overlapped steps, and with `--compile` variants that spill or do not fit. Not here: values, times.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class OtherRankHere(FirstRank):
 def decoder_of(rank: int, shapes: ModelConfig, weights: Weights, config: EngineConfig) -> Decoder:
     """The whole decoder, or a rank's part of it."""
     if config.tp == 1:
-        return build_decoder(shapes, weights, device=DEVICE, dtype=torch.bfloat16)
+        return build_decoder(shapes, weights, device=config.device, dtype=torch.bfloat16)
     share = Share(rank, config.tp)
     check_size(shapes, config.tp)
     part = build_decoder(share.config(shapes), weights.cut(share.parts(shapes)), device=DEVICE, dtype=torch.bfloat16)
@@ -235,7 +235,8 @@ def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice) -> list[
         f"{phase}: the host waits for {what}, {n} times" for (phase, what), n in device.waits.items() if phase in names
     ]
     steps.others()
-    return found + [f"{phase}: compiles {name}" for phase, name in device.late_variants()]
+    found += [f"{phase}: compiles {name}" for phase, name in device.late_variants()]
+    return found + [f"start: waits for {name} alone" for name in sorted(set(device.alone))]
 
 
 def main() -> None:

@@ -6,23 +6,36 @@ before the first kernel module is imported, launches on CPU tensors run in Trito
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any  # kernels are compiled by Triton, which has no types of its own
 
-__all__ = ["HAS_TRITON", "cdiv", "jit", "jit_any_value", "next_power_of_two", "tl"]
+__all__ = ["HAS_TRITON", "cdiv", "compiling", "jit", "jit_any_value", "next_power_of_two", "tl"]
+
+_is_compiling: ContextVar[bool] = ContextVar("ramet_is_compiling", default=False)
 
 try:
     import triton
     import triton.language as tl
 
-    jit: Callable[[Callable[..., None]], Any] = triton.jit
     HAS_TRITON = True
+
+    class _Kernel(triton.JITFunction):  # type: ignore[misc]  # Triton has no types
+        """A kernel that is launched, or within `compiling` only compiled."""
+
+        def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            return super().run(*args, grid=grid, warmup=warmup or _is_compiling.get(), **options)
+
 except ImportError:  # not Linux, or a CPU-only installation
     HAS_TRITON = False
     tl = None
 
-    def jit(kernel: Callable[..., None]) -> Any:
-        return _MissingKernel(kernel.__name__)
+
+def jit(kernel: Callable[..., None]) -> Any:
+    """Decorate a kernel: `kernel[grid](...)` launches it."""
+    return jit_any_value()(kernel)
 
 
 class _MissingKernel:
@@ -41,8 +54,22 @@ def jit_any_value(*names: str) -> Callable[[Callable[..., None]], Any]:
     For arguments that change between launches: Triton otherwise compiles again for 1 and for multiples of 16.
     """
     if not HAS_TRITON:
-        return jit
-    return lambda kernel: triton.jit(kernel, do_not_specialize=names)
+        return lambda kernel: _MissingKernel(kernel.__name__)
+    make = triton.jit if triton.knobs.runtime.interpret else _Kernel
+    return lambda kernel: make(kernel, do_not_specialize=names)
+
+
+@contextmanager
+def compiling(num_threads: int) -> Iterator[None]:
+    """Within it, a kernel's launch from this thread starts to compile it on one of `num_threads` others, unless it is
+    compiled, and launches nothing. All kernels are ready at the end. Raises what the compiler raises.
+    """
+    with ThreadPoolExecutor(num_threads) as threads, triton.AsyncCompileMode(threads):
+        before = _is_compiling.set(True)
+        try:
+            yield
+        finally:
+            _is_compiling.reset(before)
 
 
 def next_power_of_two(value: int) -> int:

@@ -144,7 +144,7 @@ def build_runner(
     num_pages = None if config.num_kv_tokens is None else -(-config.num_kv_tokens // config.page_size) + 1
     plan: MemoryPlan | None = None
     if device.type == "cuda":
-        steps = measure_steps(decoder, config, wanted, kv_dtype, arena, edits, tree)
+        steps = measure_steps(decoder, config, wanted, kv_dtype, arena, edits, tree, adapters)
         plan = plan_memory(
             read_cuda_memory(device),
             steps,
@@ -276,6 +276,7 @@ def measure_steps(
     arena: GrammarArena | None,
     edits: LogitEdits | None,
     tree: TreePlanner | None,
+    adapters: Adapters | None,
 ) -> StepMemory:
     """Measure a GPU's memory for steps, besides weights and KV: run the largest step of each kind in a small pool.
 
@@ -299,7 +300,10 @@ def measure_steps(
             tree=tree,
             is_deterministic=config.deterministic,
             tiles=card_table(config, device).tiles,
+            adapters=adapters,
         )
+        if not isinstance(decoder, TransformersDecoder):
+            runner.compile_kernels()
         request = Request("workspace", np.zeros(num_tokens, dtype=np.int32), SamplingParams(), 1)
         sequence = Sequence(request, page_ids=list(range(1, num_pages)), slot=0, status=Status.RUNNING)
         torch.cuda.synchronize(device)

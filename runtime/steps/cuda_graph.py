@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import bisect
 import gc
-import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +23,6 @@ from torch import Tensor
 
 from ramet.kernels.slots.tables import DecodeInputs
 from ramet.runtime.steps.inputs import ExtendArrays
-
-logger = logging.getLogger(__name__)
 
 # Token buckets of mixed graphs. Products also compute the padding, and larger steps take longer than their launches, so
 # they gain nothing from a graph. A turn of 128 tokens has 129 new ones: the last generated token is computed with them.
@@ -45,6 +41,12 @@ class GraphCapture(Protocol):
     """Records the kernels that a function launches. The result launches them again, on the same addresses."""
 
     def __call__(self, body: Callable[[], None]) -> Callable[[], None]: ...
+
+
+def run_once(body: Callable[[], None]) -> Callable[[], None]:
+    """Stands in for a capture where a body is only to run now."""
+    body()
+    return body
 
 
 class CudaCapture:
@@ -222,13 +224,11 @@ class StepGraphs:
 
     def capture(self, keys: Sequence[GraphKey | MixedKey]) -> None:
         """Capture these graphs now."""
-        start_s = time.monotonic()
         for key in keys:
             if isinstance(key, MixedKey):
                 self._mixed_graph(key)
             else:
                 self._decode_graph(key)
-        logger.info("captured %d graphs in %.1f s", len(keys), time.monotonic() - start_s)
 
     def replay(self, rows: NDArray[np.int32], new_pages: NDArray[np.int32], *, uses_tree: bool) -> Tensor:
         """Run the decode step of these rows. Returns the sampled tokens, int32 [B]."""

@@ -11,6 +11,10 @@ Owner of the slot tables.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import os
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Protocol
@@ -23,11 +27,12 @@ from torch import Tensor
 from ramet.kernels.attention.plan import AttentionTiles
 from ramet.kernels.grammar.arena import FREE_STATE, GrammarArena
 from ramet.kernels.slots.tables import COLUMNS, scatter_rows, upload
+from ramet.kernels.triton_support import compiling
 from ramet.runtime.constraints.states import HostMasks
 from ramet.runtime.models.adapters import Adapters
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.attention_plans import AttentionPlans
-from ramet.runtime.steps.cuda_graph import GraphCapture
+from ramet.runtime.steps.cuda_graph import MIXED_TOKENS, GraphCapture, run_once
 from ramet.runtime.steps.eager import EagerSteps
 from ramet.runtime.steps.graphed import GraphedSteps
 from ramet.runtime.steps.inputs import (
@@ -49,6 +54,8 @@ from ramet.runtime.steps.sampler import Sampled, Sampler
 from ramet.runtime.steps.slots import RunningSlots
 from ramet.runtime.steps.tree_planner import TreePlanner
 from ramet.runtime.types import Batch, ScheduledSequence
+
+logger = logging.getLogger(__name__)
 
 
 class Strategy(Protocol):
@@ -267,20 +274,50 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def make_graphs(self, max_extend: int = 0, capture: GraphCapture | None = None) -> GraphedSteps:
-        """Make the graphs of decode steps and of steps with at most `max_extend` tokens. None is captured yet."""
-        parts = self.decoder, self.slots, self._plans, self._sampler
+    def make_graphs(
+        self, max_extend: int = 0, capture: GraphCapture | None = None, decoder: Decoder | None = None
+    ) -> GraphedSteps:
+        """Make the graphs of decode steps and of steps with at most `max_extend` tokens. None is captured yet.
+
+        decoder: the one that the graphs run; None for the runner's own.
+        """
+        parts = decoder or self.decoder, self.slots, self._plans, self._sampler
         return GraphedSteps(*parts, max_extend=max_extend, capture=capture)
 
     @torch.inference_mode()
-    def capture_graphs(self, max_extend: int = 0, capture: GraphCapture | None = None) -> None:
-        """Capture all graphs and use them from now on. The slot tables must be idle.
+    def compile_kernels(self) -> None:
+        """Compile the kernels of all steps, many at once, on threads. The slot tables must be idle.
 
-        Also compiles the kernels that no graph contains.
+        A layer of each kind runs in steps of all sizes. They launch the library's products alone, on meaningless data.
         """
-        self.graphed = self.make_graphs(max_extend, capture)
-        self.graphed.graphs.capture(self.graphed.graphs.keys(with_tree=self.tree is not None))
+        start_s, config = time.monotonic(), self.decoder.config
+        properties = [p for p in (config.sliding_layers, config.unrotated_layers, config.dense_layers) if p]
+        kinds = list(zip(*properties, strict=True)) or [()]
+        num_layers = 1 + max(kinds.index(kind) for kind in set(kinds))
+        decoders = [self.decoder]
+        if self.adapters is not None:
+            self.adapters.choose(np.zeros(MIXED_TOKENS[-1], dtype=np.int32))
+            decoders.append(self.adapters.decoder)
+        with compiling(os.cpu_count() or 1):
+            for decoder in decoders:
+                few_layers = dataclasses.replace(decoder, layers=decoder.layers[:num_layers])
+                graphs = self.make_graphs(MIXED_TOKENS[-1], run_once, few_layers).graphs
+                graphs.capture(graphs.keys(with_tree=self.tree is not None))
+            self._warm_up()
+        logger.info("compiled kernels in %.1f s", time.monotonic() - start_s)
+
+    @torch.inference_mode()
+    def capture_graphs(self, max_extend: int = 0, capture: GraphCapture | None = None) -> None:
+        """Capture all graphs and use them from now on. The slot tables must be idle."""
+        self.graphed, start_s = self.make_graphs(max_extend, capture), time.monotonic()
+        keys = self.graphed.graphs.keys(with_tree=self.tree is not None)
+        self.graphed.graphs.capture(keys)
+        logger.info("captured %d graphs in %.1f s", len(keys), time.monotonic() - start_s)
         self._strategies.insert(0, self.graphed)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Launch the kernels that no graph contains."""
         none = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.kv_cache.copy_pages(none, none, none)
         if self.arena is not None:
