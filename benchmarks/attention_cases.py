@@ -29,7 +29,6 @@ from ramet.kernels.attention.tree_triton import attention_tree_triton
 
 BANDWIDTH = 3.04e12  # bytes/s read, measured
 PEAK = 798e12  # flop/s, bf16 product of 8192 x 8192 x 8192, measured
-PAGE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,7 @@ class Options:
     num_sms: int
     min_cache_bytes: int
     dtype: torch.dtype
+    page: int = 16  # positions of a KV page
 
 
 @dataclass(slots=True)
@@ -80,11 +80,11 @@ class Pool:
     """Caches of random values, one pair a layer, with pages handed out in random order."""
 
     def __init__(self, shape: Shape, num_pages: int, min_bytes: int, args: Options) -> None:
-        device, dtype = args.device, args.dtype
+        device, dtype, self._page = args.device, args.dtype, args.page
         generator = torch.Generator(device=device).manual_seed(0)
-        page_bytes = 2 * shape.num_kv_heads * PAGE * shape.head_dim * 2
+        page_bytes = 2 * shape.num_kv_heads * args.page * shape.head_dim * 2
         self.num_caches = max(2, min(40, -(-min_bytes // (page_bytes * num_pages))))
-        size = (num_pages + 1, shape.num_kv_heads, PAGE, shape.head_dim)
+        size = (num_pages + 1, shape.num_kv_heads, args.page, shape.head_dim)
 
         def random() -> Tensor:
             return torch.randn(size, generator=generator, device=device, dtype=dtype)
@@ -93,7 +93,7 @@ class Pool:
         self._free = (1 + torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))).tolist()
 
     def take(self, num_tokens: int) -> list[int]:
-        return [self._free.pop() for _ in range(-(-num_tokens // PAGE))]
+        return [self._free.pop() for _ in range(-(-num_tokens // self._page))]
 
 
 def page_table(lists: list[list[int]], device: str) -> Tensor:
@@ -132,7 +132,7 @@ def extend_case(args: Options, shape: Shape, lens: list[tuple[int, int]], window
     """Time new tokens over prefixes: `lens` holds (new, prefix + new) of each sequence."""
 
     q_lens, kv_lens = [a for a, _ in lens], [b for _, b in lens]
-    pool = Pool(shape, sum(-(-n // PAGE) for n in kv_lens), 0, args)
+    pool = Pool(shape, sum(-(-n // args.page) for n in kv_lens), 0, args)
     lists = [pool.take(n) for n in kv_lens]
     table = page_table(lists, args.device)
     q = random_q(sum(q_lens), shape, args)
@@ -191,7 +191,7 @@ def extend_case(args: Options, shape: Shape, lens: list[tuple[int, int]], window
 def decode_case(args: Options, shape: Shape, lens: list[int], window: int | None = None) -> Case:
     """Time one token a row over `lens` cached positions: tiles, splits, and both ways to merge."""
 
-    pool = Pool(shape, sum(-(-n // PAGE) for n in lens), args.min_cache_bytes, args)
+    pool = Pool(shape, sum(-(-n // args.page) for n in lens), args.min_cache_bytes, args)
     lists = [pool.take(n) for n in lens]
     table = page_table(lists, args.device)
     q = random_q(len(lens), shape, args)
@@ -266,11 +266,11 @@ def tree_case(args: Options, name: str, shape: Shape, groups: list[Group], lens:
         max((g for g in groups if g.first < row < g.first + g.count), key=lambda g: g.end, default=Group(row, 1, 0))
         for row in range(len(lens))
     ]
-    num_pages = sum(-(-(n - g.end) // PAGE) for n, g in zip(lens, inherited, strict=True))
+    num_pages = sum(-(-(n - g.end) // args.page) for n, g in zip(lens, inherited, strict=True))
     pool = Pool(shape, num_pages, args.min_cache_bytes, args)
     lists: list[list[int]] = []
     for n, group in zip(lens, inherited, strict=True):
-        lists.append((lists[group.first][: group.end // PAGE] if group.end else []) + pool.take(n - group.end))
+        lists.append((lists[group.first][: group.end // args.page] if group.end else []) + pool.take(n - group.end))
     table = page_table(lists, args.device)
     q = random_q(len(lens), shape, args)
     lengths = torch.tensor(lens, dtype=torch.int32, device=args.device)
@@ -278,7 +278,7 @@ def tree_case(args: Options, name: str, shape: Shape, groups: list[Group], lens:
     counters = torch.zeros(len(lens) * shape.num_kv_heads, dtype=torch.int32, device=args.device)
     scale, out = shape.head_dim**-0.5, torch.empty_like(q)
     group_size = shape.num_heads // shape.num_kv_heads
-    segments = find_shared_segments(table.cpu().numpy(), lengths.cpu().numpy(), PAGE, lambda n, t: True)
+    segments = find_shared_segments(table.cpu().numpy(), lengths.cpu().numpy(), args.page, lambda n, t: True)
     suffix = sum(lens) - sum((s.end - s.start) * len(s.member_rows) for s in segments)
     longest = max(n - int(plan_start) for n, plan_start in zip(lens, _starts(segments, len(lens)), strict=True))
     plain_splits = choose_num_splits(len(lens), shape.num_kv_heads, max(lens), args.num_sms)
@@ -329,7 +329,7 @@ def tree_case(args: Options, name: str, shape: Shape, groups: list[Group], lens:
 
     model = TreeCostModel(AttentionShape(shape.num_heads, shape.num_kv_heads, shape.head_dim), default)
     sizes = [(len(s.member_rows), s.end - s.start) for s in segments]
-    predicted = sum(model.tree_s(*s) for s in sizes) + model.costs.fixed_s + model.plain_s(1, suffix)
+    predicted = model.tree_s(sizes) + model.costs.fixed_s + model.plain_s(1, suffix)
     whole = model.plain_s(1, sum(lens))
     choice = "tree" if model.should_use_tree(sizes, suffix) else "plain"
     token = 2 * shape.num_kv_heads * shape.head_dim * 2

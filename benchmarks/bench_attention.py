@@ -113,7 +113,7 @@ def show(records: list[dict[str, object]], top: int) -> None:
 def compile_in_workers(arguments: argparse.Namespace, num_cases: int) -> None:
     """Let worker processes launch every variant once; each fills Triton's disk cache with its share of the cases."""
     count = min(arguments.workers, num_cases)
-    command = [sys.executable, __file__, "--sections", arguments.sections]
+    command = [sys.executable, __file__, "--sections", arguments.sections, "--page", str(arguments.page)]
     workers = [
         subprocess.Popen([*command, "--compile-share", f"{i}/{count}"], stdout=subprocess.DEVNULL) for i in range(count)
     ]
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write every record as JSON here")
     parser.add_argument("--sections", default="extend,decode,tree", help="which kernels")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile first; 0 compiles in line")
+    parser.add_argument("--page", type=int, default=16, help="positions of a KV page; of 64, a tile of 64 keys is one")
     parser.add_argument("--top", type=int, default=4, help="runs shown of each case")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after this time")
     parser.add_argument("--dry-run", action="store_true", help="toy shapes in Triton's interpreter, no times")
@@ -133,10 +134,14 @@ def main() -> None:
     arguments = parser.parse_args()
     begin = time.perf_counter()
     if arguments.dry_run:
-        options = Options("cpu", True, 4, 0, torch.float32)  # the interpreter multiplies bf16 as integers
+        options = Options(
+            "cpu", True, 4, 0, torch.float32, arguments.page
+        )  # the interpreter multiplies bf16 as integers
     else:
         num_sms = torch.cuda.get_device_properties(0).multi_processor_count if arguments.compile_share else 132
-        options = Options("cuda", False, num_sms, 0 if arguments.compile_share else MIN_CACHE_BYTES, torch.bfloat16)
+        options = Options(
+            "cuda", False, num_sms, 0 if arguments.compile_share else MIN_CACHE_BYTES, torch.bfloat16, arguments.page
+        )
     cases = all_cases(arguments.dry_run, set(arguments.sections.split(",")))
     if arguments.compile_share:
         share, count = map(int, arguments.compile_share.split("/"))

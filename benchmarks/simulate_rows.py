@@ -166,7 +166,7 @@ class Row:
             members, shared = plan.members.tolist(), dict[tuple[int, int], int]()
             for _, low, high, first, count in plan.items[: int(plan.num_items)].tolist():
                 shared[members[first], count] = shared.get((members[first], count), 0) + high - low
-            decode_s = sum(self.costs.tree_s(count, tokens) for (_, count), tokens in shared.items())
+            decode_s = self.costs.tree_s([(count, tokens) for (_, count), tokens in shared.items()])
             suffixes = int(lens.sum()) - int(plan.kv_starts[: len(rows)].sum())
             decode_s += self.costs.plain_s(1, suffixes) + self.costs.costs.fixed_s
         flops = sum(4 * MODEL.num_heads * MODEL.head_dim * i.num_tokens * (i.start + i.num_tokens / 2) for i in extends)

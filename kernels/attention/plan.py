@@ -124,34 +124,55 @@ class TreeCosts:
     tree_bandwidth: float = 2.0e12  # bytes/s that the shared part reads, each segment once per tile of members
     tree_rate: float = 3.0e14  # flop/s of the shared part, padded rows counted
     part_bandwidth: float = 2.0e12  # bytes/s of fp32 parts, written once and read once
-    item_tokens: int = 512  # keys of a typical item: how many parts a segment leaves
     fixed_s: float = 8e-6  # one more kernel, its start and its tail
+    # bytes/s of the card's L2 cache, for parts that fit `l2_bytes` and for all but the first tile of members, which
+    # reads a segment shortly before; None: both at memory's rates.
+    l2_bandwidth: float | None = None
+    l2_bytes: int = 24 << 20
+
+
+def item_length(sizes: Sequence[tuple[int, int]], members_per_tile: int, num_items: int, block_n: int) -> int:
+    """Keys of an item of a plan that cuts segments (members, tokens) into about `num_items` of equal length."""
+    total = sum(-(-members // members_per_tile) * tokens for members, tokens in sizes)
+    return max(1, -(-total // (num_items * block_n))) * block_n
 
 
 class TreeCostModel:
     """Predicts one layer's decode attention, plain or with shared segments."""
 
-    def __init__(self, shape: AttentionShape, config: TileConfig, costs: TreeCosts | None = None) -> None:
+    def __init__(
+        self, shape: AttentionShape, config: TileConfig, costs: TreeCosts | None = None, target_programs: int = 132
+    ) -> None:
+        """target_programs: those that a plan of the shared part aims at."""
         self.shape, self.config = shape, config
         self.costs = costs or TreeCosts()
+        self._num_items = max(1, target_programs // shape.num_kv_heads)
+        self._members_per_tile = max(1, config.block_m // (shape.num_heads // shape.num_kv_heads))
 
     def plain_s(self, num_members: int, num_tokens: int) -> float:
         """Time if every member reads the segment by itself."""
         return num_members * num_tokens * self.shape.token_bytes / self.costs.plain_bandwidth
 
-    def tree_s(self, num_members: int, num_tokens: int) -> float:
-        """Time of the segment in a tree plan, without the plan's fixed cost."""
-        shape, costs = self.shape, self.costs
-        group = shape.num_heads // shape.num_kv_heads
-        tiles = -(-num_members // max(1, self.config.block_m // group))
-        flops = 4.0 * tiles * self.config.block_m * shape.num_kv_heads * shape.head_dim * num_tokens
-        parts = num_members * -(-num_tokens // costs.item_tokens) * shape.num_heads * (shape.head_dim + 1) * 8
-        read = tiles * num_tokens * shape.token_bytes / costs.tree_bandwidth
-        return max(flops / costs.tree_rate, read) + parts / costs.part_bandwidth
+    def tree_s(self, sizes: Sequence[tuple[int, int]]) -> float:
+        """Time of segments (members, tokens) in one tree plan, without the plan's fixed cost."""
+        shape, costs, config = self.shape, self.costs, self.config
+        length = item_length(sizes, self._members_per_tile, self._num_items, config.block_n)
+        total_s, part_bytes = 0.0, 0
+        for num_members, num_tokens in sizes:
+            tiles = -(-num_members // self._members_per_tile)
+            flops = 4.0 * tiles * config.block_m * shape.num_kv_heads * shape.head_dim * num_tokens
+            read = num_tokens * shape.token_bytes
+            again = costs.tree_bandwidth if costs.l2_bandwidth is None else costs.l2_bandwidth
+            total_s += max(flops / costs.tree_rate, read / costs.tree_bandwidth + (tiles - 1) * read / again)
+            part_bytes += num_members * -(-num_tokens // length) * shape.num_heads * (shape.head_dim + 1) * 4
+        rate = costs.part_bandwidth
+        if costs.l2_bandwidth is not None and part_bytes <= costs.l2_bytes:
+            rate = costs.l2_bandwidth
+        return total_s + 2 * part_bytes / rate
 
     def is_worth(self, num_members: int, num_tokens: int) -> bool:
         """Return True if one more segment in an existing plan saves time; for `find_shared_segments`."""
-        return self.tree_s(num_members, num_tokens) < self.plain_s(num_members, num_tokens)
+        return self.tree_s([(num_members, num_tokens)]) < self.plain_s(num_members, num_tokens)
 
     def should_use_tree(self, segments: Sequence[tuple[int, int]], num_suffix_tokens: int) -> bool:
         """Return True if a plan with these segments (members, tokens) beats plain decode beyond the model's error.
@@ -159,5 +180,5 @@ class TreeCostModel:
         The `num_suffix_tokens` of all rows cost the same in both. A gain below 2 % of the whole is ignored.
         """
         plain = sum(self.plain_s(n, tokens) for n, tokens in segments)
-        tree = sum(self.tree_s(n, tokens) for n, tokens in segments) + self.costs.fixed_s
+        tree = self.tree_s(segments) + self.costs.fixed_s
         return plain - tree > 0.02 * (plain + self.plain_s(1, num_suffix_tokens))

@@ -43,7 +43,9 @@ def attend_range(
         start = tl.multiple_of(start, PAGE_SIZE if PAGE_SIZE < BLOCK_N else BLOCK_N)
         positions = start + offs_n
         in_range = positions < high
-        if MASKED:
+        if PAGE_SIZE % BLOCK_N == 0:  # a tile lies in one page
+            pages = tl.load(table_ptr + start // PAGE_SIZE)
+        elif MASKED:
             pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=in_range, other=0)
         else:
             pages = tl.load(table_ptr + positions // PAGE_SIZE)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ramet.kernels.attention.plan import TileConfig
+from ramet.kernels.attention.plan import TileConfig, item_length
 
 Int32 = NDArray[np.int32]
 ITEM_FIELDS = 5  # representative row, first key, end of keys, first entry in `members`, number of members
@@ -182,9 +182,8 @@ def plan_tree(
     counts = [len(s.member_rows) for s in segments]
     tiles = [-(-n // per_tile) for n in counts]
     lengths = [s.end - s.start for s in segments]
-    total = sum(t * n for t, n in zip(tiles, lengths, strict=True))
     wanted = max(1, min(max_items, target_programs // num_kv_heads))
-    chunk = _round_up(-(-total // wanted), config.block_n)
+    chunk = item_length(list(zip(counts, lengths, strict=True)), per_tile, wanted, config.block_n)
     while True:
         steps = [_round_up(-(-n // -(-n // chunk)), config.block_n) for n in lengths]  # keys of each segment's items
         chunks = [-(-n // step) for n, step in zip(lengths, steps, strict=True)]

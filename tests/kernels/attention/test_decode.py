@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ramet.kernels.attention import decode as module
 from ramet.kernels.attention.decode import DecodeMetadata, attention_decode_reference
@@ -64,6 +65,24 @@ def test_kernel_equals_the_reference(
         assert attention_decode_triton(*args, meta, 0.3, window, out, TILE) is out
         torch.testing.assert_close(out.cpu(), expected, rtol=2e-5, atol=2e-5)
     assert counters is None or counters.eq(0).all()
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_a_tile_within_a_page_gives_the_bits_of_a_tile_over_several(cases: Any, num_splits: int) -> None:
+    """The same keys in pages of 64, one page id a tile of 32, and in pages of 16."""
+    lens = [70, 5, 0, 200]
+    k_cache, v_cache, page_table, rows = cases.paged_cache(lens, 2, 32, page_size=64)
+    cases.poison_unused(k_cache, v_cache, page_table, rows, lens)
+    q, kv_lens = torch.randn(len(lens), 4, 32, device=DEVICE), torch.tensor(lens, dtype=torch.int32)
+
+    def run(k_cache: Tensor, v_cache: Tensor, table: Tensor) -> Tensor:
+        meta = DecodeMetadata(kv_lens.to(DEVICE), rows.to(DEVICE), table.to(DEVICE), num_splits)
+        config = TileConfig(16, 32, 4, 2)
+        return attention_decode_triton(q, k_cache.to(DEVICE), v_cache.to(DEVICE), meta, 0.3, config=config)
+
+    small = [cache.unflatten(2, (4, 16)).transpose(1, 2).flatten(0, 1).contiguous() for cache in (k_cache, v_cache)]
+    table = (page_table.unsqueeze(-1) * 4 + torch.arange(4, dtype=torch.int32)).flatten(1)
+    assert torch.equal(run(k_cache, v_cache, page_table), run(*small, table))
 
 
 def test_kernel_gives_a_row_the_same_bits_in_any_batch(cases: Any) -> None:
