@@ -67,6 +67,7 @@ class Setting:
     model: str
     soak_s: float
     reference: Path | None = None
+    given: dict[str, object] = field(default_factory=dict)  # configuration of all engines
     models: dict[object, LoadedModel] = field(default_factory=dict)
 
     def load(self, device: str, dtype: torch.dtype, deterministic: bool) -> LoadedModel:
@@ -94,7 +95,7 @@ class Setting:
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
         model = self.load(device, dtype, bool(values.get("deterministic")))
-        return Engine(model, EngineConfig.from_mapping({"device": device, **sizes, **values}))
+        return Engine(model, EngineConfig.from_mapping({"device": device, **sizes, **values, **self.given}))
 
     def prompts(self, count: int, seed: int = 0) -> list[list[int]]:
         """Every second one begins with the same 160 tokens; lengths from 20 to 400."""
@@ -281,8 +282,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no section after this time")
     parser.add_argument("--soak", type=float, default=60.0, help="seconds of the soak")
     parser.add_argument("--out", type=Path, help="append JSON lines here")
+    parser.add_argument("--set", action="append", default=[], help='configuration, as tree_attention="off"')
     args = parser.parse_args()
-    setting = Setting(args.device, args.tiny, args.model, args.soak, args.reference)
+    given = {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.set)}
+    setting = Setting(args.device, args.tiny, args.model, args.soak, args.reference, given)
     sections: dict[str, Callable[[Setting], Result]] = {
         "reference": reference,
         "same": same,

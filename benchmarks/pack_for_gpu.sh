@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Gather what run_on_gpu.sh needs on a machine without a network: wheels in .whl, a model file in .model0, .model1, ...
+# Gather what run_on_gpu.sh needs on a machine without a network: wheels and compiled kernels in .whl, a model file in
+# .model0, .model1, ...
 #
 #   benchmarks/pack_for_gpu.sh [MODEL.gguf]      run where pip works and this package's dependencies are installed
 #
 # Copy the working tree and .whl to the machine; a model's parts may come one a run (each fits PART_MIB), run_on_gpu.sh
 # keeps them there until it has all. The wheels are for FOR_PYTHON on Linux x86-64, in the versions installed here, so
-# that what runs there is what was tested here. What such a machine has anyway (torch, triton, transformers, numba, ...)
+# that what runs there is what was tested here. Kernels are compiled with KERNEL_PYTHON, whose Triton must be that of the
+# machine: another one would compile them again. What such a machine has anyway (torch, triton, transformers, numba, ...)
 # is not among them.
 set -eu
 python=${PYTHON:-python3}
@@ -29,6 +31,11 @@ rm -rf .whl .model[0-9]*
 $python -m pip download -q --no-deps --only-binary=:all: --python-version "$for_python" --implementation cp \
   "${platforms[@]}" -d .whl "${wanted[@]}"
 git describe --always --dirty >.whl/commit
+cache=$(mktemp -d)
+PYTHONPATH="$PWD:${PYTHONPATH:-}" TRITON_CACHE_DIR=$cache ${KERNEL_PYTHON:-$python} benchmarks/compile_kernels.py --candidates \
+  --only "${KERNELS:-llama-8b,smollm2,try,prepare,commit,scatter,copy_pages,build_masks,advance}" >.whl/kernels.txt || tail -n 3 .whl/kernels.txt
+tar -czf .whl/triton.tar.gz -C "$cache" .
+rm -r "$cache"
 if [ -n "${1:-}" ]; then
   # Names carry the whole file's hash: parts of two files are never put together.
   hash=$(sha256sum "$1" | cut -c1-16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -151,3 +152,44 @@ def test_simulated_caches_tell_the_router_the_truth(script: ModuleType) -> None:
     held: dict[int, set[int]] = {}
     script.simulate(Checked(rule), script.Work(4, 500, 30.0, 0))
     assert checked == 1000
+
+
+RUNGS = ["eager", "decode graphs", "mixed graphs", "overlap", "tree", "device grammar", "folded layers"]
+
+
+@pytest.mark.parametrize(
+    ("plants", "flags"),
+    [
+        ({"eager": "crash"}, []),
+        (
+            {"decode graphs": "crash", "overlap": "wrong", "device grammar": "crash"},
+            ["cuda_graph=false", "overlap=false", "grammar_on_device=false"],
+        ),
+        (
+            {"mixed graphs": "wrong", "tree": "crash", "folded layers": "wrong"},
+            ["cuda_graph_max_extend=0", 'tree_attention="off"', "fold=false"],
+        ),
+    ],
+)
+def test_a_feature_that_fails_on_a_machine_costs_itself_alone(
+    plants: dict[str, str], flags: list[str], tmp_path: Path
+) -> None:
+    """Every rung fails once, in a process that ends or by other tokens; all others pass and are on in those above."""
+    planted = ",".join(f"{name}={how}" for name, how in plants.items())
+    command = [sys.executable, "-W", "ignore", str(SCRIPTS / "ladder.py"), "--out", str(tmp_path), "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--tiny", "--limit", "300", "--plant", planted], capture_output=True, text=True, check=False
+    )
+    lines = [json.loads(line) for line in (tmp_path / "ladder.jsonl").read_text().splitlines()]
+    verdicts = {line["rung"]: line["ok"] for line in lines if "ok" in line}
+    log = (tmp_path / "ladder.log").read_text()
+    assert "Fatal Python error: Aborted" in log, "a crash leaves its stack"
+    if "eager" in plants:
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert verdicts == {"eager": False}
+        return
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    assert verdicts == {name: name not in plants for name in RUNGS}
+    assert (tmp_path / "flags.txt").read_text().splitlines() == flags
+    on = next(line["on"] for line in reversed(lines) if "on" in line)
+    assert on == [name for name in RUNGS if name not in plants or name == RUNGS[-1]]
