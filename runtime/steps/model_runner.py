@@ -318,6 +318,7 @@ class ModelRunner:
 
     def _warm_up(self) -> None:
         """Launch the kernels that no graph contains."""
+        scatter_rows(torch.full((1, 3), -1, dtype=torch.int32, device=self.device), self.slots.tables.arena)
         none = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.kv_cache.copy_pages(none, none, none)
         if self.arena is not None:
