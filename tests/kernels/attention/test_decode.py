@@ -81,7 +81,7 @@ def test_a_tile_within_a_page_gives_the_bits_of_a_tile_over_several(cases: Any, 
         return attention_decode_triton(q, k_cache.to(DEVICE), v_cache.to(DEVICE), meta, 0.3, config=config)
 
     def in_pages_of_16(cache: Tensor) -> Tensor:
-        return cache.unflatten(2, (4, 16)).transpose(1, 2).flatten(0, 1).contiguous()
+        return cache.view(-1, 2, 4, 16, 32).transpose(1, 2).reshape(-1, 2, 16, 32)
 
     table = (page_table.unsqueeze(-1) * 4 + torch.arange(4, dtype=torch.int32)).flatten(1)
     assert torch.equal(run(k_cache, v_cache, page_table), run(in_pages_of_16(k_cache), in_pages_of_16(v_cache), table))
