@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ramet.runtime.types import FinishReason, RequestOutput, TopTokens, Usage
 
 
@@ -18,8 +21,8 @@ from ramet.runtime.types import FinishReason, RequestOutput, TopTokens, Usage
 class RequestResult:
     """A finished request. If requested, `logprobs` and `top_logprobs` are as long as `token_ids`.
 
-    `incomplete`: the reason why a constrained text that `max_tokens` cut off is incomplete. `was_closed`: as in
-    RequestOutput.
+    `vector`: fp32 [hidden], of a pooling request. `incomplete`: the reason why a constrained text that `max_tokens` cut
+    off is incomplete. `was_closed`: as in RequestOutput.
     """
 
     text: str
@@ -31,6 +34,7 @@ class RequestResult:
     top_logprobs: tuple[TopTokens, ...] | None = None
     prompt_logprobs: tuple[float, ...] | None = None
     prompt_tops: tuple[TopTokens, ...] | None = None
+    vector: NDArray[np.float32] | None = None
     timings: dict[str, float] = field(default_factory=dict)
     incomplete: str | None = None
     was_closed: bool = False
@@ -125,6 +129,7 @@ class RequestHandle:
             top_logprobs=tuple(tops) if tops else None,
             prompt_logprobs=tuple(scores) if scores else None,
             prompt_tops=tuple(prompt_tops) if prompt_tops else None,
+            vector=last.vector,
             timings=dict(last.timings or {}),
             incomplete=last.incomplete,
             was_closed=last.was_closed,

@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 import numpy as np
@@ -31,6 +31,9 @@ from ramet.lang.graph.sampling import MAX_INT32 as MAX_INT32
 from ramet.lang.graph.sampling import SamplingParams as SamplingParams
 
 TokenIds = NDArray[np.int32]
+Pooling = Literal[
+    "last", "mean", "cls"
+]  # hidden states of a prompt that make its vector: the last, the mean, the first
 TopTokens = tuple[tuple[int, float], ...]  # the most likely tokens at a position: (token, log-probability)
 
 
@@ -67,7 +70,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     generate nothing, and return the log-probabilities of `prompt_ids[score_from:]`, with the `logprobs` most likely
     tokens of each position, if the sampling parameters ask for some. `draft`: text that the answer is expected to be
     like, such as a file that it changes a little; only its speed depends on it (EngineConfig.speculative). `adapter`:
-    the name of a loaded adapter; empty: the model alone.
+    the name of a loaded adapter; empty: the model alone. `pooling`: generate nothing, and return one vector of the
+    prompt; "model": as the model's files say.
     """
 
     cache_salt: str = ""
@@ -78,6 +82,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     score_from: int | None = None
     draft: str = ""
     adapter: str = ""
+    pooling: Pooling | Literal["model"] | None = None
 
     def __post_init__(self) -> None:
         # The scheduler uses these values on the engine's thread, where an error would end all requests.
@@ -87,6 +92,10 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise wrong_option("draft", self.draft, "text that UTF-8 can write")
         if not _is_text(self.adapter):
             raise wrong_option("adapter", self.adapter, "the name of an adapter, or empty")
+        if self.pooling not in (None, "model", *get_args(Pooling)):
+            raise wrong_option("pooling", self.pooling, f"model, {', '.join(get_args(Pooling))}, or None")
+        if self.pooling is not None and self.score_from is not None:
+            raise wrong_option("score_from", self.score_from, "None with pooling")
         if self.program_id is not None and not isinstance(self.program_id, str):
             raise wrong_option("program_id", self.program_id, "text, or None")
         if not isinstance(self.owner, str):
@@ -135,6 +144,7 @@ class Request:
     `score_from`: if set, nothing is generated; the log-probabilities of `prompt_ids[score_from:]` are returned, with
     the `sampling.logprobs` most likely tokens of each position. `expected_ids`: the draft that the
     client gave; only the answer's speed depends on it. `adapter`: its cached prefixes are its own.
+    `pooling`: with `score_from`, before which prefixes may come from the cache; hidden states are pooled, not scored.
     `arrival_s`, `deadline_s`: seconds of time.monotonic(). `owner`, `priority`: as in RequestOptions.
     `num_prompt + max_tokens` never exceeds the context: `engine/validation.py`, which makes requests, checks it.
     """
@@ -155,6 +165,7 @@ class Request:
     seed: int = 0
     expected_ids: TokenIds | None = None
     adapter: Adapter | None = None
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) == 0:
@@ -263,7 +274,8 @@ class RowOutput:
     `logprobs[i]` is the log-probability of `token_ids[i]`; `top_logprobs[i]` has the most likely tokens as pairs
     (token, log-probability).
     For a scoring request `prompt_logprobs` holds one value for each scored position of this chunk, and
-    `prompt_tops` the most likely tokens there, if the request asks for them.
+    `prompt_tops` the most likely tokens there, if the request asks for them. `pooled`: fp32 [hidden], what this chunk
+    adds to the vector of a pooling request.
     `is_complete`: a constrained text ends here, after these tokens, without an end token. `num_held`: the bytes at the
     text's end that may belong to what follows the value; `num_after`: those that do, if the text ends here.
     `incomplete`, `was_closed`: as in RequestOutput; the engine's loop sets them when the sequence ends.
@@ -274,6 +286,7 @@ class RowOutput:
     top_logprobs: tuple[TopTokens, ...] | None = None
     prompt_logprobs: NDArray[np.float32] | None = None
     prompt_tops: tuple[TopTokens, ...] | None = None
+    pooled: NDArray[np.float32] | None = None
     is_complete: bool = False
     num_held: int = 0
     num_after: int = 0
@@ -288,6 +301,7 @@ class RequestOutput:
     `stop_match`: the stop string or stop token that ended the request. `error`: set with FinishReason.ERROR or ABORT.
     `incomplete`: with FinishReason.LENGTH, the reason why a constrained text is incomplete; otherwise the strings in it
     that `string_tokens` ended. None if nothing is missing.
+    `vector`: fp32 [hidden], of a pooling request's last increment.
     `was_closed`: with FinishReason.STOP, True if a constrained text ended because `max_tokens` left no room for more.
     """
 
@@ -301,6 +315,7 @@ class RequestOutput:
     top_logprobs: tuple[TopTokens, ...] | None = None
     prompt_logprobs: NDArray[np.float32] | None = None
     prompt_tops: tuple[TopTokens, ...] | None = None
+    vector: NDArray[np.float32] | None = None
     error: Exception | None = None
     timings: Mapping[str, Any] | None = None  # seconds: queue_s, first_token_s, total_s; values are floats
     incomplete: str | None = None

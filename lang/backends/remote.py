@@ -241,6 +241,7 @@ class _Program:
             "grace_s": self.remote.grace_s,
             "priority": options.priority,
             "cache_salt": options.cache_salt,
+            "adapter": options.adapter,
             "rows": self.rows_of_arguments,
             "timeout_s": self._deadline.left_s(),
             "token_budget": options.token_budget,

@@ -77,7 +77,7 @@ class _TextProgram:
     """The state of a running program. Used on the loop only."""
 
     def __init__(self, http: HttpLoop, writer: Writer, options: ProgramOptions, on_event: OnEvent) -> None:
-        self._http, self._writer = http, writer
+        self._http, self._writer, self._adapter = http, writer, options.adapter
         self._graph = GraphRun(options, on_event, mark=_mark)
         self._tasks: dict[int, asyncio.Task[Any]] = {}  # of nodes that run
 
@@ -125,6 +125,10 @@ class _TextProgram:
         assert task is not None
         self._tasks[run.node.id] = task
         try:
+            if self._adapter or (isinstance(run.node, ir.Generate) and run.node.adapter):
+                raise NotSupported(
+                    "an endpoint's adapters are models of their own: name one as its model, not adapter="
+                )
             if isinstance(run.node, ir.Generate):
                 await self._generate(run, run.node)
             elif isinstance(run.node, ir.Select):

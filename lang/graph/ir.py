@@ -176,6 +176,7 @@ class Generate(Node, frozen=True, tag="generate"):
     `checks` narrow the constraint where they can (narrowing.py). A value that fails one is generated again, up to
     `retries` times. Its text never joins the branch. `tells_text`: its text is reported as it is generated, whatever
     the options of the run say. `draft`: what the text is expected to be like; only its speed depends on it.
+    `adapter`: the name of the adapter that writes it; empty: that of the run's options.
     """
 
     name: str | None = None
@@ -185,6 +186,7 @@ class Generate(Node, frozen=True, tag="generate"):
     retries: int = 0
     tells_text: bool = False
     draft: str = ""
+    adapter: str = ""
     type: Literal["str", "int", "float", "bool", "json", "tools", "captures"] = "str"
 
     run_by = "model"

@@ -19,6 +19,7 @@ class ProgramOptions:
 
     `deadline_s`: by time.monotonic(). `priority`: the lower runs first. `token_budget`: the most tokens that all
     generations together may write. `cache_salt`: prefixes are shared only between runs with the same salt.
+    `adapter`: of generations that name none, and of selections; empty: the model alone.
     `text_events`: report text as it is generated, not only when a node is done. This costs some microseconds for each
     token on the engine's thread.
 
@@ -32,6 +33,7 @@ class ProgramOptions:
     priority: int = 0
     cache_salt: str = ""
     text_events: bool = False
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, limit: str) -> None:
@@ -44,7 +46,9 @@ class ProgramOptions:
             "priority",
             f"an integer up to {MAX_PRIORITY}",
         )
-        check(isinstance(self.cache_salt, str) and is_json(self.cache_salt), "cache_salt", "text that UTF-8 can write")
+        for name in ("cache_salt", "adapter"):
+            value = getattr(self, name)
+            check(isinstance(value, str) and is_json(value), name, "text that UTF-8 can write")
         budget = self.token_budget
         check(budget is None or (_is_int(budget) and budget >= 1), "token_budget", "an integer from 1, or None")
 

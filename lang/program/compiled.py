@@ -22,7 +22,13 @@ from ramet.lang.recording.state import State
 from ramet.lang.running.run import Run
 from ramet.lang.running.values import NodeSource, Source, TextSource, Value, source_of
 
-_ROW_OPTIONS: Mapping[str, Any] = {"timeout_s": None, "token_budget": None, "priority": 0, "cache_salt": ""}
+_ROW_OPTIONS: Mapping[str, Any] = {
+    "timeout_s": None,
+    "token_budget": None,
+    "priority": 0,
+    "cache_salt": "",
+    "adapter": "",
+}
 
 
 class Compiled:
@@ -62,8 +68,8 @@ class Compiled:
     def run(self, **kwargs: Any) -> State:
         """Run the graph and wait for its end.
 
-        `kwargs`: arguments by name, and `backend`, `timeout_s`, `token_budget`, `priority` and `cache_salt` as in
-        Function.run.
+        `kwargs`: arguments by name, and `backend`, `timeout_s`, `token_budget`, `priority`, `cache_salt` and `adapter`
+        as in Function.run.
         """
         state = self.start(**kwargs)
         with cancelling([state]):
@@ -95,10 +101,11 @@ class Compiled:
         token_budget: int | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        adapter: str = "",
         **arguments: Any,
     ) -> State:
         """Submit the graph, and return its state without waiting. Raises InvalidProgram if arguments are missing."""
-        options = self._options(timeout_s, token_budget, priority, cache_salt)
+        options = self._options(timeout_s, token_budget, priority, cache_salt, adapter)
         state = self._new_state(choose_backend(backend), options, arguments)
         state.recorder.run.finish()
         return state
@@ -131,9 +138,10 @@ class Compiled:
             session.finish()
 
     def _options(
-        self, timeout_s: float | None, token_budget: int | None, priority: int, cache_salt: str
+        self, timeout_s: float | None, token_budget: int | None, priority: int, cache_salt: str, adapter: str
     ) -> ProgramOptions:
-        return ProgramOptions(self.name, deadline(self.name, timeout_s), token_budget, priority, cache_salt)
+        ends_s = deadline(self.name, timeout_s)
+        return ProgramOptions(self.name, ends_s, token_budget, priority, cache_salt, adapter=adapter)
 
     def _new_state(self, backend: Backend, options: ProgramOptions, arguments: Mapping[str, Any]) -> State:
         """Return the state of a run that holds the whole graph, not submitted yet."""

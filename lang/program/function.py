@@ -47,7 +47,7 @@ else:  # defaults came with Python 3.13
     P = ParamSpec("P")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-_OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "seed", "stage", "tools")
+_OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "adapter", "seed", "stage", "tools")
 _STAGES = ("needed", "always")
 _ORDERS = ("given", "prefix")
 MAX_ARMS = 32  # ways through a program that a plan follows
@@ -204,8 +204,9 @@ class Function(Generic[P, R]):
         """Run the program and wait for its end.
 
         Options besides the function's own arguments: `backend`, `timeout_s`, `token_budget`, `priority`, `cache_salt`,
-        `seed` (each generation's own seed is derived from it), `stage` ("needed": submit when a value is needed;
-        "always": submit after each generation), `tools`, and sampling defaults such as `temperature` and `max_tokens`.
+        `adapter` (a LoRA, for generations that name none), `seed` (each generation's own seed is derived from it),
+        `stage` ("needed": submit when a value is needed; "always": submit after each generation), `tools`, and sampling
+        defaults such as `temperature` and `max_tokens`.
 
         A failed node raises its error when its value is read, not here. An exception of the function itself is raised.
         """
@@ -482,6 +483,7 @@ class Function(Generic[P, R]):
                 token_budget=options.get("token_budget"),
                 priority=options.get("priority", 0),
                 cache_salt=options.get("cache_salt", ""),
+                adapter=options.get("adapter", ""),
                 text_events=keep_events,
             ),
             seed=seed,

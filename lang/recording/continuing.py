@@ -32,6 +32,7 @@ class SavedState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int | None
     sampling: ir.Sampling
     cache_salt: str
+    adapter: str = ""
     format: Literal["ramet state 1"] = "ramet state 1"
 
 
@@ -55,6 +56,7 @@ def saved(recorder: Recorder) -> bytes:
         run.seed,
         recorder.sampling,
         run.options.cache_salt,
+        run.options.adapter,
     )
     return msgspec.json.encode(state)
 
@@ -66,7 +68,7 @@ def loaded(data: bytes, backend: Backend) -> Recorder:
     except msgspec.MsgspecError as error:
         raise InvalidProgram(f"this is no saved state: {error}") from error
     ir.GraphIndex().add(found.graph)
-    options = ProgramOptions(found.program, cache_salt=found.cache_salt)
+    options = ProgramOptions(found.program, cache_salt=found.cache_salt, adapter=found.adapter)
     return Recorder(
         Run(backend, options, seed=found.seed, graph=found.graph, is_continued=True),
         len(found.graph.nodes) - 1 if found.graph.nodes else None,

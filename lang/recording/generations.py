@@ -25,7 +25,8 @@ class Gen(Expr):
     """A generation. `sampling` holds only the values given to `gen`; the run's defaults fill the rest.
 
     `grammar`: the description that its constraint was made of, if it was composed. `captures`: the names in that, and
-    how their values are read. `draft`: what the text is expected to be like.
+    how their values are read. `draft`: what the text is expected to be like. `adapter`: its name;
+    empty: the run's.
     """
 
     name: str | None
@@ -38,6 +39,7 @@ class Gen(Expr):
     grammar: Expr | None = None
     captures: Mapping[str, CapturedType] = field(default_factory=dict)
     draft: str = ""
+    adapter: str = ""
 
     def record(self, recorder: Recorder) -> NodeSource:
         """Append the generation, and keep its value and captures as variables.
@@ -85,7 +87,7 @@ class Gen(Expr):
         own = {"max_tokens": limit, **dict.fromkeys(values)}
         seed = recorder.seed_of_place() if sampling.seed is None else sampling.seed
         recorder.add(ir.Thinking, is_open=True)
-        recorder.add(ir.Generate, sampling=msgspec.structs.replace(sampling, seed=seed, **own))
+        recorder.add(ir.Generate, sampling=msgspec.structs.replace(sampling, seed=seed, **own), adapter=self.adapter)
         recorder.add(ir.Thinking, is_open=False)
 
     def _record_once(
@@ -99,6 +101,7 @@ class Gen(Expr):
             checks=checks,
             retries=retries,
             draft=self.draft,
+            adapter=self.adapter,
             type=self.output.wire,
         )
         return _kept(recorder, NodeSource(recorder.run, node, self.name, self.output))

@@ -57,6 +57,7 @@ def gen(
     retries: int = 3,
     thinking: bool | int = False,
     draft: str = "",
+    adapter: str = "",
 ) -> Gen:
     """Generate text, or a value of `type`, and keep it as variable `name`.
 
@@ -90,12 +91,14 @@ def gen(
     `draft`: text that the value is expected to be like, such as a file that it changes a little. The value is the same
     with any draft; where the engine verifies drafts (`speculative`), it comes sooner.
 
+    `adapter`: the adapter (LoRA) of the engine that writes the value; without one, that of the run's option `adapter`.
+
     Raises:
         InvalidSampling: a value outside its range. InvalidRequest: constraints that exclude each other.
     """
     # A generated value can be a part of a constraint; it must be read first.
     regex, cfg, choices, json_schema, substring_of = plain((regex, cfg, choices, json_schema, substring_of))
-    retries, thinking, draft = plain((retries, thinking, draft))
+    retries, thinking, draft, adapter = plain((retries, thinking, draft, adapter))
     if isinstance(json_schema, str):
         try:
             json_schema = msgspec.json.decode(json_schema, type=dict)
@@ -153,13 +156,17 @@ def gen(
         raise InvalidRequest(f"thinking is {thinking!r}, but must be True or a number of tokens", param="thinking")
     if not isinstance(draft, str) or not is_json(draft):
         raise InvalidRequest(f"draft is {draft!r}, but must be text that UTF-8 can write", param="draft")
+    if not isinstance(adapter, str) or not is_json(adapter):
+        raise InvalidRequest(f"adapter is {adapter!r}, but must be the name of an adapter", param="adapter")
     budget = THINKING_TOKENS if thinking is True else thinking or None
     said = {name: plain(value) for name, value in values.items() if value is not None}
     if isinstance(type, Composition):
         if constraint is not None or checks:
             raise InvalidRequest("constraints and checks of a grammar stand in its parts", param="type")
-        return replace(composed_gen(name, type, to_sampling(said), tokenization, form, budget), draft=draft)
-    return Gen(name, wanted, constraint, to_sampling(said), checks, retries, budget, draft=draft)
+        return replace(
+            composed_gen(name, type, to_sampling(said), tokenization, form, budget), draft=draft, adapter=adapter
+        )
+    return Gen(name, wanted, constraint, to_sampling(said), checks, retries, budget, draft=draft, adapter=adapter)
 
 
 def select(

@@ -530,7 +530,9 @@ class Run:
         if self.outcomes.failure is not None or self._backend is None:
             what = "was only traced" if self._backend is None else "has failed, or was cancelled"
             raise InvalidProgram(f"the program {what}; nothing can be appended to its state", program=name)
-        options = ProgramOptions(name, priority=options.priority, cache_salt=options.cache_salt)
+        options = ProgramOptions(
+            name, priority=options.priority, cache_salt=options.cache_salt, adapter=options.adapter
+        )
         found = Run(self._backend, options, seed=self.seed, graph=graph, is_continued=True)
         found.parent, found.returned = self, self.returned
         return found

@@ -33,6 +33,7 @@ def add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization", default="none", metavar="NAME", help="of weights: none (bf16), fp8, int8, int4"
     )
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8_e4m3"], help="keys and values: auto (bf16), fp8_e4m3")
     parser.add_argument("--context-length", type=int, metavar="N", help="tokens that one sequence must be able to have")
     parser.add_argument("--max-running-requests", type=int, metavar="N", help="sequences that run at once [256]")
     form = parser.add_mutually_exclusive_group()
@@ -112,7 +113,7 @@ def _setup(arguments: argparse.Namespace) -> Setup:
             raise ConfigError(f"{flag} is {value} but must be in [1, 1024]")
     if arguments.tp and arguments.gpus and arguments.tp > arguments.gpus:
         raise ConfigError(f"tp is {arguments.tp} but there are {arguments.gpus} GPUs; raise --gpus or lower --tp")
-    values = {name: getattr(arguments, name) for name in ("context_length", "max_running_requests")}
+    values = {name: getattr(arguments, name) for name in ("kv_cache_dtype", "context_length", "max_running_requests")}
     engine = EngineConfig().changed({name: value for name, value in values.items() if value is not None})
     return Setup(card, arguments.tp or 1, arguments.quantization, engine)
 

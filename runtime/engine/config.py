@@ -28,6 +28,10 @@ class EngineConfig:
     model_impl: Literal["auto", "ramet", "transformers"] = _doc(
         "auto", "who computes the layers: ramet, transformers; auto: Ramet where it has the family, else transformers"
     )
+    load_format: Literal["auto", "dummy"] = _doc(
+        "auto",
+        "weights: auto: those of the files; dummy: random ones, of which no file is read (speed and memory alone)",
+    )
     quantization: str | None = _doc(
         None,
         "fp8: weights and activations in FP8; on a CPU also int8, int4 or gguf, of weights alone; None: as the files "
@@ -149,6 +153,8 @@ class EngineConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"unknown configuration {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        if isinstance(values.get("lora"), list):  # as it comes from another process
+            values = {**values, "lora": tuple(values["lora"])}  # type: ignore[arg-type]
         try:
             return replace(self, **values)  # type: ignore[arg-type]
         except TypeError as error:

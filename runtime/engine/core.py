@@ -232,7 +232,12 @@ class EngineCore:
         updates: list[Update] = []
         for item, output, live in zip(items, outputs, was_live, strict=True):
             sequence = item.sequence
-            if live and (output.token_ids or output.prompt_logprobs is not None or sequence.is_finished):
+            if live and (
+                output.token_ids
+                or output.prompt_logprobs is not None
+                or output.pooled is not None
+                or sequence.is_finished
+            ):
                 if sequence.is_finished and sequence.request.grammar is not None:
                     output.incomplete = self.grammars.why_incomplete(sequence)
                     is_whole = sequence.finish_reason is FinishReason.STOP

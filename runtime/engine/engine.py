@@ -19,9 +19,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ramet.errors import ConfigError, EngineStopped, InvalidRequest, RametError, RequestCancelled
 from ramet.runtime.cache.prefix_log import CacheChanges
@@ -41,6 +42,7 @@ from ramet.runtime.types import (
     NO_OPTIONS,
     FinishReason,
     Grammar,
+    Pooling,
     Request,
     RequestOptions,
     RequestOutput,
@@ -57,6 +59,7 @@ logger = logging.getLogger(__name__)
 OnOutput = Callable[[RequestOutput], None]
 _WALKED_NODES = 512  # of the tree between two steps: about a millisecond
 _TOLD_SEGMENTS = 256  # of the tree, with their first tokens
+Vector = NDArray[np.float32]
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +78,7 @@ class _Stream:
     num_reported: int = 0
     first_token_s: float | None = None
     num_cached: int | None = None
+    pooled: NDArray[np.float32] | None = None  # the sum so far
 
 
 class Engine:
@@ -136,6 +140,7 @@ class Engine:
             default_max_tokens=config.default_max_tokens,
             seed=config.seed,
             drafts=self._core.speculation is not None,
+            model_pooling=self.model.generation.pooling,
             find_adapter=None if self._core.runner.adapters is None else self._core.runner.adapters.find,
         )
         for name, _, path in (entry.partition("=") for entry in config.lora):
@@ -223,6 +228,17 @@ class Engine:
         if len(ids) < 2:
             return ()
         return self.generate(ids, score_from=1, **options).prompt_logprobs or ()
+
+    def embed(self, text: str | list[int], pooling: Pooling | Literal["model"] = "model", **options: Any) -> Vector:
+        """Return the vector of a text, fp32 [hidden], of length 1.
+
+        pooling: which hidden states after the final norm make it: the last, their mean, the first (cls); "model": as
+        the model's files say, else the last. `options` are those of `submit`. It is computed beside whatever else runs.
+        """
+        ids = self.tokenizer.encode(text, add_special=True, parse_special=True) if isinstance(text, str) else text
+        vector = self.generate(ids, pooling=pooling, **options).vector
+        assert vector is not None
+        return np.asarray(vector / max(float(np.linalg.norm(vector)), 1e-12), dtype=np.float32)
 
     def _push_to(self, handle: RequestHandle) -> OnOutput:
         """Return a function that pushes outputs to a handle without keeping it alive.
@@ -503,6 +519,8 @@ class Engine:
             stream.first_token_s = time.monotonic()
         tokens: tuple[int, ...] = output.token_ids
         stop_match: str | int | None = None
+        if output.pooled is not None:
+            stream.pooled = output.pooled if stream.pooled is None else stream.pooled + output.pooled
         if sequence.is_finished:
             tokens, stop_match = self._without_stop_token(sequence, tokens)
         if stream.scanner is None:
@@ -576,6 +594,7 @@ class Engine:
                 top_logprobs=None if row.top_logprobs is None else row.top_logprobs[:num],
                 prompt_logprobs=row.prompt_logprobs,
                 prompt_tops=row.prompt_tops,
+                vector=self._vector(stream) if error is None else None,
                 error=error,
                 timings={
                     "queue_s": max(started_s - stream.submitted_s, 0.0),
@@ -586,6 +605,13 @@ class Engine:
                 was_closed=row.was_closed,
             ),
         )
+
+    @staticmethod
+    def _vector(stream: _Stream) -> NDArray[np.float32] | None:
+        """The vector of a pooling request."""
+        if stream.pooled is None or stream.request.pooling != "mean":
+            return stream.pooled
+        return stream.pooled / np.float32(stream.request.num_prompt)
 
     def _scan(
         self, stream: _Stream, tokens: tuple[int, ...], num_held: int, *, is_finished: bool

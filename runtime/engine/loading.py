@@ -39,7 +39,7 @@ from ramet.runtime.parallel.ranks import FirstRank, OtherRank
 from ramet.runtime.parallel.sharded import SharedModel, apply_tensor_parallel
 from ramet.runtime.parallel.share import Share, check_size
 from ramet.runtime.steps.model_runner import ModelRunner
-from ramet.runtime.testing.dummy import describe_tiny, tiny_model, tiny_weights
+from ramet.runtime.testing.dummy import describe_tiny, dummy_weights, tiny_model, tiny_weights
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,8 @@ def load(model: Any, config: EngineConfig, tokenizer: Any = None) -> LoadedModel
         return tiny_model()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    if config.load_format == "dummy":
+        return _load_dummy(model, config)
     return load_model(
         model,
         device=choose_device(config.device),
@@ -112,6 +114,19 @@ def load(model: Any, config: EngineConfig, tokenizer: Any = None) -> LoadedModel
         quantization=config.quantization,
         model_impl=config.model_impl,
     )
+
+
+def _load_dummy(model: str | None, config: EngineConfig) -> LoadedModel:
+    """Make a model of random weights, from its configuration and tokenizer alone."""
+    path, device = resolve_model(model), choose_device(config.device)
+    if is_for_transformers(path, config.model_impl, device):
+        raise ConfigError(f"load_format is 'dummy', but transformers would compute the layers of {path}; use auto")
+    whole = describe_model(path)
+    weights = dummy_weights(whole.config, device, torch.bfloat16)
+    decoder = build_decoder(
+        whole.config, weights, device=device, dtype=parse_dtype(config.dtype), quantization=config.quantization
+    )
+    return LoadedModel(model or path.stem, decoder, whole.tokenizer, whole.config, whole.generation)
 
 
 def _load_parts(model: str | None, config: EngineConfig) -> SharedModel:
@@ -154,6 +169,8 @@ def _load_part(path: Path | None, config: EngineConfig, share: Share, device: to
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     whole, weights = _open(path)
+    if config.load_format == "dummy":
+        weights = dummy_weights(whole, torch.device("cpu"), torch.bfloat16)
     return build_decoder(
         share.config(whole),
         weights.cut(share.parts(whole)),

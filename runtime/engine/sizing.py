@@ -13,17 +13,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from ramet.errors import BrokenModelFile, ConfigError, OutOfMemory, UnsupportedArchitecture
+from ramet.kernels.layers.kv_fp8 import FP8
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.models.config import Fields, ModelConfig
 from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.weights import expected_tensors
 from ramet.runtime.parallel.share import Share, check_size, fits
+from ramet.runtime.steps.kv_cache import bytes_per_token
 from ramet.runtime.steps.memory import MemoryPlan, MemoryReading, StepMemory, logits_bytes, plan_memory
 
 GIB = 2**30
 _MIB = 2**20
-KV_BYTES = 2  # of a value: bf16
 # Taken without a measurement: the driver's and the libraries' part of a card, what each further rank's communication
 # adds, and all CUDA graphs.
 ASSUMED_BYTES = {"driver": 600 * _MIB, "communication": 400 * _MIB, "graphs": 700 * _MIB}
@@ -127,7 +130,13 @@ class Setup:
         engine, default = self.engine, EngineConfig()
         found = [f"--tp {self.tp}"] if self.tp > 1 else []
         found += [f"--quantization {self.quantization}"] if self.quantization != "none" else []
-        for name in ("context_length", "mem_fraction_static", "chunked_prefill_size", "max_running_requests"):
+        for name in (
+            "context_length",
+            "kv_cache_dtype",
+            "mem_fraction_static",
+            "chunked_prefill_size",
+            "max_running_requests",
+        ):
             if getattr(engine, name) != getattr(default, name):
                 found.append(f"--{name.replace('_', '-')} {getattr(engine, name)}")
         return found
@@ -172,7 +181,7 @@ def size(shape: ModelShape, setup: Setup) -> Sizing:
     weights = int(matrices * bits / 8) + others * 2
     outside = ASSUMED_BYTES["driver"] + (ASSUMED_BYTES["communication"] if setup.tp > 1 else 0)
     card = setup.card
-    kv_bytes = 2 * KV_BYTES * config.num_layers * config.num_kv_heads * config.head_dim
+    kv_bytes = bytes_per_token(config, torch.bfloat16 if engine.kv_cache_dtype == "auto" else FP8)
     reading = MemoryReading(card.total, card.total - outside - weights, weights, weights)
     graphs = ASSUMED_BYTES["graphs"] if engine.cuda_graph else 0
     plan = plan_memory(

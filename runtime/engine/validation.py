@@ -13,7 +13,16 @@ import numpy as np
 from ramet.errors import ContextOverflow, InvalidRequest, InvalidSampling
 from ramet.runtime.text.stops import check_pattern
 from ramet.runtime.text.tokenizer import Tokenizer
-from ramet.runtime.types import Adapter, Grammar, Request, RequestOptions, SamplingParams, TokenIds, wrong_option
+from ramet.runtime.types import (
+    Adapter,
+    Grammar,
+    Pooling,
+    Request,
+    RequestOptions,
+    SamplingParams,
+    TokenIds,
+    wrong_option,
+)
 
 _MOST_EXPECTED = 100_000  # characters of a client's draft; the rest is not looked at
 
@@ -23,7 +32,8 @@ class RequestBorder:
 
     `context_limit`: name of the option that limits the context. `default_max_tokens`: for requests without max_tokens.
     `seed`: seed of the generator that draws seeds for requests without one. `drafts`: those of clients are of use.
-    `find_adapter`: returns the loaded adapter of a name, or raises InvalidRequest.
+    `model_pooling`: as the model's files say. `find_adapter`: returns the loaded adapter of a name, or raises
+    InvalidRequest.
     """
 
     def __init__(
@@ -37,6 +47,7 @@ class RequestBorder:
         seed: int,
         drafts: bool = False,
         find_adapter: Callable[[str], Adapter] | None = None,
+        model_pooling: Pooling = "last",
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -45,6 +56,7 @@ class RequestBorder:
         self._default_max_tokens = default_max_tokens
         self._drafts = drafts
         self._find_adapter = find_adapter
+        self._model_pooling = model_pooling
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         self._seed_lock = threading.Lock()
@@ -81,7 +93,10 @@ class RequestBorder:
         adapter = self._adapter(options.adapter) if options.adapter else None
         num_prompt = len(prompt_ids)
         score_from = options.score_from
-        if score_from is not None and not 1 <= score_from <= num_prompt:
+        pooling = self._model_pooling if options.pooling == "model" else options.pooling
+        if pooling is not None:  # the states before the last one are needed for a mean alone, and are not cached
+            score_from = max(num_prompt, 1) if pooling == "last" else 1
+        if num_prompt and score_from is not None and not 1 <= score_from <= num_prompt:
             raise InvalidRequest(f"score_from is {score_from} but must be in [1, {num_prompt}]", param="score_from")
         room = self._context_length - num_prompt
         wanted = sampling.max_tokens
@@ -119,6 +134,7 @@ class RequestBorder:
             seed=seed,
             expected_ids=np.asarray(self._tokenizer.encode(expected), dtype=np.int32) if expected else None,
             adapter=adapter,
+            pooling=pooling,
         )
 
     def _adapter(self, name: str) -> Adapter:

@@ -33,6 +33,9 @@ _TEXT_PREFIXES = (
     ("language_model.model.", "model."),
     ("model.language_model.", "model."),
     ("language_model.lm_head.", "lm_head."),
+    ("embed_tokens.", "model.embed_tokens."),  # of a base model alone, as files of embedding models are
+    ("layers.", "model.layers."),
+    ("norm.", "model.norm."),
 )
 _IMAGE_PREFIXES = (
     "vision_tower.",

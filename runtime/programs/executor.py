@@ -358,6 +358,7 @@ class ProgramExecutor:
                 deadline_s=left_s,
                 score_from=request.score_from,
                 draft=run.node.draft if isinstance(run.node, ir.Generate) else "",
+                adapter=(run.node.adapter if isinstance(run.node, ir.Generate) else "") or self._options.adapter,
             ),
             grammar=self._grammar(run, request),
             on_output=lambda output: self._take_in(run, at, index, output),

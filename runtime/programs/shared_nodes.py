@@ -39,7 +39,7 @@ class SharedRequests:
         grammar: Grammar | None = None,
         on_output: OnOutput,
     ) -> Handle:
-        """See ProgramEngine.submit. In one program, `options` differ in their deadline and in `score_from` alone."""
+        """See ProgramEngine.submit. In one program, `options` differ in deadline, `score_from` and adapter alone."""
 
         def send(deliver: OnOutput) -> Handle:
             return self._engine.submit(prompt, sampling, options, grammar=grammar, on_output=deliver)
@@ -47,7 +47,7 @@ class SharedRequests:
         score_from = options.score_from
         if score_from is None and not is_repeatable(sampling):
             return send(on_output)
-        key = request_key(prompt, sampling, grammar, score_from)
+        key = request_key(prompt, sampling, grammar, score_from, options.adapter)
         with self._lock:
             shared = self._known.get(key)
             is_first = shared is None or shared.is_lost
@@ -69,11 +69,13 @@ class SharedRequests:
         return reader
 
 
-def request_key(prompt: list[int], sampling: SamplingParams, grammar: Grammar | None, score_from: int | None) -> object:
+def request_key(
+    prompt: list[int], sampling: SamplingParams, grammar: Grammar | None, score_from: int | None, adapter: str = ""
+) -> object:
     """Return a key; equal keys mean equal outputs. A greedy request's seed doesn't matter."""
     tokens = hashlib.blake2b(np.asarray(prompt, dtype=np.int32).tobytes(), digest_size=16).digest()
     values = msgspec.structs.replace(sampling, seed=None) if sampling.is_greedy or score_from is not None else sampling
-    return tokens, repr(values), grammar, score_from
+    return tokens, repr(values), grammar, score_from, adapter
 
 
 @dataclass(slots=True, eq=False)

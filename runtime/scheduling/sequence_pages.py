@@ -190,10 +190,15 @@ class SequencePages:
 
 
 def known_end(sequence: Sequence) -> int:
-    """Number of known tokens to compute; for a scoring request, only those that predict a scored token (at least 1)."""
+    """Number of known tokens to compute; for a scoring request, only those that predict a scored token (at least 1).
+
+    A pooling request computes all.
+    """
     request = sequence.request
     if request.score_from is None:
         return sequence.num_tokens
+    if request.pooling is not None:
+        return request.num_prompt
     return max(request.num_prompt - 1, request.score_from)
 
 

@@ -31,7 +31,9 @@ class ServerConfig:
     served_model_name: str | None = _doc(None, "the name that clients use; default: the model's own")
     api_key: tuple[str, ...] = _doc((), "keys of which a request must bring one (Authorization: Bearer ...)")
     api_keys_file: str | None = _doc(None, "file of keys with names and limits, read again on SIGHUP; see ramet keys")
-    admin_api_key: str | None = _doc(None, "key for /flush_cache, /abort_request and /scale; default: any api key")
+    admin_api_key: str | None = _doc(
+        None, "key for /flush_cache, /abort_request, /scale and adapters; default: any api key"
+    )
     protect_metrics: bool = _doc(False, "ask for the admin key on /metrics, too")
     isolate_cache_by_key: bool = _doc(False, "requests share cached prefixes only with requests of the same key")
     max_body_bytes: int = _doc(32 << 20, "size of a request's body")

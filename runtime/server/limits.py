@@ -29,7 +29,16 @@ MAX_LOGGED_BYTES = 16 << 10
 _PLAIN_ID = re.compile(r"[\x21-\x7e]{1,128}")  # an id that a log line and a header can hold
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # requested every few seconds; logged only at DEBUG
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json", "/ui"})
-ADMIN_PATHS = frozenset({"/flush_cache", "/reset_prefix_cache", "/abort_request", "/scale"})
+ADMIN_PATHS = frozenset(
+    {
+        "/flush_cache",
+        "/reset_prefix_cache",
+        "/abort_request",
+        "/scale",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+    }
+)
 
 
 class HttpLimits:

@@ -64,7 +64,7 @@ def description_endpoints(endpoints: Sequence[Endpoint], served: ServedModel) ->
 def _formats(served: ServedModel) -> Json:
     """What this server's model adds to the values of bodies: see `body_schema`."""
     thinks = served.tokenizer.chat_template.thinking is not None
-    names = {"enum": [served.name, "default"]}
+    names = {"enum": [*served.names, "default"]}
     has_start = bool(served.tokenizer.encode("", add_special=True))  # a token before every text
     return {
         "model-name": names,

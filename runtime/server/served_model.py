@@ -59,15 +59,33 @@ class ServedModel:
         hello = self.proxy.hello
         return self.configured_context_length if hello is None else hello.context_length
 
-    def check_name(self, name: str | None) -> None:
-        """Raise HttpError (404) for the name of another model."""
-        if name not in (None, "default", self.name):
-            raise HttpError(
-                404,
-                f"the model {name!r} does not exist here; this server serves {self.name!r}",
-                param="model",
-                code="model_not_found",
-            )
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the loaded adapters, which are models of their own for clients."""
+        hello = self.proxy.hello
+        return [] if hello is None else hello.adapters
+
+    def adapter_of(self, name: str | None) -> str:
+        """The adapter that a model's name chooses; empty for the model alone. Raises HttpError (404)."""
+        if name in (None, "default", self.name):
+            return ""
+        if name in self.adapters:
+            return name
+        raise HttpError(
+            404,
+            f"the model {name!r} does not exist here; this server serves {', '.join(map(repr, self.names))}",
+            param="model",
+            code="model_not_found",
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """The names that clients may choose: the model's, and those of its adapters."""
+        return [self.name, *self.adapters]
+
+    def name_of(self, name: str | None) -> str:
+        """The name that an answer gives to the model that was asked for."""
+        return self.adapter_of(name) or self.name
 
     def one_of_many(self, ids: Sequence[int]) -> Sequence[int]:
         """The tokens of one prompt of a list of prompts, in 4 bytes a token; in a list of Python's it takes up to 36.

@@ -53,6 +53,8 @@ class GraphedSteps:
         return Sampled(_own(tokens), lambda rows: self._decoder.logits(self._hidden.index_select(0, rows)))
 
     def _replay_mixed(self, step: Step, arrays: ExtendArrays) -> Sampled | None:
+        if step.pooled is not None:
+            return None
         counts = step.num_decode, len(arrays.token_ids), len(arrays.rows)
         key = self.graphs.mixed_key(*counts, uses_tree=step.uses_tree)
         if key is None:

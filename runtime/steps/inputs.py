@@ -66,7 +66,7 @@ class Step:
     masks or edits rows, so no graph can sample them. masks: int32 [R, W], one for each sampled position, if the host
     masks some. edited: one entry for each sampled position, the sequence and the index of its next token if the host
     edits its logits, else None; `edited` itself is None if the host edits no row. adapters: int32 [T], each token's
-    adapter, 0 for none; None if no token has one.
+    adapter, 0 for none; None if no token has one. pooled: as `gather_pooled` returns it.
     """
 
     decode_rows: NDArray[np.int32]
@@ -79,6 +79,7 @@ class Step:
     num_tops: int
     num_score_tops: int
     needs_host: bool
+    pooled: NDArray[np.int32] | None = None
     adapters: NDArray[np.int32] | None = None
     num_verified: int = 0
     masks: NDArray[np.int32] | None = None
@@ -112,7 +113,7 @@ class ExtendInputs:
 def scored_range(item: ScheduledSequence) -> tuple[int, int]:
     """Token positions [first, last) that this item scores. The token at position p is predicted at p - 1."""
     request = item.sequence.request
-    if request.score_from is None:
+    if request.score_from is None or request.pooling is not None:
         return 0, 0
     first = max(item.start + 1, request.score_from)
     return first, max(first, min(item.start + item.num_tokens + 1, request.num_prompt))
@@ -181,6 +182,27 @@ def gather_logprobs(items: Seq[ScheduledSequence]) -> tuple[NDArray[np.int32], i
     wanted = [item.sequence.request.sampling.logprobs for item in items for _ in range(item.num_samples)]
     rows = [row for row, count in enumerate(wanted) if count is not None]
     return np.asarray(rows, dtype=np.int32), max((count or 0 for count in wanted), default=0)
+
+
+def pooled_range(item: ScheduledSequence) -> tuple[int, int]:
+    """Positions [first, last) whose hidden states this item adds to its request's vector."""
+    request, end = item.sequence.request, item.start + item.num_tokens
+    if request.pooling == "mean":
+        return item.start, end
+    wanted = {"last": request.num_prompt - 1, "cls": 0}.get(request.pooling or "", -1)
+    return (wanted, wanted + 1) if item.start <= wanted < end else (0, 0)
+
+
+def gather_pooled(batch: Batch) -> NDArray[np.int32] | None:
+    """Where a step's hidden states are pooled: int32 [k, 2], ranges [first, last) of its tokens. None: nowhere."""
+    found, offset = list[tuple[int, int]](), batch.num_decode
+    for item in batch.items[batch.num_decode :]:
+        if item.sequence.request.pooling is not None:
+            first, last = pooled_range(item)
+            if last > first:
+                found.append((first - item.start + offset, last - item.start + offset))
+        offset += item.num_tokens
+    return np.asarray(found, dtype=np.int32) if found else None
 
 
 def gather_adapters(items: Seq[ScheduledSequence]) -> NDArray[np.int32] | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ramet.kernels.sampling.logprobs import compute_logprobs
 from ramet.kernels.slots.tables import upload
-from ramet.runtime.steps.inputs import Step, scored_range
+from ramet.runtime.steps.inputs import Step, pooled_range, scored_range
 from ramet.runtime.steps.sampler import Sampled, Scores
 from ramet.runtime.types import Batch, RowOutput, ScheduledSequence, TopTokens
 
@@ -44,6 +44,7 @@ class LaunchedStep:
     tokens: Tensor  # int32 [R], host
     logprobs: StepLogprobs | None  # on the host, but for its logits
     scores: Scores | None  # on the host
+    pooled: Tensor | None  # on the host
     event: torch.cuda.Event | None
 
     @classmethod
@@ -55,7 +56,8 @@ class LaunchedStep:
         tokens, scores = sampled.tokens, sampled.scores
         if scores is not None:
             scores = Scores(*(_to_host(part) for part in (scores.values, scores.top_ids, scores.top_values)))
-        on_host = _to_host(tokens), logprobs, scores
+        pooled = None if sampled.pooled is None else _to_host(sampled.pooled)
+        on_host = _to_host(tokens), logprobs, scores, pooled
         event = torch.cuda.Event() if tokens.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
@@ -67,7 +69,7 @@ class LaunchedStep:
             self.event.synchronize()
         tokens = self.tokens.tolist()
         items = self.batch.items
-        if self.logprobs is not None or self.scores is not None:
+        if self.logprobs is not None or self.scores is not None or self.pooled is not None:
             return self._read_rows(tokens)
         if len(items) == self.batch.num_decode:
             return [RowOutput((token,)) for token in tokens]
@@ -85,6 +87,7 @@ class LaunchedStep:
         logprobs = {} if self.logprobs is None else self._logprobs_by_row(self.logprobs)
         scores = self.scores
         outputs, row, scored = [], 0, 0
+        pooled = iter(() if self.pooled is None else self.pooled.numpy())
         for item in self.batch.items:
             first, last = scored_range(item)
             wanted = item.sequence.request.sampling.logprobs
@@ -94,6 +97,10 @@ class LaunchedStep:
                 part = scores.values[rows].numpy().copy()
                 tops = tuple(_tops(scores.top_ids[rows, :wanted], scores.top_values[rows, :wanted])) if wanted else None
                 scored += last - first
+            if item.sequence.request.pooling is not None:
+                first, last = pooled_range(item)
+                outputs.append(RowOutput(pooled=next(pooled) if last > first else None))
+                continue
             taken = accepted(item, tuple(tokens[row : row + item.num_samples]))
             if wanted is None or not taken:
                 outputs.append(RowOutput(taken, prompt_logprobs=part, prompt_tops=tops))

@@ -44,6 +44,7 @@ from ramet.runtime.steps.inputs import (
     gather_decode,
     gather_extend,
     gather_logprobs,
+    gather_pooled,
     most_tops,
 )
 from ramet.runtime.steps.kv_cache import KVCache
@@ -218,6 +219,7 @@ class ModelRunner:
             num_tops,
             num_score_tops=0 if extend is None else most_tops(batch.items[batch.num_decode :]),
             needs_host=words is not None or edited is not None,
+            pooled=None if extend is None else gather_pooled(batch),
             adapters=gather_adapters(batch.items) if self.adapters is not None and self.adapters.is_used else None,
             num_verified=sum(item.num_samples > 1 for item in batch.items[batch.num_decode :]),
             masks=words,

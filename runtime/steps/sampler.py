@@ -30,7 +30,8 @@ class Scores:
 
 @dataclass(slots=True)
 class Sampled:
-    """A step's results on the device. tokens: int32 [R], one for each sampling row. scores: if requested.
+    """A step's results on the device. tokens: int32 [R], one for each sampling row. scores: if requested. pooled:
+    fp32 [k, hidden], sums of hidden states, for pooling requests.
 
     logits_of: returns the model's unedited logits of some of the R rows, by their indices. Valid until the next step.
     """
@@ -38,6 +39,7 @@ class Sampled:
     tokens: Tensor
     logits_of: Callable[[Tensor], Tensor]
     scores: Scores | None = None
+    pooled: Tensor | None = None
 
 
 class Sampler:
@@ -79,11 +81,13 @@ class Sampler:
         """Compute the requested scores and sample the sampling rows, from the hidden states of a step's tokens."""
         decoder = self._decoder
         scores = self.score(hidden, sent.score_index, sent.score_targets, step.num_score_tops)
+        ranges = () if step.pooled is None else step.pooled.tolist()
+        pooled = torch.stack([hidden[first:last].float().sum(0) for first, last in ranges]) if ranges else None
         if sent.sample_rows.numel() == 0:
-            return Sampled(sent.sample_rows, decoder.logits, scores)
+            return Sampled(sent.sample_rows, decoder.logits, scores, pooled)
         logits = decoder.logits(hidden.index_select(0, sent.sample_index))
         sampled = self.sample(step, logits, sent.sample_rows, sent.sample_positions)
-        sampled.scores = scores
+        sampled.scores, sampled.pooled = scores, pooled
         return sampled
 
     def score(self, hidden: Tensor, index: Tensor, targets: Tensor, num_tops: int) -> Scores | None:

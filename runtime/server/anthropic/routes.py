@@ -38,7 +38,7 @@ class MessagesEndpoints:
         """Answer a conversation; with `stream` as server-sent events."""
         self._check_model(body.model)
         answer = await self._chat.begin(request, self._chat_body(body), "msg", clamps=True)
-        message = MessageAnswer(id=answer.id, model=self._served.name, content=[], usage=MessageUsage(0, 0, 0, 0))
+        message = MessageAnswer(id=answer.id, model=answer.model, content=[], usage=MessageUsage(0, 0, 0, 0))
         writer = MessageWriter(message)
         events = self._events(answer, writer, body)
         if body.stream:
@@ -56,7 +56,7 @@ class MessagesEndpoints:
 
     def _check_model(self, name: str) -> None:
         if not name.startswith("claude-"):
-            self._served.check_name(name)
+            self._served.adapter_of(name)
 
     async def _events(
         self, answer: ChatAnswer, writer: MessageWriter, body: MessagesBody

@@ -62,6 +62,7 @@ def chat_body(body: CountBody, *, thinks: bool) -> ChatBody:
             values["max_thinking_tokens"] = budget
     return made(
         ChatBody,
+        model=None if body.model.startswith("claude-") else body.model,
         messages=messages_of(body),
         tools=tools or None,
         tool_choice=_tool_choice(body, [tool.function.name for tool in tools]),

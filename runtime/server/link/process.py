@@ -267,6 +267,7 @@ class EngineServer:
             token_budget=command.token_budget,
             priority=command.priority,
             cache_salt=command.cache_salt,
+            adapter=command.adapter,
             text_events=command.text_events,
         )
         self._programs[name] = self._host.start(options, on_event, name, client=command.client)
@@ -317,6 +318,8 @@ class EngineServer:
             "whole_cache": self.engine.whole_cache,
             "activity": self.engine.take_activity,
             "segments": self.engine.segments,
+            "load_adapter": lambda: self._change_adapters(lambda: self.engine.load_adapter(command.name, command.path)),
+            "unload_adapter": lambda: self._change_adapters(lambda: self.engine.unload_adapter(command.name)),
         }
 
         def answer() -> None:
@@ -327,6 +330,10 @@ class EngineServer:
                 self._send(Answer(command.id, error=ErrorInfo.of(error)))
 
         threading.Thread(target=answer, name=f"ramet-ask-{command.what}", daemon=True).start()
+
+    def _change_adapters(self, change: Callable[[], None]) -> list[str]:
+        change()
+        return self.engine.adapters
 
 
 def _to_report(output: RequestOutput) -> Output:
@@ -344,6 +351,7 @@ def _to_report(output: RequestOutput) -> Output:
         top_logprobs=None if output.top_logprobs is None else [list(top) for top in output.top_logprobs],
         prompt_logprobs=None if output.prompt_logprobs is None else output.prompt_logprobs.tolist(),
         prompt_tops=None if output.prompt_tops is None else [list(top) for top in output.prompt_tops],
+        vector=None if output.vector is None else output.vector.tolist(),
         error=None if output.error is None else ErrorInfo.of(output.error),
         timings=None if output.timings is None else dict(output.timings),
         incomplete=output.incomplete,
@@ -413,6 +421,7 @@ def serve(settings: Settings) -> int:
         start_s=time.monotonic() - start_s,
         page_size=engine.config.page_size,
         json_form=engine.config.json_form,
+        adapters=engine.adapters,
     )
     postpone_full_collections()
     sender.put(hello)

@@ -69,6 +69,7 @@ class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=Tru
     graph: bytes
     rows: tuple[bytes, ...] = (b"{}",)
     cache_salt: str = ""
+    adapter: str = ""
     priority: int = 0
     deadline_s: float | None = None
     token_budget: int | None = None
@@ -123,11 +124,14 @@ class ProvideTool(msgspec.Struct, frozen=True, tag="tool", omit_defaults=True):
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
     """A question to the engine; the reply is an `Answer`.
 
-    `what`: stats, flush_cache, check_integrity, whole_cache, activity or segments.
+    `what`: stats, flush_cache, check_integrity, whole_cache, activity or segments; or load_adapter (with `name` and
+    `path`) and unload_adapter, which answer with the names of all adapters.
     """
 
     id: str
     what: str
+    name: str = ""
+    path: str = ""
 
 
 Command: TypeAlias = Submit | Abort | StartProgram | ExtendProgram | CancelNodes | ProvideTool | Ask
@@ -158,7 +162,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
 
     `logprobs`, `top_logprobs`: one entry for each of `token_ids`. `prompt_logprobs`, `prompt_tops`: one for each scored
     token of the prompt. `incomplete`: why a constrained text is incomplete.
-    `was_closed`: it is whole, and ended because `max_tokens` left no room for more.
+    `vector`: of a pooling request. `was_closed`: it is whole, and ended because `max_tokens` left no room for more.
     """
 
     id: str
@@ -173,6 +177,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
     top_logprobs: list[list[tuple[int, float]]] | None = None
     prompt_logprobs: list[float] | None = None
     prompt_tops: list[list[tuple[int, float]]] | None = None
+    vector: list[float] | None = None
     error: ErrorInfo | None = None
     timings: dict[str, float] | None = None
     incomplete: str | None = None
@@ -190,6 +195,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
         self.completion_tokens = later.completion_tokens
         self.finish_reason, self.stop_match, self.error = later.finish_reason, later.stop_match, later.error
         self.incomplete, self.was_closed = later.incomplete, later.was_closed
+        self.vector = later.vector
         self.timings = later.timings if later.timings is not None else self.timings
 
 
@@ -235,6 +241,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     start_s: float
     page_size: int = 1
     json_form: JsonForm = AS_CONFIGURED
+    adapters: list[str] = []
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):

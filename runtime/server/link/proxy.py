@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 import zmq
@@ -55,6 +55,7 @@ _NOBODY = ("",)  # the client of a request whose reader has left
 # Hears of the life of one engine among several, on the proxy's event loop: a process is ready, with an empty cache; its
 # cache has changed; it has ended (None), and what is in flight ends after this call.
 Listener = Callable[[Hello | CacheReport | None], None]
+_LOADING_S = 300.0  # until an adapter is read
 LASTS_S = 60.0  # an engine that was ready for this long did not end early: its end is no crash loop
 
 
@@ -323,10 +324,16 @@ class EngineProxy:
             if isinstance(one.stream, OutputStream)
         ]
 
-    async def ask(self, what: str, timeout_s: float = 10.0) -> Any:  # Any: JSON
+    async def change_adapters(self, what: Literal["load_adapter", "unload_adapter"], name: str, path: str = "") -> None:
+        """Load or unload an adapter. Raises as `ask`."""
+        adapters = await self.ask(what, _LOADING_S, name=name, path=path)
+        if self._state.hello is not None:
+            self._state.hello = msgspec.structs.replace(self._state.hello, adapters=adapters)
+
+    async def ask(self, what: str, timeout_s: float = 10.0, **details: str) -> Any:  # Any: JSON
         """Ask the engine's thread. Raises the engine's error, TimeoutError, or EngineStopped."""
         self._check_ready()
-        question = Ask(self.new_id("ask"), what)
+        question = Ask(self.new_id("ask"), what, **details)
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._questions[question.id] = future
         self._send(question)

@@ -121,6 +121,20 @@ class GenerateBody(Strict):
     cache_salt: str = Field(default="", max_length=200)
     timeout_s: float | None = Field(default=None, gt=0, le=86_400)
     token_healing: bool | None = None
+    lora_path: str | None = Field(default=None, max_length=200, description="the name of a loaded adapter")
+
+
+class LoadAdapterBody(Strict):
+    """`POST /v1/load_lora_adapter`, as in vLLM."""
+
+    lora_name: str = Field(min_length=1, max_length=200, description="the name by which requests choose it as `model`")
+    lora_path: str = Field(min_length=1, max_length=4096, description="a PEFT folder on the server's machine")
+
+
+class UnloadAdapterBody(Strict):
+    """`POST /v1/unload_lora_adapter`, as in vLLM."""
+
+    lora_name: str = Field(min_length=1, max_length=200)
 
 
 class AbortBody(Strict):

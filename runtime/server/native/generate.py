@@ -120,7 +120,8 @@ class GenerateEndpoint:
                 param="sampling_params",
             )
         all_sampling = given if isinstance(given, list) else [given] * len(prompts)
-        options = RequestOptions(cache_salt=salt, priority=body.priority, deadline_s=body.timeout_s)
+        adapter = "" if body.lora_path is None else self._served.adapter_of(body.lora_path)
+        options = RequestOptions(cache_salt=salt, priority=body.priority, deadline_s=body.timeout_s, adapter=adapter)
         jobs: list[tuple[Job, int]] = []
         for ids, sampling in zip(prompts, all_sampling, strict=True):
             params = sampling.params(body.top_logprobs_num or 0 if body.return_logprob else None)

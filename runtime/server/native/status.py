@@ -10,14 +10,15 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from prometheus_client import generate_latest
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from ramet.errors import ConfigError
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Submit
+from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.link.replicas import Replicas
 from ramet.runtime.server.metrics import make_registry
-from ramet.runtime.server.native.bodies import AbortBody, AppendBody, ScaleBody
+from ramet.runtime.server.native.bodies import AbortBody, AppendBody, LoadAdapterBody, ScaleBody, UnloadAdapterBody
 from ramet.runtime.server.openapi import VERSION
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sending import AnswerStruct, json_response
@@ -158,6 +159,34 @@ class StatusEndpoints:
         wanted = proxy.in_flight() if body.abort_all else [body.rid or ""]
         return Aborted(aborted=[rid for rid in wanted if proxy.abort(rid)])
 
+    async def load_adapter(self, request: Request, body: LoadAdapterBody) -> Response:
+        """Load an adapter (LoRA) from a PEFT folder on the server's machine. It is gone after the engine's restart."""
+        if body.lora_name in ("default", self._served.name):
+            raise HttpError(400, f"{body.lora_name!r} is the model's own name", param="lora_name")
+        await self._single().change_adapters("load_adapter", body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def unload_adapter(self, request: Request, body: UnloadAdapterBody) -> Response:
+        """Unload an adapter: requests that run keep it, new ones cannot choose it."""
+        engine = self._single()
+        if body.lora_name not in self._served.adapters:
+            raise HttpError(
+                404, f"no adapter {body.lora_name!r} is loaded", param="lora_name", code="adapter_not_found"
+            )
+        await engine.change_adapters("unload_adapter", body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    def _single(self) -> EngineProxy:
+        engine = self._served.proxy
+        if isinstance(engine, Replicas):
+            raise HttpError(
+                409,
+                "adapters of several engines are named at the start, by --lora name=path: an engine that starts later "
+                "would not have those that were loaded meanwhile",
+                code="several_engines",
+            )
+        return engine
+
     async def scale(self, request: Request, body: ScaleBody) -> Scaled:
         """Change the number of engines, or restart them in turn. Answers when it is done; no request is lost by it."""
         engines = self._served.proxy
@@ -212,6 +241,15 @@ def status_endpoints(served: ServedModel) -> list[Endpoint]:
             Endpoint(method, path, status.profile, errors=(501,), is_listed=False)
             for path in ("/start_profile", "/stop_profile")
             for method in ("GET", "POST")
+        ),
+        *(
+            Endpoint(
+                "POST", f"/v1/{path}_lora_adapter", handler, body=body, errors=(404, 409, 503), media_type="text/plain"
+            )
+            for path, handler, body in (
+                ("load", status.load_adapter, LoadAdapterBody),
+                ("unload", status.unload_adapter, UnloadAdapterBody),
+            )
         ),
         Endpoint("POST", "/abort_request", status.abort_request, body=AbortBody, answer=Aborted),
         Endpoint("POST", "/scale", status.scale, body=ScaleBody, answer=Scaled, errors=(409, 503)),

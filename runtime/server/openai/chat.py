@@ -117,7 +117,7 @@ class ChatEndpoint:
 
     async def answer(self, request: Request, body: ChatBody) -> Response | ChatCompletion:
         """Answer a conversation; with `stream` as server-sent events."""
-        self._served.check_name(body.model)
+        self._served.adapter_of(body.model)
         answer = await self.begin(request, body, "chatcmpl")
         if body.stream:
             return EventStream(answer.events(), answer.close, DONE)
@@ -205,6 +205,7 @@ class ChatEndpoint:
             field_name,
             RequestOptions(
                 cache_salt=salt,
+                adapter=self._served.adapter_of(body.model),
                 priority=body.priority or 0,
                 draft="" if body.prediction is None else body.prediction.text,
             ),
@@ -395,6 +396,7 @@ class ChatAnswer:
         self._nearest = nearest
         self._miss: FirstDifference | None = None
         self.created_s = int(time.time())
+        self.model = plan.job.options.adapter or served.name
         is_separate = plan.body.separate_reasoning is not False
         shown = plan.job.shown_bytes or served.tokenizer.token_bytes
         self.progress = [
@@ -430,7 +432,7 @@ class ChatAnswer:
             id=self.id,
             object="chat.completion",
             created=self.created_s,
-            model=self._served.name,
+            model=self.model,
             choices=[self._whole_choice(index, progress) for index, progress in enumerate(self.progress)],
             usage=self.usage(),
             prompt_token_ids=list(self._plan.job.prompt_ids) if body.return_token_ids else UNSET,
@@ -472,7 +474,7 @@ class ChatAnswer:
 
     def _event(self, choices: list[Json], more: Json) -> Json:
         """One event of the stream."""
-        head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created_s, "model": self._served.name}
+        head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created_s, "model": self.model}
         return {**head, "choices": choices, **more}
 
     def _chunk(

@@ -90,7 +90,7 @@ class CompletionEndpoint:
     async def answer(self, request: Request, body: CompletionBody) -> Response | Completion:
         """Continue one text or several."""
         served = self._served
-        served.check_name(body.model)
+        adapter = served.adapter_of(body.model)
         _check_fields(body)
         num = body.n or 1
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -107,7 +107,7 @@ class CompletionEndpoint:
         prompts = await served.compute(0 if _has_ids(body) else size, _prompts, served, body, given)
         salt = served.cache_salt(request, body.cache_salt or "")
         field_name, constraint = asked or (None, None)
-        options = RequestOptions(cache_salt=salt, priority=body.priority or 0)
+        options = RequestOptions(cache_salt=salt, priority=body.priority or 0, adapter=adapter)
         client = client_of(request)
         shared = Job([], sampling, constraint, field_name, options, is_whole=not body.stream, client=client)
         is_healed = heals(
@@ -186,6 +186,7 @@ class CompletionAnswer:
         self._prompt_texts = texts
         self._num = num
         self._created = int(time.time())
+        self._model = jobs[0].options.adapter or served.name
         self._jobs = [(job, index) for job in jobs for index in range(num)]
         self._is_generated = is_generated
         self._id = served.proxy.new_id("cmpl")
@@ -252,7 +253,7 @@ class CompletionAnswer:
             id=self._id,
             object="text_completion",
             created=self._created,
-            model=self._served.name,
+            model=self._model,
             choices=[
                 CompletionChoice(**self._choice(index, "".join(texts))) for index, texts in enumerate(self._texts)
             ],
@@ -286,7 +287,7 @@ class CompletionAnswer:
         return event(self._event([], {"usage": self._usage()}))
 
     def _event(self, choices: list[Json], usage: Json) -> Json:
-        head = {"id": self._id, "object": "text_completion", "created": self._created, "model": self._served.name}
+        head = {"id": self._id, "object": "text_completion", "created": self._created, "model": self._model}
         return {**head, "choices": choices, **usage}
 
     def _choice(self, index: int, text: str, *, has_prompt: bool = True) -> Json:

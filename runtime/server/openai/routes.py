@@ -1,4 +1,4 @@
-"""The endpoints of OpenAI's API: chats, completions, `/v1/models`, `/v1/tokenize` and `/v1/detokenize`."""
+"""The endpoints of OpenAI's API: chats, completions, embeddings, `/v1/models`, `/v1/tokenize` and `/v1/detokenize`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from ramet.runtime.server.openai.answers import ChatCompletion, Completion
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from ramet.runtime.server.openai.chat import ChatEndpoint
 from ramet.runtime.server.openai.completions import CompletionEndpoint
+from ramet.runtime.server.openai.embeddings import (
+    EmbeddingBody,
+    EmbeddingEndpoints,
+    Embeddings,
+    LabelScores,
+    ScoreBody,
+)
 from ramet.runtime.server.routing import Endpoint
 from ramet.runtime.server.sending import AnswerStruct
 from ramet.runtime.server.served_model import ServedModel
@@ -20,14 +27,14 @@ _TAG = "OpenAI"
 
 
 class ModelCard(AnswerStruct):
-    """`max_model_len`: the context in tokens."""
+    """`max_model_len`: the context in tokens. `parent`: of an adapter, the model that it adapts."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     root: str
-    parent: None
+    parent: str | None
     max_model_len: int | None
 
 
@@ -54,23 +61,22 @@ class ModelEndpoints:
         self._chat = chat
 
     async def models(self, request: Request) -> ModelList:
-        """List the served model."""
-        return ModelList(object="list", data=[self._card()])
+        """List the served model and its adapters."""
+        return ModelList(object="list", data=[self._card(name) for name in self._served.names])
 
     async def model(self, request: Request) -> ModelCard:
-        """Describe the served model, by its name."""
-        self._served.check_name(request.path_params["model_id"])
-        return self._card()
+        """Describe the served model or an adapter, by its name."""
+        return self._card(self._served.name_of(request.path_params["model_id"]))
 
     async def tokenize(self, request: Request, body: TokenizeBody) -> TokenIds:
         """Return the token ids of a text, or of a conversation rendered by the chat template."""
-        self._served.check_name(body.model)
+        self._served.adapter_of(body.model)
         tokens = await self._served.off_loop(self._tokens, body)
         return TokenIds(tokens=tokens, count=len(tokens), max_model_len=self._served.context_length)
 
     async def detokenize(self, request: Request, body: DetokenizeBody) -> DecodedText:
         """Return the text of token ids."""
-        self._served.check_name(body.model)
+        self._served.adapter_of(body.model)
         size = self._served.tokenizer.vocab_size
         wrong = next((token for token in body.tokens if token >= size), None)
         if wrong is not None:
@@ -92,21 +98,21 @@ class ModelEndpoints:
         )
         return encode_marked(tokenizer, text)
 
-    def _card(self) -> ModelCard:
+    def _card(self, name: str) -> ModelCard:
         return ModelCard(
-            id=self._served.name,
+            id=name,
             object="model",
             created=int(self._served.started_s),
             owned_by="ramet",
-            root=self._served.name,
-            parent=None,
+            root=name,
+            parent=None if name == self._served.name else self._served.name,
             max_model_len=self._served.context_length,
         )
 
 
 def openai_endpoints(served: ServedModel, chat: ChatEndpoint) -> list[Endpoint]:
     """OpenAI's endpoints under /v1, except the Responses API."""
-    models = ModelEndpoints(served, chat)
+    models, embeddings = ModelEndpoints(served, chat), EmbeddingEndpoints(served)
     served.pool.submit(lambda: chat.style)  # takes most of a second: not in the first request
     return [
         Endpoint(
@@ -144,6 +150,24 @@ def openai_endpoints(served: ServedModel, chat: ChatEndpoint) -> list[Endpoint]:
             models.detokenize,
             body=DetokenizeBody,
             answer=DecodedText,
+            errors=(404, 429, 503),
+            tag=_TAG,
+        ),
+        Endpoint(
+            "POST",
+            "/v1/embeddings",
+            embeddings.embed,
+            body=EmbeddingBody,
+            answer=Embeddings,
+            errors=(404, 429, 503),
+            tag=_TAG,
+        ),
+        Endpoint(
+            "POST",
+            "/v1/score",
+            embeddings.score,
+            body=ScoreBody,
+            answer=LabelScores,
             errors=(404, 429, 503),
             tag=_TAG,
         ),

@@ -82,6 +82,7 @@ class ProgramBody(Strict):
     grace_s: float = Field(default=0.0, ge=0, le=600)
     priority: int = Field(default=0, ge=-100, le=100)
     cache_salt: str = Field(default="", max_length=200)
+    adapter: str = Field(default="", max_length=200, description="the adapter of generations that name none")
     timeout_s: float | None = Field(default=None, gt=0)
     token_budget: int | None = Field(default=None, gt=0, le=2**62)
 
@@ -210,6 +211,7 @@ class ProgramEndpoints:
             id="",
             graph=b"",
             cache_salt=self._served.cache_salt(request, body.cache_salt),
+            adapter=body.adapter,
             priority=body.priority,
             deadline_s=body.timeout_s,
             token_budget=body.token_budget,

@@ -62,13 +62,13 @@ class ResponsesEndpoints:
 
     async def create(self, request: Request, body: ResponsesBody) -> Response | ResponseObject:
         """Answer a conversation; with `stream` as server-sent events, with `background` while nobody waits."""
-        self._served.check_name(body.model)
+        self._served.adapter_of(body.model)
         owner = key_name(request)
         items = self._conversation(body, owner)
         functions = functions_of(body)
         answer, items = await self._begin(request, body, items)
         status: Status = "queued" if body.background else "in_progress"
-        response = new_response(body, answer.id, self._served.name, status)
+        response = new_response(body, answer.id, answer.model, status)
         size = len(await request.body())
         stored = StoredResponse(owner, response, items, _asked(body, answer.id), size)
         writer = ResponseWriter(body, response, functions)
@@ -131,7 +131,7 @@ class ResponsesEndpoints:
 
     async def count(self, request: Request, body: ResponsesBody) -> InputTokens:
         """Return the number of tokens of the prompt that a request would have."""
-        self._served.check_name(body.model)
+        self._served.adapter_of(body.model)
         items = self._conversation(body, key_name(request))
         chat = chat_body(body, items, functions_of(body))
         return InputTokens(object="response.input_tokens", input_tokens=await self._chat.count_prompt(request, chat))

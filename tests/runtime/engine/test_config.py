@@ -33,6 +33,7 @@ GOOD: dict[str, list[Any]] = {
     "device": ["", "x"],
     "quantization": [None],
     "context_length": [None],
+    "lora": [[]],
     "max_loras": [0, None],
     "num_kv_tokens": [None],
     "chunked_prefill_size": [None],

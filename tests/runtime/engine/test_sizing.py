@@ -139,3 +139,13 @@ def test_wrong_configurations_say_what_is_wrong() -> None:
 def test_a_quantised_checkpoint_is_sized_by_the_flag() -> None:
     with_method = fields("Llama-3.1-8B") | {"quantization_config": {"quant_method": "fp8"}}
     assert ModelShape.from_hf("x", with_method).num_params() == shape("Llama-3.1-8B").num_params()
+
+
+def test_a_70b_in_fp8_has_room_for_40_000_tokens_of_fp8_keys_and_values_on_one_card() -> None:
+    engine = EngineConfig(mem_fraction_static=0.95, chunked_prefill_size=1024, max_running_requests=64)
+    tokens = {}
+    for kv_cache_dtype in ("auto", "fp8_e4m3"):
+        setup = Setup(CARDS["h100"], 1, "fp8", engine.changed({"kv_cache_dtype": kv_cache_dtype}))
+        tokens[kv_cache_dtype] = size(shape("Llama-3.3-70B"), setup).num_kv_tokens
+    assert tokens["fp8_e4m3"] >= 40_000
+    assert tokens["fp8_e4m3"] / tokens["auto"] == pytest.approx(256 / 129, rel=0.01)

@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ramet.errors import BrokenModelFile, ConfigError, ModelNotFound
+from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.load import load_model, open_model, parse_dtype
 from ramet.runtime.text.tokenizer import byte_alphabet
+from ramet.runtime.types import SamplingParams
 
 
 def write_model(folder: Path, num_extra_tokens: int = 0, **fields: Any) -> LlamaForCausalLM:
@@ -54,6 +56,22 @@ def test_an_end_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 999]}')
     with pytest.raises(BrokenModelFile, match=r"\[999\]"):
         open_model(tmp_path)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
+def test_dummy_weights_need_no_files(tmp_path: Path, quantization: str | None) -> None:
+    write_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    texts = []
+    for _ in range(2):
+        with Engine(str(tmp_path), load_format="dummy", quantization=quantization, num_kv_tokens=512) as engine:
+            texts.append(
+                engine.generate("once", SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)).token_ids
+            )
+    assert len(texts[0]) == 8
+    assert texts[0] == texts[1]
+    with pytest.raises(BrokenModelFile, match="holds neither"):
+        Engine(str(tmp_path))
 
 
 def test_dtypes_have_names() -> None:

@@ -191,3 +191,4 @@ def test_keys_tell_requests_apart_that_may_write_different_text() -> None:
     assert key(temperature=0, logit_bias={1: 2.0}) != key(temperature=0)
     assert request_key([1, 2], GREEDY, None, None) != request_key([1, 3], GREEDY, None, None)
     assert request_key([1, 2], GREEDY, None, None) != request_key([1, 2], GREEDY, None, 1)
+    assert request_key([1, 2], GREEDY, None, None) != request_key([1, 2], GREEDY, None, None, "an adapter")

@@ -73,7 +73,7 @@ def server() -> Iterator[RunningServer]:
     yield from run_server()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def start_server() -> Callable[..., AbstractContextManager[RunningServer]]:
     """Start another server, as a context manager; takes what `run_server` takes."""
     return contextmanager(run_server)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from ramet.runtime.server.anthropic.bodies import MessagesBody
-from ramet.runtime.server.native.bodies import GenerateBody, NativeSampling
+from ramet.runtime.server.native.bodies import GenerateBody, LoadAdapterBody, NativeSampling, UnloadAdapterBody
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from ramet.runtime.server.openai.embeddings import EmbeddingBody, ScoreBody
 from ramet.runtime.server.responses.bodies import ResponsesBody
 from ramet.runtime.server.validation import Strict
 
@@ -24,6 +25,10 @@ BODIES = [
     MessagesBody,
     GenerateBody,
     NativeSampling,
+    EmbeddingBody,
+    ScoreBody,
+    LoadAdapterBody,
+    UnloadAdapterBody,
 ]
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = (ROOT / "docs" / "server.md").read_text()
