@@ -1163,9 +1163,9 @@ function api() {
     box.addEventListener("toggle", () => {
       if (!box.open || box.childElementCount > 1) return;
       const schema = operation.requestBody?.content["application/json"].schema;
-      box.append(h("p", { class: "about" }, operation.summary), schema ? [h("h3", {}, "Body"), fields(schema)] : "", h("h3", {}, "Answers"),
+      fill(box, {}, [h("p", { class: "about" }, operation.summary), schema ? [h("h3", {}, "Body"), fields(schema)] : null, h("h3", {}, "Answers"),
         h("table", {}, h("tbody", {}, Object.entries(operation.responses).map(([status, one]) => h("tr", {}, h("td", { class: "mono" }, status), h("td", {}, one.description, Object.entries(one.content ?? {}).map(([type, each]) => status < 300 && each.schema ? lazily(type, () => fields(each.schema)) : null)))))),
-        h("h3", {}, "Try it"), attempt(path, method, schema ? JSON.stringify(SAMPLES[path] ?? {}, null, 2) : null));
+        h("h3", {}, "Try it"), attempt(path, method, schema ? JSON.stringify(SAMPLES[path] ?? {}, null, 2) : null)]);
     });
     return box;
   }
