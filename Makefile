@@ -7,7 +7,7 @@ FOLDERS := ramet/*.py ramet/*.pyi ramet/cli ramet/compat ramet/integrations lang
 
 NPM_STAMPS := tests/clients/tours/node_modules/.package-lock.json
 
-.PHONY: demo test test-all soak check house docs format bench clean
+.PHONY: demo test test-all soak check house docs release format bench clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,6 +46,12 @@ check: $(STAMP)  ## format, lint, types, tests
 
 docs: $(STAMP)  ## the pages, in build/site; needs no network, fails for a link that leads nowhere
 	$(BIN)/zensical build --clean --strict
+
+release: $(STAMP)  ## the wheel and the source, checked, and the list of all packages (CycloneDX) of this environment, in dist
+	rm -rf dist
+	$(BIN)/uv tool run --from build pyproject-build
+	$(BIN)/uv tool run twine check --strict dist/*.whl dist/*.tar.gz
+	$(BIN)/uv tool run --from cyclonedx-bom cyclonedx-py environment $(BIN)/python -o dist/sbom.json
 
 format: $(STAMP)
 	$(BIN)/ruff format $(FOLDERS)
