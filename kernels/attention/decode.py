@@ -7,7 +7,7 @@ The current token's key and value must already be in the cache. Position j of ro
 A row with kv_len 0 is padding and gets zeros.
 
 The GPU kernels are in `decode_triton.py`, and in `tree_triton.py` for rows that share prefixes; the CPU kernel is in
-`cpu/attention_decode.py`.
+`cpu/attention.py`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ The keys and values of the new tokens must already be in the cache. Position j o
 `page_table[row, j // P]`, offset `j % P`, of caches `[N, K, P, D]`. Softmax and sums are in fp32. Results of tokens
 before the first sequence are not written. Tokens after the last sequence are padding; a GPU does not write them either.
 
-The GPU kernel is in `extend_triton.py`, the CPU kernel in `cpu/attention_extend.py`.
+The GPU kernel is in `extend_triton.py`, the CPU kernel in `cpu/attention.py`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ramet.kernels.attention.extend import ExtendMetadata, attention_extend_reference
-from ramet.kernels.cpu.attention_decode import attention_decode
-from ramet.kernels.cpu.attention_extend import attention_extend
+from ramet.kernels.cpu.attention import attention_decode, attention_extend
 from ramet.kernels.cpu.greedy import sample
 from ramet.kernels.cpu.pointwise import fused_add_rms_norm, gated_activation, rms_norm, rope_and_write_kv
 from ramet.kernels.cpu.program import KernelStream, Pool, Program

@@ -50,8 +50,7 @@ MODULES = (
     "greedy",
     "block_linear",
     "block_int8",
-    "attention_decode",
-    "attention_extend",
+    "attention",
     "attention_extend_amx",
 )
 

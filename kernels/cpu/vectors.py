@@ -87,23 +87,6 @@ def sum_lanes(builder: Builder, vector: Value) -> Value:
     return builder.call(function, [_F32(0.0), vector], fastmath=("reassoc",))
 
 
-def _sum_lanes_of_4(builder: Builder, vectors: list[Value]) -> Value:
-    """The sums of four vectors' lanes as one vector: less than half the instructions of four sums."""
-
-    def pick(x: Value, y: Value, lanes: Sequence[int]) -> Value:
-        return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
-
-    def fold(x: Value, y: Value, low: tuple[int, ...], high: tuple[int, ...]) -> Value:
-        """Pick lanes of each four, of x below 4 and of y above, and add."""
-        low_lanes, high_lanes = ([4 * q + i % 4 + i // 4 * LANES for q in range(4) for i in p] for p in (low, high))
-        return builder.fadd(pick(x, y, low_lanes), pick(x, y, high_lanes))
-
-    pairs = [fold(x, y, (0, 4, 1, 5), (2, 6, 3, 7)) for x, y in (vectors[:2], vectors[2:])]
-    fours = fold(pairs[0], pairs[1], (0, 1, 4, 5), (2, 3, 6, 7))
-    eight = builder.fadd(pick(fours, fours, range(8)), pick(fours, fours, range(8, 16)))
-    return builder.fadd(pick(eight, eight, range(4)), pick(eight, eight, range(4, 8)))
-
-
 # ---- Blocks of 32 weights as two vectors ----
 
 
@@ -221,37 +204,88 @@ dots_q8_0 = _make_dots(_weights_q8_0, 34)
 dots_bf16 = _make_dots(_weights_bf16, 64)
 
 
-# ---- Attention over one page: P positions of D = 16 * num_vectors values ----
+# ---- Attention: some query rows at once over blocks of keys ----
+#
+# A score is a chain of multiply-adds over the dimensions, an output one over the positions, in every variant: so a row
+# has the same bits with whichever others it is computed.
+
+ROWS = (8, 4, 3, 2, 1)  # query rows of the variants
+KEYS = 2 * LANES  # keys of a packed block
 
 
-def _make_scores(num_vectors: int) -> Any:
-    """Make `scores(q, keys, count, stride, out)`: out[j] += q . keys[j] for `count` keys, `stride` bytes apart."""
+@intrinsic
+def transpose_keys(
+    typing_context: Any, first: Any, second: Any, next_first: Any, next_second: Any, head_dim: Any, target: Any
+) -> Any:
+    """target[d, j] = key j, for 16 keys: 8 rows one after another at `first`, and 8 at `second`. target: [D, KEYS].
+
+    Meanwhile asks for as many bytes at two other addresses, which need not exist.
+    """
+
+    def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+        first, second, next_first, next_second, head_dim, target = arguments
+        four, eight = ir.VectorType(_F32, 4), ir.VectorType(_F32, 8)
+
+        def pick(x: Value, y: Value, lanes: Sequence[int]) -> Value:
+            return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
+
+        def by_quads(low: Sequence[int], x: Value, y: Value) -> Value:
+            """Of each four lanes the same ones: of x below 4 and of y above."""
+            return pick(x, y, [4 * q + i % 4 + i // 4 * LANES for q in range(4) for i in low])
+
+        stride = builder.mul(head_dim, _I64(4))
+        with cgutils.for_range(builder, builder.lshr(head_dim, _I64(2))) as loop:
+            column = builder.mul(loop.index, _I64(16))
+            ahead = builder.mul(loop.index, _I64(128))
+            for start in (next_first, next_second):
+                where = builder.add(start, ahead)
+                prefetch_line(builder, where)
+                prefetch_line(builder, builder.add(where, _I64(64)))
+            parts = []
+            for start in (first, second):
+                where = builder.add(start, column)
+                for j in range(8):
+                    parts.append(load(builder, builder.add(where, builder.mul(stride, _I64(j))), four))
+            rows = []  # row j: four dimensions of keys j, j + 4, j + 8, j + 12
+            for j in range(4):
+                halves = [pick(parts[j + 8 * i], parts[j + 4 + 8 * i], range(8)) for i in range(2)]
+                assert halves[0].type == eight
+                rows.append(pick(halves[0], halves[1], range(16)))
+            low = [by_quads((0, 4, 1, 5), rows[i], rows[i + 1]) for i in (0, 2)]
+            high = [by_quads((2, 6, 3, 7), rows[i], rows[i + 1]) for i in (0, 2)]
+            turned = [by_quads(lanes, *pair) for pair in (low, high) for lanes in ((0, 1, 4, 5), (2, 3, 6, 7))]
+            where = builder.add(target, builder.mul(loop.index, _I64(16 * KEYS)))
+            for d, keys in enumerate(turned):
+                store(builder, keys, where, 4 * KEYS * d)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6), emit
+
+
+def _make_scores(num_rows: int) -> Any:
+    """Make `scores(queries, keys, head_dim, out, out_stride)`: out[r, j] = sum_d queries[d, r] * keys[d, j].
+
+    num_rows queries and KEYS keys, both stored dimension by dimension.
+    """
 
     @intrinsic
-    def scores(typing_context: Any, q: Any, keys: Any, count: Any, stride: Any, out: Any) -> Any:
+    def scores(typing_context: Any, queries: Any, keys: Any, head_dim: Any, out: Any, out_stride: Any) -> Any:
         def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
-            q, keys, count, stride, out = arguments
-            query = [load(builder, q, _VF, 64 * i) for i in range(num_vectors)]
-
-            def products(key: Value) -> Value:
-                total = builder.fmul(query[0], load(builder, key, _VF))
-                for i in range(1, num_vectors):
-                    total = fma(builder, query[i], load(builder, key, _VF, 64 * i), total)
-                return total
-
-            fours = builder.lshr(count, _I64(2))
-            with cgutils.for_range(builder, fours) as loop:
-                first = builder.mul(loop.index, _I64(4))
-                parts = [
-                    products(builder.add(keys, builder.mul(builder.add(first, _I64(j)), stride))) for j in range(4)
-                ]
-                where = builder.add(out, builder.mul(first, _I64(4)))
-                sums = _sum_lanes_of_4(builder, parts)
-                store(builder, builder.fadd(load(builder, where, sums.type), sums), where)
-            with cgutils.for_range_slice(builder, builder.mul(fours, _I64(4)), count, _I64(1)) as (index, _):
-                total = products(builder.add(keys, builder.mul(index, stride)))
-                where = builder.add(out, builder.mul(index, _I64(4)))
-                store(builder, builder.fadd(load(builder, where, _F32), sum_lanes(builder, total)), where)
+            queries, keys, head_dim, out, out_stride = arguments
+            zero = ir.Constant(_VF, None)
+            sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(2)] for _ in range(num_rows)]
+            with cgutils.for_range(builder, head_dim) as loop:
+                key = builder.add(keys, builder.mul(loop.index, _I64(4 * KEYS)))
+                query = builder.add(queries, builder.mul(loop.index, _I64(4 * num_rows)))
+                halves = [load(builder, key, _VF, 4 * LANES * half) for half in range(2)]
+                for row, pointers in enumerate(sums):
+                    value = splat_load(builder, query, 4 * row)
+                    for half, pointer in zip(halves, pointers, strict=True):
+                        builder.store(fma(builder, value, half, builder.load(pointer)), pointer)
+            for row, pointers in enumerate(sums):
+                target = builder.add(out, builder.mul(out_stride, _I64(row)))
+                for half, pointer in enumerate(pointers):
+                    store(builder, builder.load(pointer), target, 4 * LANES * half)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 5), emit
@@ -259,81 +293,21 @@ def _make_scores(num_vectors: int) -> Any:
     return scores
 
 
-def _make_weighted_sum(num_vectors: int) -> Any:
-    """Make `weighted_sum(p, values, count, stride, out)`: out += sum_j p[j] * values[j]."""
+def _make_weighted_sums(num_rows: int, num_vectors: int) -> Any:
+    """Make `weighted_sums(p, p_stride, values, count, stride, out, out_stride)`: out[r] += sum_j p[r, j] * values[j].
 
-    @intrinsic
-    def weighted_sum(typing_context: Any, p: Any, values: Any, count: Any, stride: Any, out: Any) -> Any:
-        def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
-            p, values, count, stride, out = arguments
-            sums = [cgutils.alloca_once(builder, _VF) for _ in range(num_vectors)]
-            for i, pointer in enumerate(sums):
-                builder.store(load(builder, out, _VF, 64 * i), pointer)
-            with cgutils.for_range(builder, count) as loop:
-                weight = splat(builder, load(builder, builder.add(p, builder.mul(loop.index, _I64(4))), _F32))
-                value = builder.add(values, builder.mul(loop.index, stride))
-                for i, pointer in enumerate(sums):
-                    part = load(builder, value, _VF, 64 * i)
-                    builder.store(fma(builder, weight, part, builder.load(pointer)), pointer)
-            for i, pointer in enumerate(sums):
-                store(builder, builder.load(pointer), out, 64 * i)
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 5), emit
-
-    return weighted_sum
-
-
-scores_16, scores_64 = _make_scores(1), _make_scores(4)
-weighted_sum_16, weighted_sum_64 = _make_weighted_sum(1), _make_weighted_sum(4)
-
-
-# ---- Attention of 8 query rows at once ----
-
-ROWS = 8  # query rows of a tile
-KEYS = 2 * LANES  # keys of a packed block
-
-
-@intrinsic
-def scores_tile(typing_context: Any, queries: Any, keys: Any, head_dim: Any, out: Any, out_stride: Any) -> Any:
-    """out[r, j] = sum_d queries[d, r] * keys[d, j]: ROWS queries, KEYS keys, both stored dimension by dimension."""
-
-    def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
-        queries, keys, head_dim, out, out_stride = arguments
-        zero = ir.Constant(_VF, None)
-        sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(2)] for _ in range(ROWS)]
-        with cgutils.for_range(builder, head_dim) as loop:
-            key = builder.add(keys, builder.mul(loop.index, _I64(4 * KEYS)))
-            query = builder.add(queries, builder.mul(loop.index, _I64(4 * ROWS)))
-            halves = [load(builder, key, _VF, 4 * LANES * half) for half in range(2)]
-            for row, pointers in enumerate(sums):
-                value = splat_load(builder, query, 4 * row)
-                for half, pointer in zip(halves, pointers, strict=True):
-                    builder.store(fma(builder, value, half, builder.load(pointer)), pointer)
-        for row, pointers in enumerate(sums):
-            target = builder.add(out, builder.mul(out_stride, _I64(row)))
-            for half, pointer in enumerate(pointers):
-                store(builder, builder.load(pointer), target, 4 * LANES * half)
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 5), emit
-
-
-def _make_weighted_tile(num_vectors: int) -> Any:
-    """Make `weighted_tile(p, p_stride, values, count, stride, out, out_stride)`: out[r] += sum_j p[r, j] * values[j].
-
-    ROWS rows of 16 * num_vectors dimensions; strides in bytes.
+    num_rows rows of 16 * num_vectors dimensions; strides in bytes.
     """
 
     @intrinsic
-    def weighted_tile(
+    def weighted_sums(
         typing_context: Any, p: Any, p_stride: Any, values: Any, count: Any, stride: Any, out: Any, out_stride: Any
     ) -> Any:
         def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
             p, p_stride, values, count, stride, out, out_stride = arguments
-            targets = [builder.add(out, builder.mul(out_stride, _I64(row))) for row in range(ROWS)]
-            sources = [builder.add(p, builder.mul(p_stride, _I64(row))) for row in range(ROWS)]
-            sums = [[cgutils.alloca_once(builder, _VF) for _ in range(num_vectors)] for _ in range(ROWS)]
+            targets = [builder.add(out, builder.mul(out_stride, _I64(row))) for row in range(num_rows)]
+            sources = [builder.add(p, builder.mul(p_stride, _I64(row))) for row in range(num_rows)]
+            sums = [[cgutils.alloca_once(builder, _VF) for _ in range(num_vectors)] for _ in range(num_rows)]
             for target, pointers in zip(targets, sums, strict=True):
                 for i, pointer in enumerate(pointers):
                     builder.store(load(builder, target, _VF, 64 * i), pointer)
@@ -352,10 +326,52 @@ def _make_weighted_tile(num_vectors: int) -> Any:
 
         return types.void(*[types.intp] * 7), emit
 
-    return weighted_tile
+    return weighted_sums
 
 
-weighted_tile_16, weighted_tile_32 = _make_weighted_tile(1), _make_weighted_tile(2)
+scores_8, scores_4, scores_3, scores_2, scores_1 = (_make_scores(num_rows) for num_rows in ROWS)
+sums_8_16, sums_4_16, sums_3_16, sums_2_16, sums_1_16 = (_make_weighted_sums(num_rows, 1) for num_rows in ROWS)
+sums_8_32 = _make_weighted_sums(8, 2)  # as many dimensions as fit in the registers
+sums_4_64, sums_3_64, sums_2_64, sums_1_64 = (_make_weighted_sums(num_rows, 4) for num_rows in ROWS[1:])
+
+
+@intrinsic
+def exp_sum(typing_context: Any, address: Any, num_vectors: Any, largest: Any) -> Any:
+    """Replace 16 * num_vectors values x by exp(x - largest), at most 1, and return their sum. exp(-87) counts as 0.
+
+    In vectors, whose lanes are added last: values of 0 at either end change no bit of the sum. As `pointwise.exp32`.
+    """
+
+    def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+        address, num_vectors, largest = arguments
+
+        def constant(value: float) -> Value:
+            return ir.Constant(_VF, [value] * LANES)
+
+        total = cgutils.alloca_once_value(builder, ir.Constant(_VF, None))
+        most = splat(builder, largest)
+        # A compiler may reorder plain sums (see `threads`), by the number of vectors. It keeps multiply-adds.
+        one = builder.fadd(builder.fsub(most, most), constant(1.0))
+        with cgutils.for_range(builder, num_vectors) as loop:
+            where = builder.add(address, builder.mul(loop.index, _I64(64)))
+            x = builder.fsub(load(builder, where, _VF), most)
+            counts = builder.fcmp_ordered(">", x, constant(-87.0))
+            x = builder.select(counts, x, constant(0.0))
+            shifted = builder.fptosi(fma(builder, x, constant(1.44269504), constant(128.5)), _VI32)
+            n = builder.sub(shifted, ir.Constant(_VI32, [128] * LANES))  # the nearest: what is cut off is positive
+            r = fma(builder, builder.sitofp(n, _VF), constant(-0.693147181), x)
+            p = constant(1.9875691500e-4)
+            for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+                p = fma(builder, p, r, constant(factor))
+            p = builder.fadd(fma(builder, builder.fmul(p, r), r, r), constant(1.0))
+            bias, bits = ir.Constant(_VI32, [127] * LANES), ir.Constant(_VI32, [23] * LANES)
+            power = builder.bitcast(builder.shl(builder.add(n, bias), bits), _VF)
+            weight = builder.select(counts, builder.fmul(p, power), constant(0.0))
+            store(builder, weight, where)
+            builder.store(fma(builder, weight, one, builder.load(total)), total)
+        return sum_lanes(builder, builder.load(total))
+
+    return types.float32(types.intp, types.intp, types.float32), emit
 
 
 @intrinsic

@@ -25,7 +25,7 @@ from ramet.runtime.speculation.drafts import SOURCES, Draft, EarlierRuns, TextDr
 from ramet.runtime.types import Batch, FinishReason, Sequence
 
 MOST_DRAFTED = 16  # tokens of a draft
-_MOST_IN_STEP = 32  # tokens of a step with drafts: larger ones are no recorded programs, and round otherwise
+_MOST_IN_STEP = 32  # tokens of a step with drafts: larger ones are no recorded programs
 _MARGIN = 1.05  # by which a step with drafts must be better, as far as is known
 _NUM_TIMES = 9  # steps of one size whose median counts
 _LEAST_TIMES = 3  # steps without drafts, before there are some

@@ -57,7 +57,7 @@ class EagerSteps:
     def _with_drafts(self, step: Step, arrays: ExtendArrays, sent: ExtendInputs) -> DecodeMetadata:
         """The attention plan of the decode rows and of rows that verify drafts: their tokens attend as decode rows do.
 
-        Attention of prompts sums in another order, and on some CPUs in another precision.
+        On some CPUs, attention of prompts has another precision.
         """
         num_tokens = step.num_decode + int(arrays.cu_seqlens[step.num_verified])
         verified = np.repeat(arrays.rows[: step.num_verified], arrays.q_lens[: step.num_verified])

@@ -160,6 +160,41 @@ def test_extend_attention_equals_the_reference(
 
 
 @pytest.mark.usefixtures("on_threads")
+@pytest.mark.parametrize("window", [None, 1, 45])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 16), (7, 1, 128), (2, 1, 48)])
+@pytest.mark.parametrize("page_size", [8, 32])
+def test_a_token_attends_alike_in_a_prompt_in_every_chunk_and_alone(
+    window: int | None, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int
+) -> None:
+    length, num_others = 150, 2
+    num_pages = -(-length // page_size)
+    order = 1 + torch.randperm((1 + num_others) * num_pages, generator=torch.Generator().manual_seed(0))
+    table = order.view(1 + num_others, num_pages).to(torch.int32)
+    shape = 1 + len(order), num_kv_heads, page_size, head_dim
+    k_cache, v_cache, q = draw(*shape, seed=1), draw(*shape, seed=2), draw(length, num_heads, head_dim) * 3
+
+    def extend(begin: int, end: int) -> Tensor:
+        starts, lens, rows = (torch.tensor(x, dtype=torch.int32) for x in ([0, end - begin], [end], [0]))
+        meta = ExtendMetadata(starts, lens, rows, table, end - begin, end, [end - begin], [end])
+        return OPS.attention_extend(q[begin:end], k_cache, v_cache, meta, 0.3, window, None)
+
+    def decode(rows: list[int], lens: list[int]) -> Tensor:
+        meta = DecodeMetadata(torch.tensor(lens).int(), torch.tensor(rows).int(), table)
+        queries = q[torch.tensor([kv_len - 1 for kv_len in lens])]
+        return OPS.attention_decode(queries, k_cache, v_cache, meta, 0.3, window, None)
+
+    whole = extend(0, length)
+    for size in (1, 5, 64):
+        parts = [extend(begin, min(begin + size, length)) for begin in range(0, length, size)]
+        assert torch.equal(torch.cat(parts), whole), size
+    for begin, size in [(0, 1), (149, 1), (31, 2), (60, 7), (100, 50)]:
+        following = list(range(begin + 1, begin + size + 1))
+        assert torch.equal(decode([0] * size, following), whole[begin : begin + size]), (begin, size)
+        with_others = decode([1, *[0] * size, 2], [80, *following, 33])
+        assert torch.equal(with_others[1:-1], whole[begin : begin + size]), (begin, size)
+
+
+@pytest.mark.usefixtures("on_threads")
 @pytest.mark.parametrize(("num_rows", "size"), [(1, 100), (3, 33), (2, 40_000)])
 def test_masked_logits_equal_the_reference(num_rows: int, size: int) -> None:
     logits, shape = draw(num_rows, size), (num_rows, -(-size // 32))

@@ -15,13 +15,13 @@ from ramet.kernels.cpu.threads import IS_PARALLEL, release_threads
 ATTEND = """
 import torch
 from ramet.kernels.attention.decode import DecodeMetadata
-from ramet.kernels.cpu import attention_decode
+from ramet.kernels.cpu import attention
 from ramet.kernels.cpu.program import KernelStream
 torch.manual_seed(0)
 k, v, q = torch.randn(8, 3, 16, 64), torch.randn(8, 3, 16, 64), torch.randn(1, 9, 64)
 lens, rows, pages = (torch.tensor(x, dtype=torch.int32) for x in ([100], [0], [list(range(1, 8))]))
-out = attention_decode.attention_decode(KernelStream(), q, k, v, DecodeMetadata(lens, rows, pages), 0.125)
-print(attention_decode._kernel.was_on_disk, out.numpy().tobytes().hex())
+out = attention.attention_decode(KernelStream(), q, k, v, DecodeMetadata(lens, rows, pages), 0.125)
+print(attention._decode_kernel.was_on_disk, out.numpy().tobytes().hex())
 """
 
 

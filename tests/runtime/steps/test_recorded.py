@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from typing import Any
@@ -63,6 +64,13 @@ def decoder_of(name: str, quantization: str) -> Decoder:
     return build_decoder(config, weights, device="cpu", quantization=quantization)
 
 
+def prompt_of(row: int) -> list[int]:
+    return [(7 * row + i) % 90 for i in range(3 + row)]
+
+
+needs_int8 = pytest.mark.skipif(not CpuFeatures.detect().int8, reason="this CPU has no products of bytes")
+
+
 class Both:
     """The same rows eagerly and recorded, over caches of their own."""
 
@@ -70,9 +78,8 @@ class Both:
         self.decoder = decoder
         self.eager, self.cache = (BareCache(decoder, num_rows, 64) for _ in range(2))
         for row in range(num_rows):
-            prompt = [(7 * row + i) % 90 for i in range(3 + row)]
-            self.eager.step([], [(row, prompt)])
-            self.cache.step([], [(row, prompt)])
+            self.eager.step([], [(row, prompt_of(row))])
+            self.cache.step([], [(row, prompt_of(row))])
         assert decoder.ops.make_record is not None
         self.steps = Recordings(decoder, decoder.ops.make_record(), self.context)
 
@@ -145,10 +152,39 @@ def test_recorded_new_tokens_are_those_of_attention_for_prompts(name: str, monke
     decoder = decoder_of(name, "int8")
     both, prompts = Both(decoder, 6), BareCache(decoder, 6, 64)
     for row in range(6):
-        prompts.step([], [(row, [(7 * row + i) % 90 for i in range(3 + row)])])
+        prompts.step([], [(row, prompt_of(row))])
     for chunks in CHUNKS:
         recorded, _ = both.extend(chunks)
         torch.testing.assert_close(recorded, prompts.step([], chunks), atol=2e-5, rtol=1e-4)
+
+
+@needs_int8
+@torch.inference_mode()
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_token_has_the_same_logits_cold_warm_in_chunks_alone_and_beside_others(
+    name: str, quantization: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text after a prompt does not depend on how much of the prompt was cached, or on who else decodes."""
+    monkeypatch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=True, tiles=False))
+    both, rng = Both(decoder_of(name, quantization), 3), random.Random(seed)
+    texts = [[*prompt_of(row), *(rng.randrange(90) for _ in range(57 - row))] for row in range(3)]
+    cold = BareCache(both.decoder, 3, 64).step([], list(enumerate(texts))).view(3, 60, -1)
+    done = both.cache.kv_lens
+    while min(done) < 60:
+        rows = rng.sample([row for row in range(3) if done[row] < 60], rng.randint(1, sum(n < 60 for n in done)))
+        counts = [min(rng.choice((1, 1, 2, 5, 13, 40)), 60 - done[row]) for row in rows]
+        expected = torch.cat([cold[row, done[row] :][:count] for row, count in zip(rows, counts, strict=True)])
+        chunks = [(row, texts[row][done[row] :][:count]) for row, count in zip(rows, counts, strict=True)]
+        if sum(counts) <= 32 and rng.random() < 0.7:
+            for logits in both.extend(chunks):  # recorded, and as rows of a decode step
+                assert torch.equal(logits, expected), chunks
+            continue
+        num_decode = next((i for i, count in enumerate(counts) if count > 1), len(counts))
+        decode = [(row, chunk[0]) for row, chunk in chunks[:num_decode]]
+        for cache in (both.cache, both.eager):
+            assert torch.equal(cache.step(decode, chunks[num_decode:]), expected), chunks
 
 
 @torch.inference_mode()
