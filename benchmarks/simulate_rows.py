@@ -2,10 +2,14 @@
 
     python benchmarks/simulate_rows.py                                what each row's steps are made of
     python benchmarks/simulate_rows.py --rows rag@256 --set max_num_tokens_per_step=8192
+    python benchmarks/simulate_rows.py --brief --drafted 4 --acceptance 0.6     a prediction of what drafts would do
 
 Times are no measurement: products as measured on such a card, attention as the tree planner's cost model has it,
 guesses for the rest; launches as the host's share of a step. It shows whether the batch is full, whether tree attention
 engages, what padding and chunks cost, and it compares two schedulers; it does not say how fast the kernels are.
+With drafts, every row verifies so many drafted tokens in each step, a drafted token is right with that probability, and
+drafting costs nothing. A step then starts when the one before is read, its graphs have any size, and attention reads a
+sequence's keys once for all its tokens.
 """
 
 from __future__ import annotations
@@ -65,6 +69,8 @@ class Row:
     scheduler: dict[str, Any]
     uses_tree: bool = True
     pads: bool = True
+    num_drafted: int = 0
+    acceptance: float = 0.0
     now_s: float = 0.0
     kinds: dict[str, dict[str, float]] = field(default_factory=dict)
     in_flight: dict[Sequence, Waiting] = field(default_factory=dict)
@@ -105,7 +111,12 @@ class Row:
         free_s = self.now_s  # when the device has nothing to do
         last: tuple[Batch, float] | None = None
         while last is not None or self.engine.has_work:
-            batch = self.engine.schedule()
+            if self.num_drafted and last is not None:
+                self.now_s = max(self.now_s, last[1])
+                self.collect(last[0])
+                last = None
+            drafts = {s: [0] * self.num_drafted for s in self.engine.draftable()} if self.num_drafted else {}
+            batch = self.engine.schedule(drafts)
             if batch is not None:
                 device_ms, host_ms = self.cost(batch)
                 self.now_s += host_ms / 1e3
@@ -123,9 +134,12 @@ class Row:
 
     def collect(self, batch: Batch) -> None:
         drawn = self.tokens.integers(1000, 120_000, len(batch.items)).tolist()
-        outputs = [
-            RowOutput((token,) if item.num_samples else ()) for item, token in zip(batch.items, drawn, strict=True)
-        ]
+        outputs = []
+        for item, token in zip(batch.items, drawn, strict=True):
+            num_right = 0
+            while num_right < item.num_samples - 1 and self.tokens.random() < self.acceptance:
+                num_right += 1
+            outputs.append(RowOutput((*[0] * num_right, token) if item.num_samples else ()))
         for sequence in self.engine.finish_step(batch.items, outputs):
             row = self.in_flight[sequence]
             if row.heard_s:
@@ -147,7 +161,8 @@ class Row:
 
     def cost(self, batch: Batch) -> tuple[float, float]:
         """Milliseconds of the device and of the host."""
-        rows, extends = batch.items[: batch.num_decode], batch.items[batch.num_decode :]
+        extends = [item for item in batch.items[batch.num_decode :] if item.num_samples <= 1]
+        rows = batch.items[: len(batch.items) - len(extends)]  # verified ones are the first behind those that decode
         num_new = sum(item.num_tokens for item in extends)
         num_tokens, launch_ms, kind = batch.num_tokens, REPLAY_MS, "decode"
         plan = self.planner.update(rows) if self.uses_tree and len(rows) > 1 else None
@@ -155,7 +170,7 @@ class Row:
             key = self.graphs.mixed_key(len(rows), num_new, len(extends), uses_tree=plan is not None)
             kind = ("mixed" if rows else "prompts") + (", eager" if key is None else "")
             num_tokens, launch_ms = (num_tokens, EAGER_MS) if key is None else (key.num_tokens, REPLAY_MS)
-        else:
+        elif not self.num_drafted:
             num_tokens = next(size for size in self.graphs.buckets if size >= num_tokens)
         if not self.pads:
             num_tokens = batch.num_tokens
@@ -188,11 +203,19 @@ class Row:
 
 
 def simulate(
-    kind: str, concurrency: int, count: int, scheduler: dict[str, Any], *, uses_tree: bool = True, pads: bool = True
+    kind: str,
+    concurrency: int,
+    count: int,
+    scheduler: dict[str, Any],
+    *,
+    uses_tree: bool = True,
+    pads: bool = True,
+    num_drafted: int = 0,
+    acceptance: float = 0.0,
 ) -> dict[str, Any]:
     """Figures of one row, as bench_gpu.py names them, and means of its steps by kind."""
     workload = MAKERS[kind](count)
-    row = Row(scheduler, uses_tree, pads)
+    row = Row(scheduler, uses_tree, pads, num_drafted, acceptance)
     if workload.parent is not None:
         row.run([workload.parent], 1)
         row.forget()
@@ -223,6 +246,8 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="divide chains and concurrency by this")
     parser.add_argument("--no-tree", action="store_true", help="plain attention alone")
     parser.add_argument("--no-padding", action="store_true", help="graphs of every size")
+    parser.add_argument("--drafted", type=int, default=0, help="drafted tokens of a row in each step")
+    parser.add_argument("--acceptance", type=float, default=0.6, help="probability that one is right after the others")
     parser.add_argument("--brief", action="store_true", help="a line a row")
     parser.add_argument(
         "--set", action="append", default=[], help="a field of SchedulerConfig, as min_mixed_tokens=256"
@@ -234,7 +259,8 @@ def main() -> None:
     for name in [name for name in ORDER if name in wanted or not (wanted or name.startswith("json"))]:
         kind, concurrency, count = rows[name]
         sizes = max(concurrency // args.scale, 1), max(count // args.scale, 1)
-        row = simulate(kind, *sizes, config, uses_tree=not args.no_tree, pads=not args.no_padding)
+        values = {"uses_tree": not args.no_tree, "pads": not args.no_padding}
+        row = simulate(kind, *sizes, config, **values, num_drafted=args.drafted, acceptance=args.acceptance)
         found.append(row)
         others, _, target, floor = REFERENCE[name]
         print(
@@ -243,7 +269,8 @@ def main() -> None:
         )
         for step, mean in {} if args.brief else row["steps"].items():
             print(f"    {step:14} " + "  ".join(f"{fact} {value:g}" for fact, value in mean.items()))
-    print(json.dumps({"benchmark": "simulated rows", "config": config, "rows": found}))
+    drafts = {"drafted": args.drafted, "acceptance": args.acceptance} if args.drafted else {}
+    print(json.dumps({"benchmark": "simulated rows", "config": config, **drafts, "rows": found}))
 
 
 if __name__ == "__main__":
