@@ -3,6 +3,8 @@
     python benchmarks/bench_speculation.py [--batches 1,4,16] [--rounds 3] [--threads 2] [--tokens 160]
     python benchmarks/bench_speculation.py --kinds edits,free --out benchmarks/results/speculation.jsonl
     python benchmarks/bench_speculation.py --clock cpu --threads 1      tokens a second of CPU time, on a busy machine
+    python benchmarks/bench_speculation.py --draft smollm2-135m         with a draft model
+    python benchmarks/bench_speculation.py --sources      the drafts alone: time and memory with a large cache
 
 Both engines run in this process, one after the other in each round, on the same prompts, which are cached before the
 clock starts. Every round has other documents, so that nothing is drafted from a round before; only the agent's loop is
@@ -18,6 +20,7 @@ The answers of both engines are compared. Accepted: of drafted tokens, by source
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import random
 import statistics
@@ -26,14 +29,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from json_line import commit, print_record
 from rich.console import Console
 from rich.table import Table
 
 from ramet.grammar import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
+from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.engine.engine import Engine
-from ramet.runtime.types import Grammar, SamplingParams
+from ramet.runtime.speculation.speculation import Speculation
+from ramet.runtime.types import FinishReason, Grammar, Request, SamplingParams, Sequence, Status
 
 Job = dict[str, Any]  # Any: the arguments of Engine.submit
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -174,6 +181,62 @@ def run_agent(engine: Engine, work: Work, batch: int, seed: int, num_runs: int) 
     return seconds, results
 
 
+def measure_sources(num_sequences: int, num_cached: int) -> dict[str, float]:
+    """Drafts of many live sequences, whose prompts were answered before: CPU time of a sequence and step, and memory.
+
+    The tree has `num_cached` tokens, in 1,000 prompts with four answers each; as many answers are kept as runs. In each
+    step every sequence has one new token. Half of the sequences repeat an answer, the others write something new.
+    """
+    rng = np.random.default_rng(0)
+    length = num_cached // 5_000
+    pool = PagePool(num_cached // 16 + 20_000, 16)
+    cache = RadixCache(pool)
+    speculation = Speculation(cache=cache)
+    prompts, answers = [], []
+    for _ in range(1_000):  # texts without a word in common
+        prompt = rng.integers(0, 49_000, length, dtype=np.int32)
+        prompts.append(prompt)
+        for _ in range(4):
+            answer = rng.integers(0, 49_000, length, dtype=np.int32)
+            match = cache.match(np.concatenate([prompt, answer]))
+            rest = np.concatenate([prompt, answer])[match.num_tokens :]
+            pages = pool.allocate(-(-len(rest) // 16))
+            assert pages is not None
+            cache.lock(match.node)
+            cache.insert(match.node, rest, pages)
+            cache.unlock(match.node)
+            done = Sequence(Request("done", prompt, SamplingParams(), length), output_ids=answer.tolist())
+            done.finish_reason = FinishReason.LENGTH
+            speculation.propose([done])
+            speculation.release(done)  # keeps its answer
+        answers.append(answer)
+    live = [
+        Sequence(Request(str(i), prompts[i % 1_000], SamplingParams(), length), status=Status.RUNNING, slot=i)
+        for i in range(num_sequences)
+    ]
+    before = memory()
+    seconds = []
+    for step in range(20):
+        for i, sequence in enumerate(live):
+            new = answers[i % 1_000][step] if i % 2 else rng.integers(0, 49_000)
+            sequence.output_ids.append(int(new))
+        begin = time.process_time()
+        speculation.propose(live)
+        seconds.append(time.process_time() - begin)
+    return {
+        "cached_tokens": num_cached,
+        "live_sequences": num_sequences,
+        "first_step_us": round(1e6 * seconds[0] / num_sequences, 1),
+        "step_us": round(1e6 * statistics.median(seconds[1:]) / num_sequences, 1),
+        "bytes_a_sequence": round((memory() - before) / num_sequences),
+    }
+
+
+def memory() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def drafted(engine: Engine) -> dict[str, float]:
     return {name: value for name, value in engine.stats().items() if "drafted" in name or "accepted" in name}
 
@@ -188,11 +251,21 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10, help="of the agent's loop")
     parser.add_argument("--tokens", type=int, default=160, help="of an answer, at most")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--draft", help="a model that drafts, too")
+    parser.add_argument("--sources", action="store_true", help="measure the drafts alone")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    configuration = {k: v for k, v in vars(arguments).items() if k != "out"}
+    record = {"benchmark": "speculation", "commit": commit(), "cpu": platform.processor() or platform.machine()}
+    if arguments.sources:
+        found = measure_sources(10_000, 1_000_000)
+        print(found)
+        print_record({**record, "configuration": configuration, "sources": found}, arguments.out)
+        return
     settings = {"dtype": arguments.dtype, "num_threads": arguments.threads, "num_kv_tokens": 1 << 17, "device": "cpu"}
-    engines = {mode: Engine(arguments.model, speculative=mode, **settings) for mode in ("off", "auto")}
+    modes = {"off": {}, "auto": {"speculative_draft": arguments.draft}}
+    engines = {mode: Engine(arguments.model, speculative=mode, **more, **settings) for mode, more in modes.items()}
     # Each has its own grammar: whoever is first at a state of a grammar makes its mask.
     works = {mode: Work(engine, arguments.tokens, arguments.clock) for mode, engine in engines.items()}
     for mode, engine in engines.items():  # compiled code, recorded steps
@@ -250,8 +323,6 @@ def main() -> None:
     for engine in engines.values():
         engine.shutdown()
     Console(width=160).print(table)
-    configuration = {k: v for k, v in vars(arguments).items() if k != "out"}
-    record = {"benchmark": "speculation", "commit": commit(), "cpu": platform.processor() or platform.machine()}
     print_record({**record, "configuration": configuration, "rows": rows}, arguments.out)
 
 

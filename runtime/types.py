@@ -192,7 +192,8 @@ class Sequence:
 
     `page_ids`: pages in path order. The first `num_shared_pages` belong to the radix tree, where a lock keeps them from
     eviction; the others belong to this sequence. `draft_ids`: drafted tokens that a launched step verifies, until it is
-    read; they would follow the known ones. `error`: the cause of FinishReason.ERROR.
+    read; they would follow the known ones. `num_drafted`, `num_accepted`: tokens that steps verified, and those that
+    saved one. `error`: the cause of FinishReason.ERROR.
     """
 
     request: Request
@@ -201,6 +202,8 @@ class Sequence:
     num_cached: int = 0
     num_in_flight: int = 0
     draft_ids: list[int] = field(default_factory=list)
+    num_drafted: int = 0
+    num_accepted: int = 0
     page_ids: list[int] = field(default_factory=list)
     num_shared_pages: int = 0
     slot: int | None = None

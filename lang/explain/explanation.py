@@ -97,6 +97,8 @@ class Measured:
             "cached": self.usage.cached_tokens,
             "computed": self.usage.computed_tokens,
             "decoded": self.usage.completion_tokens,
+            "drafted": self.usage.drafted_tokens,
+            "accepted": self.usage.accepted_tokens,
             "start_s": self.start_s,
             "first_token_s": self.first_token_s,
             "end_s": self.end_s,
@@ -319,6 +321,8 @@ def _title(found: Explanation) -> RenderableType:
             f"prompt {usage.prompt_tokens:,} = cached {usage.cached_tokens:,} + computed {usage.computed_tokens:,}; "
             f"decoded {usage.completion_tokens:,}"
         )
+        if usage.drafted_tokens:
+            numbers += f", {usage.accepted_tokens:,} of {usage.drafted_tokens:,} drafted ones were right;"
     else:
         numbers = f"prompt {found.prompt} = shared {found.shared} + new {found.new}; written {found.written}{first}"
     title = Text.assemble((found.program, "bold"), ("  " + what if what else "", "dim"))

@@ -12,11 +12,15 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     """The token counts of one request, or of all requests of a node.
 
     `cached_tokens`: the prompt tokens that came from the cache. `completion_tokens`: generated tokens.
+    `drafted_tokens`: drafted tokens that were verified; `accepted_tokens`: those of them that were right, each of which
+    saved a step.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def computed_tokens(self) -> int:
@@ -28,6 +32,8 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
             self.prompt_tokens + other.prompt_tokens,
             self.cached_tokens + other.cached_tokens,
             self.completion_tokens + other.completion_tokens,
+            self.drafted_tokens + other.drafted_tokens,
+            self.accepted_tokens + other.accepted_tokens,
         )
 
 

@@ -21,7 +21,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice, takewhile
+from operator import attrgetter
 
 import numpy as np
 
@@ -34,6 +37,7 @@ from ramet.runtime.types import TokenIds
 _NO_TOKENS: TokenIds = np.empty(0, dtype=np.int32)
 _KEPT_EVICTIONS = 64
 SHOWN_TOKENS = 24  # the first ones of a segment, to tell what it is
+_MOST_SIBLINGS = 16  # texts that go on from a page in different ways, of which the newest are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,30 @@ class RadixCache:
                 break
             node = child
         return position
+
+    def following(self, tokens: TokenIds, cache_salt: str, *, most_texts: int, most_tokens: int) -> list[TokenIds]:
+        """Return what is cached after `tokens`, the newest text last, each up to `most_tokens` long. Changes nothing.
+
+        O(len(tokens) + most_texts * most_tokens).
+        """
+        node, position = self._roots.get(cache_salt.encode()), 0
+        while node is not None and position + self._page_size <= len(tokens):
+            child = node.children.get(tokens[position : position + self._page_size].tobytes())
+            if child is None:
+                return []
+            num_same = _num_common(child.tokens, tokens[position:])
+            position += num_same
+            if num_same < len(child.tokens):
+                return [] if position < len(tokens) else _texts_of([child], num_same, most_texts, most_tokens)
+            node = child
+        if node is None:
+            return []
+        rest = tokens[position:].tobytes()
+        place = bisect_left(node.keys, rest)
+        keys = takewhile(lambda key: key.startswith(rest), islice(node.keys, place, None))
+        children = [node.children[key] for key in islice(keys, _MOST_SIBLINGS)]
+        children.sort(key=attrgetter("last_used"))
+        return _texts_of(children, len(tokens) - position, most_texts, most_tokens)
 
     def _descend(self, node: RadixNode, tokens: TokenIds) -> tuple[RadixNode | None, int]:
         """Find the child of `node` with the longest common prefix with `tokens`, and its length (0: None)."""
@@ -424,3 +452,19 @@ def _num_common(a: TokenIds, b: TokenIds) -> int:
 
 def _num_common_bytes(a: bytes, b: bytes) -> int:
     return _num_common(np.frombuffer(a, dtype=np.int32), np.frombuffer(b, dtype=np.int32))
+
+
+def _texts_of(nodes: Seq[RadixNode], num_known: int, most_texts: int, most_tokens: int) -> list[TokenIds]:
+    """The texts of nodes without their first `num_known` tokens, with what follows them, the newest last."""
+    texts: list[TokenIds] = []
+    open_ones = [(node, [node.tokens[num_known:]]) for node in nodes]  # the newest last
+    while open_ones and len(texts) < most_texts:
+        node, parts = open_ones.pop()
+        if sum(map(len, parts)) < most_tokens and node.children:
+            newest = list(islice(reversed(node.children.values()), most_texts))
+            open_ones += [(child, [*parts, child.tokens]) for child in reversed(newest)]
+            continue
+        text = np.concatenate(parts)[:most_tokens]
+        if len(text):
+            texts.append(text)
+    return texts[::-1]

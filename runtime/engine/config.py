@@ -77,6 +77,9 @@ class EngineConfig:
         "verify several drafted tokens in a step: auto does where it is faster (on a CPU, with tp=1), off never does; "
         "the text is the same",
     )
+    speculative_draft: str | None = _doc(
+        None, "a small model with the same vocabulary that drafts, too, with speculative=auto; its name or path"
+    )
     deterministic: bool = _doc(
         False, "the same tokens for a request whatever runs beside it (on a GPU; no tree attention, slower products)"
     )
@@ -115,6 +118,8 @@ class EngineConfig:
             value = getattr(self, name)
             if not is_right(value):
                 raise ConfigError(f"{name} is {value!r} but must be {limit}")
+        if self.speculative_draft is not None and self.speculative == "off":
+            raise ConfigError(f"speculative_draft is {self.speculative_draft!r}, which needs speculative=auto")
         if self.deterministic and self.tp > 1:
             raise ConfigError(
                 "deterministic is True but must be False with tp > 1, where the order of sums over ranks depends on "

@@ -654,7 +654,8 @@ class Engine:
     def _usage(self, sequence: Sequence, stream: _Stream) -> Usage:
         cached = stream.num_cached if stream.num_cached is not None else 0
         again = min(stream.num_again, len(sequence.output_ids))
-        return Usage(stream.request.num_prompt + stream.num_again, cached, len(sequence.output_ids) - again)
+        counts = stream.request.num_prompt + stream.num_again, cached, len(sequence.output_ids) - again
+        return Usage(*counts, sequence.num_drafted, sequence.num_accepted)
 
     def _fail_all(self) -> None:
         """End all remaining requests: the engine has stopped."""

@@ -20,12 +20,13 @@ from ramet.runtime.constraints.device_grammars import MAX_STATES, MAX_TRANSITION
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
+from ramet.runtime.engine.draft_model import DRAFT_KV_TOKENS, DraftModel, check_vocabulary
 from ramet.runtime.models.adapters import Adapters
 from ramet.runtime.models.build import apply_fp8_cache
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.linear_cpu import BlockLinear
 from ramet.runtime.models.linear_gpu import apply_batch_invariance, apply_card_table
-from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.models.load import LoadedModel, load_model
 from ramet.runtime.models.transformers_model import TransformersDecoder
 from ramet.runtime.parallel.group import Group
 from ramet.runtime.parallel.sharded import SharedModel
@@ -70,7 +71,8 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         runner = build_runner(model.decoder, config, *parts, arena=arena, edits=edits)
     kv_cache, context = runner.kv_cache, runner.max_kv_len
     pool = PagePool(kv_cache.num_pages, config.page_size)
-    scheduler = Scheduler(scheduler_config(config, context, model.decoder), pool, RadixCache(pool))
+    cache = RadixCache(pool)
+    scheduler = Scheduler(scheduler_config(config, context, model.decoder), pool, cache)
     logger.info(
         "engine ready in %.1f s: %s %s, KV %.2f GiB for %d tokens, context %d%s",
         time.monotonic() - start_s,
@@ -89,11 +91,13 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         grammars,
         overlap=config.overlap and device.type == "cuda",
         context_length=context,
-        speculation=make_speculation(config, device),
+        speculation=make_speculation(model, config, context, cache),
     )
 
 
-def make_speculation(config: EngineConfig, device: torch.device) -> Speculation | None:
+def make_speculation(
+    model: LoadedModel, config: EngineConfig, context_length: int, cache: RadixCache
+) -> Speculation | None:
     """Make what drafts tokens; None where no drafts are verified: the one place that says so.
 
     On a GPU, graphs sample one token a row, and overlapped steps start before the host knows how many tokens are right.
@@ -101,10 +105,28 @@ def make_speculation(config: EngineConfig, device: torch.device) -> Speculation 
     """
     if config.speculative == "off":
         return None
+    device = model.decoder.device
     if device.type == "cuda" or config.tp > 1:
-        logger.info("no drafts are verified %s", "on a GPU" if device.type == "cuda" else "with tp > 1")
+        where = "on a GPU" if device.type == "cuda" else "with tp > 1"
+        if config.speculative_draft is not None:
+            raise ConfigError(f"speculative_draft is {config.speculative_draft!r}, but no drafts are verified {where}")
+        logger.info("no drafts are verified %s", where)
         return None
-    return Speculation()
+    draft = None if config.speculative_draft is None else load_draft_model(model, config, context_length)
+    return Speculation(cache=cache if config.radix_cache else None, model=draft)
+
+
+def load_draft_model(model: LoadedModel, config: EngineConfig, context_length: int) -> DraftModel:
+    """Load the model that drafts, with a small pool.
+
+    Raises: the errors of `load_model`; ConfigError: its vocabulary is another one.
+    """
+    name = config.speculative_draft
+    draft = load_model(name, device=model.decoder.device)
+    check_vocabulary(draft, model)
+    longest = draft.decoder.config.max_position_embeddings
+    small: dict[str, object] = {"context_length": min(context_length, longest), "num_kv_tokens": DRAFT_KV_TOKENS}
+    return DraftModel(build_runner(draft.decoder, config.changed(small)))
 
 
 def use_device(device: torch.device) -> None:

@@ -330,6 +330,8 @@ class Scheduler:
         pairs = enumerate(zip(sequence.draft_ids, tokens, strict=False))
         num_kept = next((i for i, (draft, token) in pairs if draft != token), min(len(sequence.draft_ids), len(tokens)))
         num_kept = min(num_kept, max(len(tokens) - 1, 0))  # the last token is yet to be computed
+        sequence.num_drafted += len(sequence.draft_ids)
+        sequence.num_accepted += num_kept
         sequence.draft_ids = []
         if sequence.status is Status.RUNNING:
             sequence.num_computed = item.start + 1 + num_kept

@@ -2,32 +2,42 @@
 
 It is looked for in one array of tokens that a sequence has here:
 
-    earlier answers to prompts with the same end   the client's draft, if it gave one   prompt and output
+    earlier answers to prompts     what the radix tree has   the client's draft,
+    with the same end              after the same prompt     if it gave one        prompt and output
 
-The end of the prompt stands before each answer, so that an answer's beginning is found like all that follows. A draft
-costs no model, and it need not be right: `speculation` learns how often the drafts of each kind are.
+The end of the prompt stands before each answer, so that an answer's beginning is found like all that follows. Where a
+text repeats a long passage and changes a word of it, it is likely to go on there (`_changed`). A draft costs no model,
+and it need not be right: `speculation` learns how often the drafts of each kind are.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
+from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.types import Request, Sequence, TokenIds
 
-SOURCES = ("runs", "given", "text")  # in the order of a sequence's array
+SOURCES = ("runs", "tree", "given", "text", "model")  # in the order of a sequence's array; a model is none of it
 _APART = np.full(1, -1, dtype=np.int32)  # no token: where one part of an array ends
 _SHORTEST, _LONGEST = 2, 16  # tokens of an occurrence: fewer mean nothing, more are not counted
 _REACH = 16_384  # tokens of the client's draft, and of the text's end, in which occurrences are looked for
 _TAIL = 8  # tokens of a prompt's end by which earlier answers are found
 _MAX_RUNS, _MAX_RUN_TOKENS = 4, 2_048  # earlier answers of one kind of prompt, and the tokens kept of each
+_MAX_TREE, _MAX_TREE_TOKENS = 2, 2_048  # texts of the radix tree, and the tokens taken of each
+_PASSAGE = 8  # tokens of an occurrence, after which a changed word does not end it
+_NEAR = 64  # tokens behind a changed word, where the passage may go on
+_MAX_CHANGED = 8  # tokens of the text that fit nowhere near it, until the passage is given up
 _MAX_KEPT_TOKENS = 1_000_000  # of all earlier answers together: 4 MB
 
 
 class Draft(NamedTuple):
-    """tokens: what may follow. source: an index into `SOURCES`. length: tokens of the occurrence, up to `_LONGEST`."""
+    """tokens: what may follow. source: an index into `SOURCES`. length: tokens of the occurrence, up to `_LONGEST`; 1:
+    the text changed a word of a passage.
+    """
 
     tokens: list[int]
     source: int
@@ -78,22 +88,29 @@ def _kind_of(request: Request) -> tuple[str, str, bytes]:
 class TextDrafts:
     """The array of one sequence, and the place in it that its text follows. Owner: `Speculation`."""
 
-    def __init__(self, sequence: Sequence, runs: EarlierRuns) -> None:
-        request = sequence.request
+    def __init__(self, sequence: Sequence, runs: EarlierRuns, cache: RadixCache | None = None) -> None:
+        request, tail = sequence.request, sequence.request.prompt_ids[-_TAIL:]
         earlier = [part for run in runs.find(request) for part in (run, _APART)]
+        cached: list[TokenIds] = []
+        if cache is not None:
+            most = {"most_texts": _MAX_TREE, "most_tokens": _MAX_TREE_TOKENS}
+            texts = cache.following(request.prompt_ids, request.cache_salt, **most)
+            cached = [part for text in texts for part in (tail, text, _APART)]
         expected = []
         if request.expected_ids is not None:
-            expected = [request.prompt_ids[-_TAIL:], request.expected_ids[:_REACH], _APART]
+            expected = [tail, request.expected_ids[:_REACH], _APART]
         own = sequence.tokens(max(sequence.num_tokens - _REACH, 0), sequence.num_tokens)
-        known = np.concatenate([*earlier, *expected, own])
+        known = np.concatenate([*earlier, *cached, *expected, own])
         self._num_tokens = len(known)
         self._tokens = np.empty(len(known) + request.max_tokens - len(sequence.output_ids), dtype=np.int32)
         self._tokens[: len(known)] = known  # the rest takes memory once it is written
-        first = sum(map(len, earlier))
-        self._borders = first, first + sum(map(len, expected))  # where the second and the third source begin
+        # Where the second source begins, and those after it.
+        self._borders = tuple(accumulate(sum(map(len, parts)) for parts in (earlier, cached, expected)))
         self._ends = request.stop_ids
         self._place: int | None = None  # of the next token of the occurrence that the text's end repeats
         self._length = 0  # of that occurrence
+        self._changed: int | None = None  # the place behind a passage's changed word
+        self._num_changed = 0  # new tokens since then that fit nowhere near it
         self._num_to_skip = 0  # new tokens until the next search: it is put off after searches in vain
         self._num_in_vain = 0
         self._search()
@@ -104,11 +121,21 @@ class TextDrafts:
         self._tokens[self._num_tokens : end] = new
         for token in new:
             self._num_tokens += 1
-            if self._place is not None and self._tokens[self._place] == token:
+            if self._place is None:
+                continue
+            if self._tokens[self._place] == token:
                 self._place, self._length = self._place + 1, min(self._length + 1, _LONGEST)
-            else:
-                self._place, self._length = None, 0
-        if self._place is None:
+                continue
+            if self._length >= _PASSAGE:
+                self._changed, self._num_changed = self._place + 1, 0
+            elif self._changed is not None:
+                self._changed, self._num_changed = self._changed + 1, self._num_changed + 1
+                if self._num_changed == _MAX_CHANGED:
+                    self._changed = None
+            self._place, self._length = None, 0
+        if self._place is None and self._changed is not None:
+            self._search()
+        elif self._place is None:
             self._num_to_skip -= len(new)
             if self._num_to_skip <= 0:
                 self._search()
@@ -133,7 +160,14 @@ class TextDrafts:
             return
         # Places of the last token of an occurrence.
         found = 1 + np.flatnonzero((text[1:last] == text[last]) & (text[: last - 1] == text[last - 1]))
+        changed = self._changed
+        if changed is not None:
+            near = found[(found >= changed - 1) & (found < changed + _NEAR)]
+            if len(near):
+                self._place, self._length = int(near[0]) + 1, _SHORTEST
+                return
         if not len(found):
+            self._place, self._length = changed, int(changed is not None)
             self._num_in_vain += 1
             self._num_to_skip = min(self._num_in_vain, 8)
             return
@@ -145,3 +179,5 @@ class TextDrafts:
                 break
             found, length = longer, length + 1
         self._place, self._length, self._num_in_vain = int(found[-1]) + 1, length, 0
+        if changed is not None and length < _PASSAGE:
+            self._place, self._length = changed, 1

@@ -7,20 +7,26 @@ order of their gains, as far as they raise the tokens that a step yields a secon
 verified.
 
 Every draft is compared with what was sampled, also those that were not verified: a step tells for free whether the
-first token would have been right. So nothing has to be tried at a loss.
+first token would have been right. So nothing has to be tried at a loss. Only a model's drafts cost time: how many
+tokens it drafts is decided before, in the same way, with the time of its steps. Where that is none, one is tried now
+and then.
 
 Not here: where drafts come from (`drafts`), verification (the scheduler and the steps).
 """
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from operator import itemgetter
 from statistics import median
+from typing import Protocol
 
+from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.speculation.drafts import SOURCES, Draft, EarlierRuns, TextDrafts
 from ramet.runtime.types import Batch, FinishReason, Sequence
 
@@ -37,7 +43,11 @@ _FADE = 0.995  # weight of a comparison, compared with the next one of its kind
 _FADE_OWN = 0.95  # of its sequence
 _OWN_WEIGHT = 4.0  # right tokens that a sequence counts as having had, as many as were expected
 _MOST_SUCCESS = 0.99
-_LENGTHS = (3, 5, 9, 16)  # lengths of an occurrence from which its drafts are another kind
+_MODEL = SOURCES.index("model")
+_MOST_BY_MODEL = 8  # tokens of a model's draft
+_TRY_MODEL = 256  # steps until a model whose drafts do not pay is tried again
+_FIRST_BY_MODEL = 0.6  # success of a model's tokens, until they are compared
+_LENGTHS = (2, 3, 5, 9, 16)  # lengths of an occurrence from which its drafts are another kind
 
 
 class StepTimes:
@@ -130,11 +140,28 @@ class SourceCounts:
     num_accepted: int = 0
 
 
+class Drafter(Protocol):
+    """A model that drafts."""
+
+    def draft(self, sequences: Seq[Sequence], count: int) -> dict[Sequence, list[int]]:
+        """Return `count` tokens that may follow, of the sequences for which it has room and knows the prompt."""
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a sequence, if it is known."""
+
+
 class Speculation:
     """Chooses the drafted tokens of each step, and learns from its results. Owner: the engine core."""
 
-    def __init__(self, times: StepTimes | None = None) -> None:
-        """times: None begins to measure."""
+    def __init__(
+        self, times: StepTimes | None = None, cache: RadixCache | None = None, model: Drafter | None = None
+    ) -> None:
+        """times: None begins to measure. cache: what others wrote after the same prompts; None: nothing."""
+        self._cache = cache
+        self._model = model
+        self._model_times = StepTimes()  # of one drafted token, by the number of sequences
+        self._num_unasked = 0  # steps since the model was asked
+        self.model_s = 0.0  # the model's time, all in all
         self.counts = {source: SourceCounts() for source in SOURCES}
         self._times = StepTimes() if times is None else times
         self._kinds: dict[tuple[int, int], Successes] = {}
@@ -144,25 +171,33 @@ class Speculation:
     def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
         """Draft tokens for some of the sequences that decode in the next step, whose tokens so far must be known."""
         gains: list[tuple[float, int, Sequence]] = []
-        num_rows = num_known = 0
-        for sequence in sequences:
-            num_rows += 1
+        rows = list(sequences)
+        num_rows, num_known = len(rows), 0
+        for sequence in rows:
             num_known += sequence.num_tokens
             found = self._live.get(sequence)
             if found is None:
-                found = self._live[sequence] = _Drafted(TextDrafts(sequence, self._runs), len(sequence.output_ids))
+                text = TextDrafts(sequence, self._runs, self._cache)
+                found = self._live[sequence] = _Drafted(text, len(sequence.output_ids))
             self._read(sequence, found)
             draft = found.draft = found.text.propose(MOST_DRAFTED)
             if draft is None:
                 continue
-            success = found.success = self._success(found, draft)
-            gain = success
-            for place in range(len(draft.tokens)):
+            found.success = self._success(found, draft)
+        kv_len = num_known / max(num_rows, 1)
+        if self._model is not None and rows:
+            self._ask(self._model, rows, kv_len)
+        for sequence in rows:
+            found = self._live[sequence]
+            if found.draft is None:
+                continue
+            gain = found.success
+            for place in range(len(found.draft.tokens)):
                 if gain < _LEAST_GAIN:
                     break
                 gains.append((gain, -place, sequence))
-                gain *= success
-        return self._choose(gains, num_rows, num_known / max(num_rows, 1))
+                gain *= found.success
+        return self._choose(gains, num_rows, kv_len)
 
     def note_step(self, batch: Batch, seconds: float) -> None:
         """Learn from a step that was read, and how long the engine's thread worked on it."""
@@ -178,6 +213,8 @@ class Speculation:
     def release(self, sequence: Sequence) -> None:
         """Remove a sequence that has ended, and keep its answer. Does nothing if it is unknown."""
         found = self._live.pop(sequence, None)
+        if self._model is not None:
+            self._model.release(sequence)
         if found is not None:
             self._read(sequence, found)
             if sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -190,6 +227,49 @@ class Speculation:
             for source, counts in self.counts.items()
             for what, value in (("drafted", counts.num_drafted), ("accepted", counts.num_accepted))
         }
+
+    def _ask(self, model: Drafter, rows: list[Sequence], kv_len: float) -> None:
+        """Let the model draft for the rows for which that is likelier to be right than the drafts that they have."""
+        kind = self._of_kind(Draft([], _MODEL, 0))
+        success = min(kind.num_right / kind.num_expected, _MOST_SUCCESS)
+        asking = [s for s in rows if self._live[s].draft is None or self._live[s].success < success]
+        count = self._num_by_model(success, len(rows), len(asking), kv_len) if asking else 0
+        self._num_unasked += 1
+        if not count and self._num_unasked < _TRY_MODEL:
+            return
+        self._num_unasked = 0
+        begin = time.thread_time()
+        drafts = model.draft(asking, max(count, 1))
+        seconds = time.thread_time() - begin
+        self.model_s += seconds
+        if len(drafts) == len(asking):  # no prompts were computed
+            self._model_times.note(len(asking), kv_len, seconds / max(count, 1))
+        for sequence, tokens in drafts.items():
+            found = self._live[sequence]
+            ends = sequence.request.stop_ids
+            end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+            if end:
+                found.draft, found.success = Draft(tokens[:end], _MODEL, 0), success
+
+    def _num_by_model(self, success: float, num_rows: int, num_asking: int, kv_len: float) -> int:
+        """How many tokens the model should draft, so that the steps yield most tokens a second."""
+        if not self._times.knows(num_rows, kv_len):
+            return 0
+        if not self._model_times.knows(num_asking, kv_len):
+            return 1
+        token_s = self._model_times.seconds(num_asking, kv_len)
+        best, best_rate = 0, _MARGIN * num_rows / self._times.seconds(num_rows, kv_len)
+        yielded, gain = float(num_rows), 1.0
+        for count in range(1, _MOST_BY_MODEL + 1):
+            size = num_rows + count * num_asking
+            if size > _MOST_IN_STEP:
+                break
+            gain *= success
+            yielded += gain * num_asking
+            rate = yielded / (self._times.seconds(size, kv_len) + count * token_s)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best
 
     def _read(self, sequence: Sequence, found: _Drafted) -> None:
         """Compare a sequence's new tokens with its last draft, verified or not, and follow them."""
@@ -212,7 +292,8 @@ class Speculation:
     def _of_kind(self, draft: Draft) -> Successes:
         kind = draft.source, bisect_right(_LENGTHS, draft.length)
         if kind not in self._kinds:
-            self._kinds[kind] = Successes(_FIRST_SUCCESS * _FIRST_WEIGHT, _FIRST_WEIGHT)
+            first = _FIRST_BY_MODEL if draft.source == _MODEL else _FIRST_SUCCESS
+            self._kinds[kind] = Successes(first * _FIRST_WEIGHT, _FIRST_WEIGHT)
         return self._kinds[kind]
 
     def _success(self, found: _Drafted, draft: Draft) -> float:

@@ -356,6 +356,8 @@ def _to_report(output: RequestOutput) -> Output:
         timings=None if output.timings is None else dict(output.timings),
         incomplete=output.incomplete,
         was_closed=output.was_closed,
+        drafted_tokens=usage.drafted_tokens,
+        accepted_tokens=usage.accepted_tokens,
     )
 
 

@@ -163,6 +163,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
     `logprobs`, `top_logprobs`: one entry for each of `token_ids`. `prompt_logprobs`, `prompt_tops`: one for each scored
     token of the prompt. `incomplete`: why a constrained text is incomplete.
     `vector`: of a pooling request. `was_closed`: it is whole, and ended because `max_tokens` left no room for more.
+    `drafted_tokens`, `accepted_tokens`: as in Usage.
     """
 
     id: str
@@ -182,6 +183,8 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
     timings: dict[str, float] | None = None
     incomplete: str | None = None
     was_closed: bool = False
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def absorb(self, later: Output) -> None:
         """Merge the next increment into this one, so a slow reader holds only one object."""
@@ -193,6 +196,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
         self.prompt_tops = _joined(self.prompt_tops, later.prompt_tops)
         self.prompt_tokens, self.cached_tokens = later.prompt_tokens, later.cached_tokens
         self.completion_tokens = later.completion_tokens
+        self.drafted_tokens, self.accepted_tokens = later.drafted_tokens, later.accepted_tokens
         self.finish_reason, self.stop_match, self.error = later.finish_reason, later.stop_match, later.error
         self.incomplete, self.was_closed = later.incomplete, later.was_closed
         self.vector = later.vector

@@ -40,7 +40,11 @@ class PromptTokensDetails(AnswerStruct):
 
 
 class CompletionTokensDetails(AnswerStruct):
+    """The last two: drafted tokens that were verified, if any were, by `prediction` or otherwise."""
+
     reasoning_tokens: Count
+    accepted_prediction_tokens: Count | UnsetType = UNSET
+    rejected_prediction_tokens: Count | UnsetType = UNSET
 
 
 class HistoryUsage(AnswerStruct):
@@ -162,12 +166,18 @@ def usage_of(outputs: Iterable[Output], prompts: Iterable[Output], reasoning_tok
     firsts, answers = list(prompts), list(outputs)
     num_prompt = sum(output.prompt_tokens for output in firsts)
     num_completion = sum(output.completion_tokens for output in answers)
+    num_drafted = sum(output.drafted_tokens for output in answers)
+    num_accepted = sum(output.accepted_tokens for output in answers)
     return TokenUsage(
         prompt_tokens=num_prompt,
         completion_tokens=num_completion,
         total_tokens=num_prompt + num_completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(output.cached_tokens for output in firsts)),
-        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning_tokens),
+        completion_tokens_details=CompletionTokensDetails(
+            reasoning_tokens=reasoning_tokens,
+            accepted_prediction_tokens=num_accepted if num_drafted else UNSET,
+            rejected_prediction_tokens=num_drafted - num_accepted if num_drafted else UNSET,
+        ),
         closed_by_budget=True if any(output.was_closed for output in answers) else UNSET,
     )
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ramet.runtime.speculation.drafts import EarlierRuns, TextDrafts
+from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.radix_cache import RadixCache
+from ramet.runtime.speculation.drafts import SOURCES, EarlierRuns, TextDrafts
 from ramet.runtime.speculation.speculation import Speculation, StepTimes
 from ramet.runtime.types import Batch, FinishReason, Request, SamplingParams, ScheduledSequence, Sequence, Status
 
@@ -92,6 +94,62 @@ def test_earlier_answers_take_a_bounded_number_of_tokens() -> None:
         assert runs.num_tokens <= 1_000_000
     kept = sum(len(run) for i in range(700) for run in runs.find(make_sequence([i] * 8, []).request))
     assert kept == runs.num_tokens > 900_000
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_cached_after_a_prompt_is_found(seed: int) -> None:
+    """By brute force over the texts in the tree, whose prompts end anywhere within pages."""
+    rng, pool = random.Random(seed), PagePool(500, 8)
+    cache = RadixCache(pool)
+    stem, texts = [rng.randrange(50) for _ in range(40)], []
+    for _ in range(12):
+        text = np.asarray(
+            stem[: rng.randrange(1, 40)] + [rng.randrange(50) for _ in range(rng.randrange(1, 40))], dtype=np.int32
+        )
+        match = cache.match(text)
+        cache.lock(match.node)
+        pages = pool.allocate(-(-(len(text) - match.num_tokens) // 8))
+        assert pages is not None
+        cache.insert(match.node, text[match.num_tokens :], pages)
+        cache.unlock(match.node)
+        texts.append(text.tolist())
+    for _ in range(300):
+        prompt = (stem if rng.random() < 0.5 else rng.choice(texts))[: rng.randrange(1, 40)]
+        found = cache.following(np.asarray(prompt, dtype=np.int32), "", most_texts=50, most_tokens=99)
+        after = [text[len(prompt) :] for text in texts if text[: len(prompt)] == prompt and len(text) > len(prompt)]
+        longest = [text for text in after if not any(o != text and o[: len(text)] == text for o in after)]
+        assert all(text.tolist() in after for text in found)
+        assert all(any(text.tolist() == one for text in found) for one in longest), (prompt, found, longest)
+        few = cache.following(np.asarray(prompt, dtype=np.int32), "", most_texts=2, most_tokens=3)
+        assert 0 < len(few) <= 2 or not found
+        assert all(len(text) <= 3 for text in few)
+    assert cache.following(np.asarray(stem[:1], dtype=np.int32), "other", most_texts=9, most_tokens=9) == []
+
+
+def test_what_others_wrote_after_the_same_prompt_is_drafted() -> None:
+    pool, prompt = PagePool(50, 8), list(range(100, 119))
+    cache = RadixCache(pool)
+    pages = pool.allocate(4)
+    assert pages is not None
+    cache.lock(cache.root())
+    cache.insert(cache.root(), np.asarray([*prompt, 7, 8, 9, 10, 11], dtype=np.int32), pages[:3])
+    drafts = TextDrafts(make_sequence(prompt, []), EarlierRuns(), cache)
+    draft = drafts.propose(9)
+    assert draft is not None
+    assert (draft.tokens, SOURCES[draft.source]) == ([7, 8, 9, 10, 11], "tree")
+    assert TextDrafts(make_sequence(prompt[1:], []), EarlierRuns(), cache).propose(9) is None
+
+
+def test_a_passage_goes_on_behind_a_word_that_the_text_changes() -> None:
+    old = list(range(100, 140))
+    new = [*old[:12], 7, *old[13:20], 8, 9, *old[22:]]  # one token for one, then two tokens for two
+    drafts = TextDrafts(make_sequence([*old, 1], new[:10]), EarlierRuns())
+    right = 0
+    for place in range(10, len(new)):
+        draft = drafts.propose(1)
+        right += draft is not None and draft.tokens == [new[place]]
+        drafts.follow([new[place]])
+    assert right == len(new) - 10 - 3, "all but the changed words"
 
 
 # --- how many

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from ramet.errors import InvalidRequest, RequestCancelled
+from ramet.errors import ConfigError, InvalidRequest, ModelNotFound, RequestCancelled
 from ramet.grammar import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
+from ramet.runtime.engine import factory
+from ramet.runtime.engine.draft_model import DraftModel
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.handle import RequestHandle, RequestResult
 from ramet.runtime.models.load import LoadedModel
@@ -56,11 +60,15 @@ class Guesses(Speculation):
 class FixedTimes(StepTimes):
     """Times of steps that no clock has measured."""
 
+    def __init__(self, one: float = 1.0) -> None:
+        super().__init__()
+        self.one = one
+
     def knows(self, num_tokens: int, kv_len: float) -> bool:
         return True
 
     def seconds(self, num_tokens: int, kv_len: float) -> float:
-        return 1 + 0.1 * (num_tokens - 1)
+        return self.one * (1 + 0.1 * (num_tokens - 1))
 
 
 def draft_by(engine: Engine, speculation: Speculation) -> None:
@@ -147,7 +155,11 @@ def grammars(tiny_model: LoadedModel) -> list[Grammar]:
     return grammars_of(tiny_model)
 
 
-@pytest.mark.parametrize("seed", range(4))
+# 1,000 requests each, cold and warm, and some of them alone.
+LONG = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 42)]
+
+
+@pytest.mark.parametrize("seed", [*range(4), *LONG])
 @pytest.mark.parametrize("num_right", [0, 3, 12])
 def test_random_requests_have_the_answers_that_they_have_without_drafts(
     tiny_model: LoadedModel, plain: Engine, grammars: list[Grammar], seed: int, num_right: int
@@ -256,6 +268,89 @@ def test_an_expected_answer_saves_steps_and_garbage_costs_none(tiny_model: Loade
     assert steps[1] <= 121
     assert steps[2] < 0.6 * steps[0]
     assert steps[3] < 0.8 * steps[0]
+
+
+@pytest.fixture
+def with_draft_model(monkeypatch: pytest.MonkeyPatch, tiny_model: LoadedModel) -> Callable[..., Engine]:
+    """Makes engines whose draft model is any loaded one, with times that no clock has measured."""
+
+    def make(draft: LoadedModel, **settings: Any) -> Engine:
+        monkeypatch.setattr(factory, "load_model", lambda name, device: draft)
+        engine = Engine(tiny_model, speculative="auto", speculative_draft="small", **{**SETTINGS, **settings})
+        model = draft_model_of(engine)
+        speculation = Speculation(FixedTimes(), model=model)
+        speculation._model_times = FixedTimes(0.05)
+        draft_by(engine, speculation)
+        return engine
+
+    return make
+
+
+def draft_model_of(engine: Engine) -> DraftModel:
+    speculation = engine._core.speculation
+    assert speculation is not None
+    model = speculation._model
+    assert isinstance(model, DraftModel)
+    return model
+
+
+def test_a_model_that_drafts_for_itself_is_always_right(
+    tiny_model: LoadedModel, plain: Engine, with_draft_model: Callable[..., Engine]
+) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, seed=1)
+    requests: list[dict[str, Any]] = [
+        {"prompt": prompt, "sampling": sampling} for prompt in ("one", "a longer prompt " * 20, "three")
+    ]
+    expected = answers_of(plain, requests)
+    with with_draft_model(tiny_model) as engine:
+        for found, wanted, request in zip(answers_of(engine, requests), expected, requests, strict=True):
+            assert_same(found, wanted, request)
+            assert found.usage.accepted_tokens == found.usage.drafted_tokens > 30
+        stats = engine.stats()
+        assert stats["num_accepted_tokens_model"] == stats["num_drafted_tokens_model"] > 100
+        assert stats["num_steps"] < 40
+        draft_model_of(engine).check_integrity()
+
+
+@pytest.mark.parametrize("num_kv_tokens", [8192, 512])
+def test_a_models_drafts_change_no_answer_and_its_pages_come_back(
+    tiny_model: LoadedModel,
+    plain: Engine,
+    grammars: list[Grammar],
+    with_draft_model: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    num_kv_tokens: int,
+) -> None:
+    rng = random.Random(num_kv_tokens)
+    requests = random_requests(rng, grammars, 24)  # most of them are not greedy, as the drafts are
+    expected = answers_of(plain, requests)
+    monkeypatch.setattr(factory, "DRAFT_KV_TOKENS", num_kv_tokens)  # too small for all
+    with with_draft_model(tiny_model, num_kv_tokens=640, reservation_ratio=0.0) as engine:
+        for _ in range(2):
+            for found, wanted, request in zip(answers_of(engine, requests), expected, requests, strict=True):
+                assert_same(found, wanted, request)
+        cancelled = engine.submit("to be cancelled", SamplingParams(max_tokens=90, ignore_eos=True))
+        next(iter(cancelled))
+        cancelled.cancel()
+        answers_of(engine, requests[:2])
+        assert engine.stats()["num_drafted_tokens_model"] > 5
+        draft_model_of(engine).check_integrity()
+        assert not draft_model_of(engine).num_sequences
+        engine.check_integrity()
+
+
+def test_a_draft_model_that_cannot_serve_is_refused_at_start(
+    tiny_model: LoadedModel, with_draft_model: Callable[..., Engine]
+) -> None:
+    with pytest.raises(ConfigError, match="speculative_draft is 'small', which needs speculative=auto"):
+        Engine(tiny_model, speculative_draft="small", **SETTINGS)
+    with pytest.raises(ModelNotFound, match="no-such-model"):
+        Engine(tiny_model, speculative="auto", speculative_draft="no-such-model", **SETTINGS)
+    tokenizer = copy.copy(tiny_model.tokenizer)
+    tokenizer.token_bytes = [*tokenizer.token_bytes[:65], b"?", *tokenizer.token_bytes[66:]]
+    other = dataclasses.replace(tiny_model, name="small", tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"small has another vocabulary: token 65 is b'\?' there and b'A' in"):
+        with_draft_model(other)
 
 
 @pytest.mark.parametrize("expected", [7, None, "\ud800", ["a"]])

@@ -57,6 +57,24 @@ def test_usage_says_that_the_budget_made_an_answer_end(
     assert usage_of(client, path, stream=stream)["closed_by_budget"] is True
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", list(BODIES)[:3])
+def test_usage_says_how_many_drafted_tokens_were_right(
+    client: Client, replay: Callable[..., Any], path: str, stream: bool
+) -> None:
+    def script(command: Any) -> Any:
+        outputs = replay(command, "four")
+        outputs[-1].drafted_tokens, outputs[-1].accepted_tokens = 7, 3
+        return outputs
+
+    name = "output_tokens_details" if path == "/v1/responses" else "completion_tokens_details"
+    client.engine.says("four")
+    assert set(usage_of(client, path, stream=stream)[name]) == {"reasoning_tokens"}
+    client.engine.script = script
+    details = usage_of(client, path, stream=stream)[name]
+    assert (details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]) == (3, 4)
+
+
 CHATS = [path for path in BODIES if path != "/v1/completions"]
 FIRST = "You are a friendly helper. Today is 2026-11-{day}. Be short, and say when you do not know."
 
