@@ -31,6 +31,7 @@ from ramet.grammar.regular import numbers as numeric
 from ramet.grammar.regular.numbers import Numbers
 
 MANY = 1 << 14  # values; more of them count as infinitely many
+_MANY_OBJECTS = 1 << 8  # objects that are made at once, about a millisecond each
 
 
 # --- is there another value than these?
@@ -233,7 +234,27 @@ def specimens(e: Expressions, expr: Expr, count: int) -> list[int]:
             low, high = e.languages.bounds(s)
             texts = short_texts(e.languages.base(s._replace(low=0, high=None)), low, high, count + len(s.excluded))
             found |= dict.fromkeys(number(("string", t)) for t in texts if t not in s.excluded)
+    for o in a.objects if len(found) < count <= _MANY_OBJECTS else ():
+        found |= dict.fromkeys(_different_objects(e, o, count))
     return [*found][:count] if len(found) >= count else e.listed(expr, MANY) or []
+
+
+def _different_objects(e: Expressions, o: Objects, count: int) -> list[int]:
+    """Return up to `count` objects with the keys that must be there, or with one key. They differ in one value."""
+    declared = [k for k, expr in o.properties if not e.is_empty(expr)]
+    keys = sorted(specs.closure_of_keys(o, o.required)) or declared[:1]
+    values = {}
+    for key in keys:
+        deadline.check()
+        values[key] = specimens(e, specs.expr_of_key(e, o, key), count)
+        if not values[key]:
+            return []
+    varied = max(keys, key=lambda k: len(values[k]), default=None)
+    if varied is None:
+        return []
+    rest = {key: found[0] for key, found in values.items()}
+    out = [e.constants.number(("object", frozenset({**rest, varied: n}.items()))) for n in values[varied]]
+    return [n for n in out if _is_in(e, n, Values(objects=(o,)))]
 
 
 def is_free(e: Expressions, expr: Expr) -> bool:

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from ramet.grammar import deadline
 from ramet.grammar.json_schema.algebra import costs, distinct, specs
 from ramet.grammar.json_schema.algebra.values import Arrays, Const, Expr
-from ramet.grammar.json_schema.frames.compilation import Compilation, Context
+from ramet.grammar.json_schema.frames.compilation import Compilation, Context, TextContext
 from ramet.grammar.json_schema.frames.lookahead import (
     MAX_TAGS,
     End,
@@ -253,12 +254,19 @@ class ItemContext(Context):
         return target(self.compilation.frame(ArrayFrame, following, False))
 
 
-def _different_items(compilation: Compilation, expr: Expr, count: int) -> tuple[tuple[int, bytes], ...]:
-    """Return up to `count` different scalars of an expression, with their texts."""
-    e = compilation.expressions
-    numbers = distinct.specimens(e, expr, count)
-    texts = [e.constants.scalar_text(number) for number in numbers]
-    return tuple([(n, text.encode()) for n, text in zip(numbers, texts, strict=True) if text is not None])
+def _different_items(compilation: Compilation, expr: Expr, count: int, depth: int) -> tuple[tuple[int, bytes], ...]:
+    """Return up to `count` different values of an expression, short ones, with their texts at a depth of the layout."""
+    e, machine = compilation.expressions, compilation.machine
+    out: list[tuple[int, bytes]] = []
+    for number in distinct.specimens(e, expr, count)[:count]:
+        deadline.check()
+        text = e.constants.scalar_text(number)
+        if text is None:
+            only, context = e.both(expr, e.constants.expr(number)), TextContext(target(machine.done), 0, depth)
+            out.append((number, machine.closing_bytes(compilation.value((only,), context, AT_VALUE))))
+        else:
+            out.append((number, text.encode()))
+    return tuple(out)
 
 
 def open_array(compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
@@ -341,6 +349,6 @@ class ArrayFrame(Frame):
             return None
         if any(count < c.low or c.high is not None for c, count in zip(spec.contains, counts, strict=True)):
             return None
-        items = self.compilation.once(_different_items, spec.rest, spec.low)
+        items = self.compilation.once(_different_items, spec.rest, spec.low, self.node.depth)
         chosen = [item for item in items if item[0] not in state.seen][:missing]
         return chosen if len(chosen) == missing else None

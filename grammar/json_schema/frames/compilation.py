@@ -83,9 +83,10 @@ class Context(ABC):
 class TextContext(Context):
     """The text around all JSON. It continues at the target `after`, with about `num_bytes` bytes left to its end."""
 
-    def __init__(self, after: int, num_bytes: int) -> None:
+    def __init__(self, after: int, num_bytes: int, depth: int = 0) -> None:
         self.after = after
         self.num_bytes = num_bytes
+        self.depth = depth
 
     def resume(self, mask: int, value: Const | None) -> int:
         return self.after

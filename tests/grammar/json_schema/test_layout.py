@@ -7,6 +7,7 @@ import random
 import typing
 from typing import Any
 
+import jsonschema
 import pytest
 
 from ramet.errors import InvalidGrammar
@@ -182,6 +183,55 @@ def test_closed_objects_that_must_differ_never_come_to_a_dead_end(order: str) ->
         text += bytes(token for token in grammar.shortest_completion(state))
         found = json.loads(text)
         assert len({json.dumps(one, sort_keys=True) for one in found}) == len(found) >= 5
+
+
+DIFFERENT: list[tuple[dict[str, Any], list[Any]]] = [  # (items, some of them)
+    (
+        {
+            "properties": {"z": {"type": "string"}, "b": {"type": "boolean"}, "a": {"type": "integer"}},
+            "required": ["z"],
+        },
+        [{"z": "", "a": 1}, {"z": "x", "b": True}],
+    ),
+    (
+        {"properties": {"a": {"enum": [1, 2]}, "b": {"enum": [*"abcdef"]}}, "required": ["a", "b"]},
+        [{"a": 2, "b": "a"}, {"a": 1, "b": "c"}],
+    ),
+    (
+        {
+            "properties": {"p": {"type": "object", "properties": {"q": {"minimum": 5}}, "required": ["q"]}},
+            "required": ["p"],
+            "dependentRequired": {"p": ["r"]},
+        },
+        [{"p": {"q": 5}, "r": []}, {"p": {"q": 6}, "r": {}}],
+    ),
+    ({"properties": {"a": {"type": "integer"}}, "minProperties": 1}, [{"a": 0}, {"a": 3}]),
+]
+
+
+@pytest.mark.parametrize("order", ["any", "declared"])
+@pytest.mark.parametrize("whitespace", LAYOUTS)
+@pytest.mark.parametrize(("items", "given"), DIFFERENT)
+def test_the_objects_that_an_array_lacks_are_closed_at_once(
+    items: dict[str, Any], given: list[Any], whitespace: str, order: str
+) -> None:
+    schema = {"type": "array", "items": {"type": "object", **items}, "uniqueItems": True, "minItems": 12}
+    grammar, other = (compiled(schema, whitespace=whitespace, order=order) for _ in range(2))
+    text = json.dumps(given, **LAYOUTS[whitespace]).rstrip("]").rstrip().encode()
+    state, num_frames = 0, 0
+    for place, byte in enumerate(text):
+        after = grammar.advance(state, byte)
+        assert after is not None, text[:place]
+        state = after
+        whole = text[: place + 1] + bytes(grammar.shortest_completion(state))
+        assert accepts(other, whole.decode()), whole
+        found = json.loads(whole)
+        jsonschema.validate(found, schema)
+        assert len(whole) - place - 1 <= grammar.completion_bound(state)
+        if place == text.index(b"}"):
+            num_frames = len(grammar.machine.frames)
+    added = len(grammar.machine.frames) - num_frames
+    assert added < 100, f"{added} frames for the second object: the missing ones were written one by one"
 
 
 def test_tools_and_tags_take_the_same_options() -> None:
