@@ -19,8 +19,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Compiled:
     narrow: int  # loads and stores of global memory of one or two bytes a thread: what could not be made wider
     in_use: bool
     error: str = ""
+    instructions: dict[str, int] = field(default_factory=dict)  # how many there are of those that speed and order need
 
     def is_bad(self, max_spill: int) -> bool:
         return bool(self.error) or self.spill_bytes > max_spill or self.shared_bytes > SHARED_LIMIT
@@ -92,6 +94,12 @@ def narrow_accesses(ptx: str) -> int:
     return len(re.findall(r"\b(?:ld|st)\.global(?:\.\w+)*\.b(?:8|16) ", ptx))
 
 
+def instructions(ptx: str) -> dict[str, int]:
+    """Counts of matrix products, copies to shared memory, loads of global memory, and atomic operations."""
+    names = r"\b(wgmma\.mma_async|mma\.sync|cp\.async\.cg|ld\.global\.(?:nc|cg)|atom\.global\.gpu\.acq_rel)\b"
+    return dict(Counter(re.findall(names, ptx)))
+
+
 def compile_launches(launches: list[Launch], capability: int, show: Callable[[Compiled], None]) -> list[Compiled]:
     """Run every launcher with a driver that never launches; each variant is compiled once."""
     driver.set_active(OfflineDriver(capability))
@@ -119,6 +127,7 @@ def compile_launches(launches: list[Launch], capability: int, show: Callable[[Co
                 metadata.num_warps,
                 narrow_accesses(kernel.asm["ptx"]),
                 case.in_use,
+                instructions=instructions(kernel.asm["ptx"]),
             )
             found.append(record)
             show(record)

@@ -78,6 +78,24 @@ def test_pages_are_copied_in_wide_accesses() -> None:
     assert variant["narrow"] == 0
 
 
+def test_attention_uses_the_matrix_units_and_merges_in_order() -> None:
+    """Hopper's products where a tile has 64 rows, copies of 16 bytes, and parts that are read behind the counter."""
+    done = compile_kernels("--only", "llama-8b extend 64x64 w4 s5 window None,llama-8b decode splits 8 fused", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["variants"]
+    for variant in found:
+        counts = variant["instructions"]
+        assert counts.get("cp.async.cg", 0) > 0, variant
+        assert "ld.global.nc" not in counts, "what others write in the same launch is never read as constant"
+        if variant["kernel"] == "_extend_kernel":
+            assert counts["wgmma.mma_async"] > 0, variant
+            assert "mma.sync" not in counts, variant
+        else:
+            assert counts["atom.global.gpu.acq_rel"] == 1, variant
+            assert counts["ld.global.cg"] > 0, variant
+    assert {variant["kernel"] for variant in found} == {"_extend_kernel", "_decode_kernel"}
+
+
 @pytest.mark.slow
 def test_no_configuration_in_use_spills_or_needs_too_much_shared_memory() -> None:
     done = compile_kernels()
