@@ -228,7 +228,8 @@ class Explanation:
         return out.getvalue().rstrip("\n")
 
     def _repr_html_(self) -> str:
-        return f'<pre style="white-space:pre;overflow-x:auto;line-height:1.3">{escape(str(self))}</pre>'
+        style = "white-space:pre;overflow-x:auto;line-height:1.3;font-family:monospace"
+        return f'<pre style="{style}">{escape(str(self))}</pre>'
 
 
 def explain_run(record: RunRecord) -> Explanation:
