@@ -128,7 +128,7 @@ compile_ahead
 case $part in
   ladder)
     run check 90 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections check --out "$out/check.json"
-    run ladder 300 $python benchmarks/ladder.py "${dry_checks[@]}" --out "$out" || [ -n "$dry" ] || exit 1
+    run ladder 300 $python benchmarks/ladder.py "${dry_checks[@]}" --limit $((20 * slack * slack)) --out "$out" || [ -n "$dry" ] || exit 1
     [ -f "$out/flags.txt" ] && [ -z "$dry" ] && cp "$out/flags.txt" "$keep"
     run attention 60 $python benchmarks/bench_attention.py "${dry_attention[@]}" --sections tree,decode --seconds 50 --out "$out/attention.json"
     ;;
