@@ -4,6 +4,8 @@
     python benchmarks/bench_replicas.py --kills 100              an engine is killed so often, under load
     python benchmarks/bench_replicas.py --http                   what requests and streams cost the HTTP process
     python benchmarks/bench_replicas.py --autoscale              1 -> 3 -> 1 engines under a load that rises and falls
+    python benchmarks/bench_replicas.py --prefill                long prompts beside chats: 2 engines, or prefill apart
+    python benchmarks/bench_replicas.py --moves                  KV pages from one engine to another, and computing them
 
 Workloads are those of workloads.py at an eighth of their lengths (RAG: with eight documents), with more chains than
 replicas. Random and round-robin placement run for contrast. The hit rate is the cached share of all prompt tokens.
@@ -21,16 +23,21 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 from json_line import commit, print_record
 from workloads import Chain, Turn
 
 from ramet.errors import EngineStopped, RametError
 from ramet.runtime.cluster.autoscaler import ScalingRule
 from ramet.runtime.cluster.router import Placement, RoutedRequest, Router, RouterConfig
+from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.server.link.moving import Moves, move
+from ramet.runtime.server.link.on_ray import RayLauncher, connect
 from ramet.runtime.server.link.protocol import Submit
 from ramet.runtime.server.link.proxy import EngineProxy, Listener
 from ramet.runtime.server.link.replicas import Replicas
@@ -38,7 +45,10 @@ from ramet.runtime.types import SamplingParams
 
 
 class RandomRouter(Router):
-    """Any replica."""
+    """Any replica, and no pages move."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__(replace(config, least_moved=1 << 30))
 
     def place(self, request: RoutedRequest, now_s: float, avoid: Collection[int] = ()) -> Placement:
         chosen = self.choose([replica for replica in self.replicas if replica not in avoid])
@@ -113,23 +123,27 @@ def make(
     count: int,
     router: Callable[[RouterConfig], Router],
     scaling: ScalingRule | None = None,
+    num_prefill: int = 0,
 ) -> EngineProxy | Replicas:
     """One engine with the whole cache, or several with a part each."""
     config = {"device": "cpu", "num_threads": 1, "num_kv_tokens": arguments.kv_tokens // count}
+    if arguments.prefill:
+        config["chunked_prefill_size"] = 512  # so that pages move while later ones are computed
 
     def proxy(replica: int | None = None, listener: Listener | None = None) -> EngineProxy:
         return EngineProxy(
             arguments.model,
             config,
+            launcher=None if arguments.ray_address is None else RayLauncher(EngineConfig.from_mapping(config)),
             replica=replica,
             listener=listener,
             max_engine_failures=1000,  # killed on purpose; pauses before restarts grow all the same
             log_level="ERROR",
         )
 
-    if count == 1 and scaling is None:
+    if count == 1 and scaling is None and not num_prefill:
         return proxy()
-    return Replicas(count, proxy, make_router=router, scaling=scaling)
+    return Replicas(count, proxy, make_router=router, scaling=scaling, num_prefill=num_prefill)
 
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -291,6 +305,110 @@ async def autoscale(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**counts, "up_s": up_s, "down_s": down_s, "changes": changes, "up_window_s": 3.0, "down_window_s": 10.0}
 
 
+async def beside_chats(arguments: argparse.Namespace, num_prefill: int) -> dict[str, Any]:
+    """Long prompts arrive in equal intervals while chats run, on two engines. Times between the chats' tokens."""
+    engines = make(arguments, 2 - num_prefill, Router, num_prefill=num_prefill)
+    assert isinstance(engines, Replicas)
+    await engines.start()
+    vocab_size = (await engines.wait_ready(600)).vocab_size
+    rng, gaps, firsts = random.Random(0), list[float](), list[float]()
+    counts = {"tokens": 0, "chats": 0, "failed": 0}
+    is_over = False
+
+    async def ask(num_prompt: int, num_out: int, times: list[float] | None) -> None:
+        prompt = [rng.randrange(vocab_size // 8, vocab_size) for _ in range(num_prompt)]
+        sampling = SamplingParams(temperature=0.0, max_tokens=num_out, ignore_eos=True)
+        last_s, is_first = time.perf_counter(), True
+        async for output in engines.submit(Submit(engines.new_id("bench"), prompt, sampling)):
+            now_s = time.perf_counter()
+            if is_first and times is None:
+                firsts.append(now_s - last_s)
+            elif not is_first and times is not None:
+                times.append(now_s - last_s)
+            last_s, is_first = now_s, False
+            counts["tokens"] += len(output.token_ids)
+        counts["tokens"] += num_prompt
+
+    async def chat() -> None:
+        while not is_over:
+            await ask(32, 64, gaps)
+            counts["chats"] += 1
+
+    for num_tokens in (64, arguments.prompt_tokens, arguments.prompt_tokens):
+        await ask(num_tokens, 4, None)
+    firsts.clear()
+    counts["tokens"] = 0
+    begun_s = time.perf_counter()
+    chats = [asyncio.create_task(chat()) for _ in range(arguments.chats)]
+    prompts: list[asyncio.Task[None]] = []
+    for _ in range(arguments.prompts):
+        await asyncio.sleep(arguments.interval)
+        prompts.append(asyncio.create_task(ask(arguments.prompt_tokens, 8, None)))
+    await asyncio.gather(*prompts)
+    seconds, tokens, is_over = time.perf_counter() - begun_s, counts["tokens"], True
+    await asyncio.gather(*chats)
+    moves = engines.moves
+    await engines.stop()
+    gaps.sort()
+    firsts.sort()
+    return {
+        "itl_p50_ms": round(1e3 * gaps[len(gaps) // 2], 1),
+        "itl_p99_ms": round(1e3 * gaps[int(len(gaps) * 0.99)], 1),
+        "tokens_s": round(tokens / seconds, 1),
+        "prompts_ttft_p50_s": round(firsts[len(firsts) // 2], 2),
+        "seconds": round(seconds, 1),
+        "moved_mb": round(moves.num_bytes / 1e6, 1),
+        "moved_tokens": moves.num_tokens,
+        "moving_s": round(moves.seconds, 2),
+        "moves_failed": moves.num_failed,
+    }
+
+
+async def prefill(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Two ordinary engines, and one for prompts with one that decodes, in turns."""
+    rows: dict[str, list[dict[str, Any]]] = {"two engines": [], "prefill apart": []}
+    for _ in range(arguments.rounds):
+        for num_prefill, (name, runs) in enumerate(rows.items()):
+            runs.append(await beside_chats(arguments, num_prefill))
+            print(f"{name:14}", "  ".join(f"{k} {v}" for k, v in runs[-1].items()), flush=True)
+    both, apart = (sorted(runs, key=lambda run: float(run["itl_p99_ms"]))[len(runs) // 2] for runs in rows.values())
+    return {
+        **rows,
+        "itl_p99_better": round(both["itl_p99_ms"] / apart["itl_p99_ms"], 2),
+        "throughput_of": round(apart["tokens_s"] / both["tokens_s"], 3),
+    }
+
+
+async def moves(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Move prefixes of several lengths between two idle engines, beside computing them there."""
+    engines = make(arguments, 2, Router)
+    assert isinstance(engines, Replicas)
+    await engines.start()
+    vocab_size = (await engines.wait_ready(600)).vocab_size
+    (_, source), (_, target) = engines.engines()
+    rng, found = random.Random(0), dict[str, Any]()
+    for num_tokens in (256, 1024, 2048, 4096):
+        rows = []
+        for _ in range(arguments.rounds + 1):  # the first one warms up
+            prompt = [rng.randrange(vocab_size // 8, vocab_size) for _ in range(num_tokens)]
+            once = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+            begun_s = time.perf_counter()
+            await source.submit(Submit(engines.new_id("bench"), prompt, once), is_whole=True).collect()
+            computed_s, totals = time.perf_counter() - begun_s, Moves()
+            begun_s = time.perf_counter()
+            await move(source, target, np.asarray(prompt, dtype=np.int32), "", totals)
+            rows.append((time.perf_counter() - begun_s, computed_s, totals.num_bytes))
+        moved_s, computed_s = (sorted(row[n] for row in rows[1:])[len(rows) // 2 - 1] for n in (0, 1))
+        found[str(num_tokens)] = {
+            "mb": round(rows[0][2] / 1e6, 1),
+            "moved_ms": round(1e3 * moved_s, 1),
+            "computed_ms": round(1e3 * computed_s, 1),
+        }
+        print(num_tokens, found[str(num_tokens)], flush=True)
+    await engines.stop()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -301,8 +419,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0, help="kill an engine so often instead")
     parser.add_argument("--autoscale", action="store_true", help="let the number of engines follow the load instead")
     parser.add_argument("--http", action="store_true", help="measure the HTTP process instead")
+    parser.add_argument("--prefill", action="store_true", help="compare with prefill apart from decode instead")
+    parser.add_argument("--moves", action="store_true", help="measure moves of KV pages instead")
+    parser.add_argument("--chats", type=int, default=6, help="of --prefill: that run at once")
+    parser.add_argument("--prompts", type=int, default=16, help="of --prefill: long ones, one after the other")
+    parser.add_argument("--prompt-tokens", type=int, default=2000, help="of --prefill: of a long one")
+    parser.add_argument("--interval", type=float, default=3.0, help="of --prefill: seconds between two long ones")
+    parser.add_argument("--rounds", type=int, default=3, help="of --prefill and --moves")
     parser.add_argument("--clients", type=int, default=24, help="of --autoscale, at most")
     parser.add_argument("--ttft", type=float, default=0.5, help="of --autoscale: seconds to the first token")
+    parser.add_argument("--ray-address", help="Ray cluster on whose nodes the engines run; default: this machine")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     record = {
@@ -311,9 +437,18 @@ def main() -> None:
         "model": arguments.model,
         "replicas": arguments.replicas,
     }
+    if arguments.ray_address is not None:
+        connect(arguments.ray_address)
+    if arguments.prefill or arguments.moves:
+        arguments.kv_tokens = max(arguments.kv_tokens, 32_768)
     if arguments.autoscale:
         record["autoscale"] = asyncio.run(autoscale(arguments))
         print(record["autoscale"])
+    elif arguments.prefill:
+        record["prefill"] = asyncio.run(prefill(arguments))
+        print({name: value for name, value in record["prefill"].items() if not isinstance(value, list)})
+    elif arguments.moves:
+        record["moves"] = asyncio.run(moves(arguments))
     elif arguments.http:
         record["http"] = asyncio.run(http(arguments))
         print(record["http"])

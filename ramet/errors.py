@@ -29,6 +29,7 @@
     ├── RequestCancelled                   aborted by its owner
     ├── EngineStopped                      the engine was shut down or crashed; what was in flight gets this
     ├── OutOfMemory (MemoryError)          weights or KV pool do not fit; names the knob and a value
+    ├── PagesRefused (ValueError)          KV pages of another model, or of a wrong size, which an engine cannot take in
     └── CacheIntegrityError (AssertionError)   page accounting broken: a bug in Ramet
 
 A message names the thing, its value, the limit, and the way out.
@@ -212,6 +213,10 @@ class EngineStopped(RametError):
 
 class OutOfMemory(RametError, MemoryError):
     """Weights, KV pool or workspace do not fit; the message names the knob and a value that would fit."""
+
+
+class PagesRefused(RametError, ValueError):
+    """KV pages cannot be given or taken in: they are of another model or of a wrong size, or their engine has none."""
 
 
 class CacheIntegrityError(RametError, AssertionError):

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 # SGLang's names, where the meaning is the same and the field's own name differs.
 ALIASES: Mapping[str, tuple[str, ...]] = {
-    "dp": ("--dp-size", "--data-parallel-size"),
+    "dp": ("--dp-size", "--data-parallel-size", "--decode-replicas"),
     "json_whitespace": ("--constrained-json-whitespace-pattern",),
     "num_kv_tokens": ("--max-total-tokens",),
     "seed": ("--random-seed",),

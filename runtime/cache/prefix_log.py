@@ -39,10 +39,10 @@ class CacheChanges(msgspec.Struct, frozen=True, omit_defaults=True):
     is_whole: bool = False
 
 
-def prefix_keys(tokens: TokenIds, page_size: int, cache_salt: str = "") -> list[int]:
-    """Return the key of every prefix of whole pages, the shortest first. O(len(tokens)), vectorised."""
-    sums = _sums(tokens, page_size, 0, salt_sum(cache_salt.encode()))
-    return _keys(sums, 1).tolist()  # type: ignore[no-any-return]
+def prefix_keys(tokens: TokenIds, page_size: int, cache_salt: str = "", every: int = 1) -> list[int]:
+    """Return the keys of the prefixes of `every`, 2 * `every`, ... whole pages. O(len(tokens)), vectorised."""
+    sums = _sums(tokens, page_size, 0, salt_sum(cache_salt.encode()))[every - 1 :: every]
+    return _keys(sums, every, every).tolist()  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=1024)
@@ -57,8 +57,13 @@ def _sums(tokens: TokenIds, page_size: int, start: int, before: int) -> Keys:
     mixed = (tokens[:num_whole].astype(np.uint64) + np.uint64(1)) * _ODD_1
     mixed ^= mixed >> np.uint64(32)
     mixed *= _weights(max(4096, 1 << (start + num_whole).bit_length()))[start : start + num_whole]
-    by_page = mixed.reshape(-1, page_size).sum(axis=1, dtype=np.uint64)
+    by_page = np.add.reduceat(mixed, _page_starts(num_whole, page_size)) if num_whole else mixed
     return np.cumsum(by_page, dtype=np.uint64) + np.uint64(before)
+
+
+@lru_cache(maxsize=64)
+def _page_starts(num_tokens: int, page_size: int) -> NDArray[np.int64]:
+    return np.arange(0, num_tokens, page_size)
 
 
 @lru_cache(maxsize=8)
@@ -75,9 +80,9 @@ def _mixed(values: Keys) -> Keys:
     return values ^ (values >> np.uint64(31))
 
 
-def _keys(sums: Keys, first: int) -> Keys:
-    """Keys of prefixes of `first`, `first + 1`, ... pages."""
-    num_pages = np.arange(first, first + len(sums), dtype=np.uint64)
+def _keys(sums: Keys, first: int, step: int = 1) -> Keys:
+    """Keys of prefixes of `first`, `first + step`, ... pages."""
+    num_pages = np.arange(first, first + step * len(sums), step, dtype=np.uint64)
     return (_mixed(sums) & ~_LOW_BYTE) | (num_pages & _LOW_BYTE)
 
 

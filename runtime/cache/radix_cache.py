@@ -139,6 +139,36 @@ class RadixCache:
         children.sort(key=attrgetter("last_used"))
         return _texts_of(children, len(tokens) - position, most_texts, most_tokens)
 
+    def pages_of(self, tokens: TokenIds, cache_salt: str = "") -> list[int]:
+        """Return the whole pages of the longest cached prefix of `tokens`, valid until the next step."""
+        node = self._roots.get(cache_salt.encode())
+        page_ids: list[int] = []
+        while node is not None:
+            child, num_same = self._descend(node, tokens[len(page_ids) * self._page_size :])
+            if child is None:
+                break
+            page_ids += child.page_ids[: num_same // self._page_size]
+            node = child if num_same == len(child.tokens) and not num_same % self._page_size else None
+        return page_ids
+
+    def latest_paths(self, most_tokens: int) -> list[tuple[str, TokenIds]]:
+        """Return the cached paths of whole pages with their cache salts, the last used first: about `most_tokens`."""
+        found: list[tuple[str, TokenIds]] = []
+        size = self._page_size
+        leaves = [
+            node
+            for node in self.nodes()
+            if len(node.tokens) >= size and not any(len(child.tokens) >= size for child in node.children.values())
+        ]
+        for leaf in sorted(leaves, key=attrgetter("last_used"), reverse=True):
+            most_tokens -= leaf.end
+            if most_tokens < 0:
+                break
+            path = leaf.path()
+            assert path[0].parent is not None
+            found.append((path[0].parent.key.decode(), np.concatenate([node.tokens for node in path])))
+        return found
+
     def _descend(self, node: RadixNode, tokens: TokenIds) -> tuple[RadixNode | None, int]:
         """Find the child of `node` with the longest common prefix with `tokens`, and its length (0: None)."""
         if not node.keys or not len(tokens):

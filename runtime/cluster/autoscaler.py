@@ -19,25 +19,25 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
+_FULL = 0.9  # share of the KV pages that running sequences hold: more is too much
+_WAITING = 8.0  # sequences a replica that no step has taken in: more are too many
+_TARGET = 0.7  # of what a replica bears
+_GROWTH = 1.1  # of `bearable`, in each `down_s` without trouble
+
 
 @dataclass(frozen=True, slots=True)
 class ScalingRule:
-    """Limits of the number of replicas, and what is too much for them.
+    """Limits of the number of replicas, and what they keep.
 
-    ttft_s: objective of the time to the first token, at the 90th percentile. kv_usage: share of the KV pages that
-    running sequences hold. waiting: sequences a replica that no step has taken in. up_s, down_s: seconds for which more
-    or fewer must be wanted. target: of what a replica bears. growth: of `bearable`, in each `down_s` without trouble.
+    ttft_s: objective of the time to the first token, at the 90th percentile. up_s, down_s: seconds for which more or
+    fewer must be wanted.
     """
 
     least: int
     most: int
     ttft_s: float = 2.0
-    kv_usage: float = 0.9
-    waiting: float = 8.0
     up_s: float = 10.0
     down_s: float = 120.0
-    target: float = 0.7
-    growth: float = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +67,16 @@ class Autoscaler:
     def decide(self, now_s: float, count: int, load: Load) -> int:
         """Return how many replicas there should be from now on. count: as many are there."""
         rule = self.rule
-        is_too_much = load.ttft_s > rule.ttft_s or load.waiting > rule.waiting * count or load.kv_usage > rule.kv_usage
+        is_too_much = load.ttft_s > rule.ttft_s or load.waiting > _WAITING * count or load.kv_usage > _FULL
         if is_too_much != self._is_too_much:
             self._is_too_much, self._since_s = is_too_much, now_s
         lasted_s = now_s - self._since_s
         if is_too_much and lasted_s >= rule.up_s:
             self.bearable = max(min(self.bearable, (load.in_flight - load.waiting) / count), 1.0)
         elif not is_too_much and lasted_s >= rule.down_s:
-            self.bearable *= rule.growth
+            self.bearable *= _GROWTH
             self._since_s = now_s
-        wanted = max(math.ceil(load.in_flight / (rule.target * self.bearable)), count + 1 if is_too_much else 0)
+        wanted = max(math.ceil(load.in_flight / (_TARGET * self.bearable)), count + 1 if is_too_much else 0)
         self._wanted.append((now_s, min(max(wanted, rule.least), rule.most)))
         while len(self._wanted) > 1 and self._wanted[1][0] <= now_s - max(rule.up_s, rule.down_s):
             self._wanted.popleft()

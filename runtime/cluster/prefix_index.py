@@ -21,51 +21,42 @@ _COARSEST = 256  # pages; a key says the number of its pages modulo this
 _NOBODY: tuple[int, ...] = ()
 
 
-class HolderTable:
+class HolderTable(dict[int, int | list[int]]):
     """Key -> the replicas that hold it. One holder is kept as a plain integer: most keys have one."""
-
-    def __init__(self) -> None:
-        self._holders: dict[int, int | list[int]] = {}
-
-    def __len__(self) -> int:
-        return len(self._holders)
 
     def add(self, key: int, replica: int) -> None:
         """Add a holder; a second time, if it holds the key already."""
-        found = self._holders.get(key)
+        found = self.get(key)
         if found is None:
-            self._holders[key] = replica
+            self[key] = replica
         elif isinstance(found, list):
             found.append(replica)
         else:
-            self._holders[key] = [found, replica]
+            self[key] = [found, replica]
 
     def discard(self, key: int, replica: int) -> None:
         """Remove a holder once, if it is one."""
-        found = self._holders.get(key)
+        found = self.get(key)
         if found == replica:
-            del self._holders[key]
+            del self[key]
         elif isinstance(found, list) and replica in found:
             found.remove(replica)
             if len(found) == 1:
-                self._holders[key] = found[0]
-
-    def __contains__(self, key: int) -> bool:
-        return key in self._holders
+                self[key] = found[0]
 
     def of(self, key: int) -> Sequence[int]:
         """Return the holders of a key. The caller must not change them."""
-        found = self._holders.get(key)
+        found = self.get(key)
         return _NOBODY if found is None else found if isinstance(found, list) else (found,)
 
     def holds(self, key: int, replica: int) -> bool:
-        found = self._holders.get(key)
+        found = self.get(key)
         return found == replica or (isinstance(found, list) and replica in found)
 
     def num_bytes(self) -> int:
         """Bytes of the table, its keys included. O(keys)."""
-        lists = sum(sys.getsizeof(found) for found in self._holders.values() if isinstance(found, list))
-        return sys.getsizeof(self._holders) + lists + 36 * len(self._holders)
+        lists = sum(sys.getsizeof(found) for found in self.values() if isinstance(found, list))
+        return sys.getsizeof(self) + lists + 36 * len(self)
 
 
 class PrefixIndex:
@@ -100,7 +91,8 @@ class PrefixIndex:
                 mine.discard(key)
                 self._table.discard(key, replica)
                 self.num_keys -= 1
-        for key in changes.added:
+        grain = self.grain - 1
+        for key in [key for key in changes.added if not key & grain]:
             if not key & (self.grain - 1) and key not in mine:
                 if self.num_keys >= self._max_keys:
                     has_room = self._has_room(key)
@@ -128,13 +120,29 @@ class PrefixIndex:
         """Return the replicas that hold the prefix with this key. The caller must not change the result."""
         return self._table.of(key)
 
-    def coarse(self, keys: Sequence[int]) -> Sequence[int]:
-        """Return those keys of a prompt, the shortest prefix first, that this index may know."""
-        return keys[self.grain - 1 :: self.grain]
+    def coarse(self, keys: Sequence[int], every: int = 1) -> Sequence[int]:
+        """Return those keys of a prompt, one for `every` pages, that this index may know."""
+        step = self.grain // every  # an index only becomes coarser
+        return keys if step == 1 else keys[step - 1 :: step]
 
     def num_held(self, keys: Sequence[int]) -> int:
         """Return how many of the keys, the shortest prefix first, somebody holds. O(log)."""
         return _num_within(keys, self._table, len(keys))
+
+    def num_shared(self, keys: Sequence[int], num_held: int) -> int:
+        """Return how many of the first `num_held` keys have more holders than the last of these. O(log)."""
+        get = self._table.get
+        last = get(keys[num_held - 1])
+        most = len(last) if isinstance(last, list) else 1
+        low, high = 0, num_held - 1  # the longest prefix with more holders is there
+        while low < high:
+            middle = (low + high + 1) // 2
+            found = get(keys[middle - 1])
+            if isinstance(found, list) and len(found) > most:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     def num_held_by(self, keys: Sequence[int], replica: int, most: int) -> int:
         """Return how many of the first `most` keys a replica holds. O(log)."""

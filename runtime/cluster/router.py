@@ -44,7 +44,8 @@ class RouterConfig:
     page_size: tokens a key stands for. token_s: seconds of a prompt's token, until measured. num_drawn: replicas drawn
     at random for each request; num_holders: holders looked at for each length of a cached prefix. promise_tokens:
     how exactly prompts on their way are known. stick_tokens: what a group's last replica is expected to hold of its
-    next request besides what is known, such as a part of a page. max_failures: failures in a row that open a breaker,
+    next request besides what is known, such as a part of a page. least_moved: tokens that another replica must hold
+    besides, for their pages to be worth a move. max_failures: failures in a row that open a breaker,
     for `pause_s` at first and twice as long each time after, up to `max_pause_s`.
     """
 
@@ -58,6 +59,7 @@ class RouterConfig:
     num_holders: int = 3
     promise_tokens: int = 128
     stick_tokens: int = 128
+    least_moved: int = 128
     max_failures: int = 3
     pause_s: float = 1.0
     max_pause_s: float = 30.0
@@ -66,25 +68,31 @@ class RouterConfig:
 
 @dataclass(frozen=True, slots=True)
 class RoutedRequest:
-    """A request to be placed. keys: `prefix_keys` of its prompt. group: the program or conversation that it is part of.
+    """A request to be placed. keys: `prefix_keys` of its prompt, for every so many pages (at most the index's `grain`).
 
-    num_tokens: of the prompt.
+    num_tokens: of the prompt. group: the program or conversation that it is part of.
     """
 
     num_tokens: int
     keys: Sequence[int] = ()
     group: str | None = None
+    every: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """Where a request goes. num_cached: prompt tokens that are expected to be cached there."""
+    """Where a request goes. num_cached: prompt tokens that are expected to be cached there.
+
+    source: a replica that holds `num_elsewhere` tokens of the prompt, more than `num_cached`; None: none is known.
+    """
 
     replica: int
     request: RoutedRequest
     num_cached: int
     placed_s: float
     promised: Sequence[int]
+    source: int | None = None
+    num_elsewhere: int = 0
 
     @property
     def num_lacking(self) -> int:
@@ -225,7 +233,7 @@ class Router:
             EngineStopped: no replica can take it: they are drained, left out after failures, or to be avoided.
         """
         index, config = self.index, self.config
-        keys = index.coarse(request.keys)
+        keys = index.coarse(request.keys, request.every)
         step = max(self._promise_every // index.grain, 1)
         known, most = self._known(keys)
         own = None if request.group is None else self._groups.get(request.group)
@@ -234,24 +242,31 @@ class Router:
         usable += self._drawn(now_s, avoid, usable)
         if not usable:
             raise EngineStopped(self._why_nobody(now_s, avoid))
-        chosen, best, num_held = usable[0], float("inf"), 0
+        chosen, best, num_held, num_indexed = usable[0], float("inf"), 0, 0
+        of_all, tokens_a_key, most_cached = self._token_s_of_all, index.grain * config.page_size, request.num_tokens - 1
         for replica in usable:
-            held = known.get(replica)
-            if held is None:
-                held = index.num_held_by(keys, replica, most)
-            if self._replicas[replica].waiting:
-                held = self._num_promised(keys, replica, step, held)
-            cached = min(held * index.grain * config.page_size, request.num_tokens - 1)
-            lacking = request.num_tokens - cached
-            cost = self.cost(replica, max(lacking - config.stick_tokens, 0) if replica == own else lacking)
+            state = self._replicas[replica]
+            indexed = known.get(replica)
+            if indexed is None:
+                indexed = index.num_held_by(keys, replica, most)
+            held = self._num_promised(keys, replica, step, indexed) if state.waiting else indexed
+            lacking = request.num_tokens - min(held * tokens_a_key, most_cached)
+            if replica == own:
+                lacking = max(lacking - config.stick_tokens, 0)
+            cost = self.seconds(state, state.waiting + config.waste * lacking, of_all)
             if cost < best:
-                chosen, best, num_held = replica, cost, held
+                chosen, best, num_held, num_indexed = replica, cost, held, indexed
         state = self._replicas[chosen]
-        promised = [key for key in keys[step - 1 :: step] if not index.holds(key, chosen)]
+        promised = keys[step - 1 :: step][num_indexed // step :]
         for key in promised:
             self._promised.add(key, chosen)
-        cached = min(num_held * index.grain * config.page_size, request.num_tokens - 1)
-        placement = Placement(chosen, request, max(cached, 0), now_s, promised)
+        cached = min(num_held * tokens_a_key, most_cached)
+        source = max(known, key=known.__getitem__, default=chosen)
+        elsewhere = min(known.get(source, 0) * tokens_a_key, most_cached)
+        if source == chosen or elsewhere < cached + config.least_moved:
+            placement = Placement(chosen, request, max(cached, 0), now_s, promised)
+        else:
+            placement = Placement(chosen, request, max(cached, 0), now_s, promised, source, elsewhere)
         state.waiting += placement.num_lacking
         state.in_flight[placement] = False
         state.breaker.note_sent(now_s)
@@ -304,13 +319,7 @@ class Router:
         if not num_held:
             return {}, 0
         longest = index.holders(keys[num_held - 1])
-        low, high = 0, num_held - 1  # the longest prefix with more holders is there
-        while low < high:
-            middle = (low + high + 1) // 2
-            if len(index.holders(keys[middle - 1])) > len(longest):
-                low = middle
-            else:
-                high = middle - 1
+        low = index.num_shared(keys, num_held)
         known = dict.fromkeys(self._some(index.holders(keys[low - 1])), low) if low else {}
         for replica in [*known, *self._some(longest)] if len(longest) > self.config.num_holders else longest:
             if index.holds(keys[num_held - 1], replica):
@@ -373,16 +382,20 @@ class Router:
                 high = middle
         return max(num_held, low * step) if low > first else num_held
 
-    def cost(self, replica: int, num_lacking: int) -> float:
-        """Return the expected seconds to the first token; what a prompt lacks counts `waste` times."""
-        state = self._replicas[replica]
-        tokens = state.waiting + self.config.waste * num_lacking
-        return tokens * self._token_s(state.speed) * (1 + state.running / self.config.row_scale)
+    def computing_s(self, replica: int, num_tokens: int) -> float:
+        """Return the expected seconds in which a replica computes so many tokens of a prompt."""
+        return self.seconds(self._replicas[replica], num_tokens, self._token_s_of_all)
 
-    def _token_s(self, speed: _Speed) -> float:
-        """Expected seconds of a prompt's token: a replica's own, as far as it is measured, and that of all."""
-        of_all = self._speed.token_s if self._speed.seconds > 0 else self.config.token_s
-        return of_all if not speed.count else (speed.count * speed.token_s + _TRUST * of_all) / (speed.count + _TRUST)
+    def seconds(self, state: _Replica, num_tokens: float, of_all: float) -> float:
+        """Expected seconds of a prompt's tokens. A replica's own speed counts as far as it is measured."""
+        speed, token_s = state.speed, of_all
+        if speed.count:
+            token_s = (speed.count * speed.token_s + _TRUST * of_all) / (speed.count + _TRUST)
+        return num_tokens * token_s * (1 + state.running / self.config.row_scale)
+
+    @property
+    def _token_s_of_all(self) -> float:
+        return self._speed.token_s if self._speed.seconds > 0 else self.config.token_s
 
     def _why_nobody(self, now_s: float, avoid: Collection[int]) -> str:
         states = self._replicas.items()

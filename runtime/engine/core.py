@@ -17,13 +17,17 @@ from collections.abc import Sequence as Seq
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
+
+from ramet.errors import PagesRefused
+from ramet.runtime.cache.radix_cache import PrefixMatch
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.step_watch import StepWatch
 from ramet.runtime.scheduling.scheduler import Scheduler
 from ramet.runtime.speculation.speculation import Speculation
 from ramet.runtime.steps.launched_step import LaunchedStep
 from ramet.runtime.steps.model_runner import ModelRunner
-from ramet.runtime.types import Batch, FinishReason, Request, RowOutput, ScheduledSequence, Sequence
+from ramet.runtime.types import Batch, FinishReason, Request, RowOutput, ScheduledSequence, Sequence, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,8 @@ class EngineCore:
         self._launched_s: deque[float] = deque()  # of the steps that are not collected
         self._collected_s = 0.0
         self._worked_s = 0.0  # this thread's time at the last launch: that of a step that others interrupt
+        self._num_held = 0  # of `hold_pages`
+        self._has_failed = False  # a step, while pages were held
         self._with_logprobs: set[Sequence] = set()  # steps look for such rows only if there are any
 
     # --- requests
@@ -275,6 +281,7 @@ class EngineCore:
         self._in_flight = None
         self._launched_s.clear()
         self.runner.check_device()
+        self._has_failed = self._num_held > 0
         logger.error("a step failed; what ran in it ends, the engine goes on", exc_info=error)
         return [(s, RowOutput()) for s in self.scheduler.fail_running(error)]
 
@@ -301,6 +308,44 @@ class EngineCore:
     def close(self) -> None:
         """End the threads of the grammars."""
         self.grammars.close()
+
+    # --- pages of other engines
+
+    def hold_pages(self, tokens: TokenIds, cache_salt: str, num_pages: int) -> PrefixMatch | None:
+        """Keep the first pages of a prefix that are cached, so many at most, until `let_go`. None: memory is short."""
+        self._check_whole()
+        held = self.scheduler.hold_pages(tokens[: num_pages * self.scheduler.pool.page_size], cache_salt)
+        self._num_held += held is not None
+        return held
+
+    def let_go(self, held: PrefixMatch) -> None:
+        """Take back a `hold_pages`."""
+        self.scheduler.cache.unlock(held.node)
+        self._num_held -= 1
+        if self._has_failed and not self._num_held:
+            self._has_failed = False
+            self.scheduler.cache.flush()  # what a failed step left there, see `Scheduler.fail_running`
+
+    def write_pages(self, tokens: TokenIds, cache_salt: str, first: int, pages: Tensor) -> int:
+        """Take in pages of a prefix, from page `first` on: uint8 `[n * page_bytes]` on the model's device.
+
+        Returns how many pages of the prefix are cached now. It is fewer than those given if the pages before them are
+        missing, or if the pool has no room.
+        """
+        self._check_whole()
+        size, page_bytes = self.scheduler.pool.page_size, self.runner.kv_cache.page_bytes
+        last = first + pages.numel() // page_bytes
+        cached = len(self.scheduler.cache.pages_of(tokens, cache_salt))
+        if first <= cached < last:
+            page_ids = self.scheduler.adopt(tokens[: last * size], cache_salt)
+            if page_ids:
+                self.runner.kv_cache.write(page_ids, pages[(cached - first) * page_bytes :])
+                return last
+        return cached
+
+    def _check_whole(self) -> None:
+        if self.runner.peers is not None:
+            raise PagesRefused("the pages of an engine with --tp > 1 are divided among its ranks, so they cannot move")
 
     # --- diagnosis
 

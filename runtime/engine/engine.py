@@ -23,10 +23,12 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ramet.errors import ConfigError, EngineStopped, InvalidRequest, RametError, RequestCancelled
+from ramet.errors import ConfigError, EngineStopped, InvalidRequest, PagesRefused, RametError, RequestCancelled
 from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.cache.probe import Difference, TreeNode, differences, segments
+from ramet.runtime.cache.radix_cache import PrefixMatch
 from ramet.runtime.engine.compiled_code import OnStage, prepare_compiled_code
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
@@ -60,6 +62,8 @@ OnOutput = Callable[[RequestOutput], None]
 _WALKED_NODES = 512  # of the tree between two steps: about a millisecond
 _TOLD_SEGMENTS = 256  # of the tree, with their first tokens
 Vector = NDArray[np.float32]
+_MOVE_S = 0.004  # between two steps, for copies of pages; one part may take longer
+_PART_BYTES = 4 << 20  # of pages that are taken in
 
 
 @dataclass(slots=True, eq=False)
@@ -127,6 +131,7 @@ class Engine:
         self._streams: dict[Sequence, _Stream] = {}
         self._by_id: dict[str, Sequence] = {}
         self._commands: deque[Callable[[], None]] = deque()
+        self._moves: deque[Callable[[], None]] = deque()  # take in pages: a few between two steps
         self._wake = threading.Condition()
         self._is_stopping = False
         self._pid = os.getpid()  # a forked child has a copy of this object, and no thread that runs steps
@@ -348,6 +353,55 @@ class Engine:
             raise ConfigError("this engine has no room for adapters; start it with --lora or --max-loras")
         return adapters
 
+    def export_pages(self, tokens: TokenIds, cache_salt: str, first: int, most: int) -> Tensor:
+        """Copy up to `most` pages of a cached prefix, from page `first` on. Thread-safe.
+
+        Returns uint8 `[n * page_bytes]` on the CPU. n is 0 where these pages are not cached, or not computed yet. The
+        engine's thread only keeps them meanwhile; this thread copies.
+        """
+        held: PrefixMatch | None = self._ask(lambda: self._core.hold_pages(tokens, cache_salt, first + most))
+        page_ids = [] if held is None else held.page_ids[first:]
+        try:
+            return self._core.runner.kv_cache.read(page_ids).cpu()
+        finally:
+            if held is not None:
+                self._send(lambda: self._core.let_go(held), quietly=True)
+
+    def import_pages(self, tokens: TokenIds, cache_salt: str, first: int, pages: Tensor) -> int:
+        """Take in pages of a prefix that another engine of the same model has exported, from page `first` on.
+
+        They are used like those that this engine has computed. Thread-safe. They are copied in parts between steps.
+        Returns how many pages of the prefix are cached now: fewer than those given if the ones before them are missing,
+        or if there is no room.
+        Raises: PagesRefused, if their size is wrong, and nothing was taken in.
+        """
+        page_bytes, given = self.page_bytes, pages.to(self.model.decoder.device)
+        num_given, rest = divmod(pages.numel(), page_bytes)
+        if rest or (first + num_given) * self.page_size > len(tokens):
+            raise PagesRefused(
+                f"{pages.numel():,} bytes were given for the pages from {first} on of {len(tokens):,} tokens, but "
+                f"a page has {page_bytes:,} bytes for {self.page_size} tokens; nothing was taken in"
+            )
+        size = max(_PART_BYTES // page_bytes, 1)
+        cached = 0
+        for start in range(0, max(num_given, 1), size):
+            part = given[start * page_bytes : (start + size) * page_bytes]
+            write = partial(self._core.write_pages, tokens, cache_salt, first + start, part)
+            cached = int(self._ask(write, self._moves))
+            if cached < first + min(start + size, num_given):
+                break
+        return cached
+
+    def latest_prefixes(self, most_tokens: int) -> list[tuple[str, TokenIds]]:
+        """Return about `most_tokens` tokens of cached prefixes with their cache salts, the last used first."""
+        found: list[tuple[str, TokenIds]] = self._ask(lambda: self._core.scheduler.cache.latest_paths(most_tokens))
+        return found
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a KV page."""
+        return self._core.runner.kv_cache.page_bytes
+
     def stats(self) -> dict[str, float]:
         """Counters and gauges: running, waiting, tokens cached and computed, pages free and cached, preemptions."""
         answer: dict[str, float] = self._ask(self._core.stats)
@@ -397,7 +451,9 @@ class Engine:
 
     # -- the engine's thread -------------------------------------------------------------------------------------
 
-    def _send(self, command: Callable[[], None], *, quietly: bool = False) -> None:
+    def _send(
+        self, command: Callable[[], None], queue: deque[Callable[[], None]] | None = None, *, quietly: bool = False
+    ) -> None:
         if os.getpid() != self._pid:  # nobody would carry the command out, and the lock may be held for ever
             if quietly:
                 return
@@ -411,10 +467,12 @@ class Engine:
                 raise EngineStopped(
                     f"the engine is stopped{f': {self._failure}' if self._failure else ''}; make a new one"
                 )
-            self._commands.append(command)
+            (self._commands if queue is None else queue).append(command)
             self._wake.notify_all()
 
-    def _ask(self, question: Callable[[], Any]) -> Any:  # Any: whatever the question returns
+    def _ask(
+        self, question: Callable[[], Any], queue: deque[Callable[[], None]] | None = None
+    ) -> Any:  # Any: whatever the question returns
         if threading.current_thread() is self._thread:
             return question()
         done = threading.Event()
@@ -429,7 +487,7 @@ class Engine:
             finally:
                 done.set()
 
-        self._send(run)
+        self._send(run, queue)
         while not done.wait(1.0):
             if not self._thread.is_alive():
                 raise EngineStopped("the engine stopped before it answered")
@@ -461,7 +519,7 @@ class Engine:
     def _run_once(self) -> bool:
         """Run pending commands and one step, and deliver its outputs. Waits if there is no work. False: stop."""
         with self._wake:
-            while not (self._commands or self._core.has_work or self._is_stopping):
+            while not (self._commands or self._moves or self._core.has_work or self._is_stopping):
                 self._wake.wait()
             if self._is_stopping:
                 return False
@@ -469,8 +527,11 @@ class Engine:
         watch.begin()
         while self._commands:
             self._commands.popleft()()
+        self._copy_pages()
         watch.lap("commands")
-        if self._core.has_work:
+        if not self._core.has_work:
+            self._tell_cache()  # of pages that came from elsewhere
+        else:
             updates = self._core.step()
             self._tell_cache()
             for sequence, output in updates:
@@ -480,9 +541,17 @@ class Engine:
             watch.end(f"{self._core.scheduler.num_running} rows, {len(updates)} outputs")
             if not updates and not self._core.is_stepping:
                 with self._wake:  # waiting requests cannot run yet: try again at the next command, or soon
-                    if not self._commands:
+                    if not self._commands and not self._moves:
                         self._wake.wait(0.002)
         return True
+
+    def _copy_pages(self) -> None:
+        """Take in pages of other engines: one part, or more while that takes no time worth noticing."""
+        end_s = time.monotonic() + _MOVE_S
+        while self._moves:
+            self._moves.popleft()()
+            if time.monotonic() > end_s:
+                break
 
     def _add(self, stream: _Stream) -> None:
         request = stream.request
@@ -664,8 +733,9 @@ class Engine:
         error.__cause__ = self._failure
         with self._wake:
             self._is_stopping = True
-            commands = list(self._commands)
+            commands = [*self._commands, *self._moves]
             self._commands.clear()
+            self._moves.clear()
         for command in commands:  # late requests are refused like the others; questions are answered
             try:
                 command()

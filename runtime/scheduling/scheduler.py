@@ -32,7 +32,7 @@ from collections.abc import Sequence as Seq
 from operator import itemgetter
 from types import MappingProxyType
 
-from ramet.errors import ContextOverflow, InvalidRequest, Overloaded
+from ramet.errors import ContextOverflow, InvalidRequest, Overloaded, PagesRefused
 from ramet.runtime.cache.integrity import require
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache
@@ -41,7 +41,17 @@ from ramet.runtime.scheduling.config import SchedulerConfig, SchedulerCounters
 from ramet.runtime.scheduling.priority import OwnerService, ProgramService, Waiting, equal_parts
 from ramet.runtime.scheduling.sequence_pages import SequencePages, known_end, matchable
 from ramet.runtime.scheduling.step_costs import StepBudget, StepCosts
-from ramet.runtime.types import Batch, FinishReason, PageCopy, Request, RowOutput, ScheduledSequence, Sequence, Status
+from ramet.runtime.types import (
+    Batch,
+    FinishReason,
+    PageCopy,
+    Request,
+    RowOutput,
+    ScheduledSequence,
+    Sequence,
+    Status,
+    TokenIds,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +226,16 @@ class Scheduler:
             self.finish(sequence, FinishReason.ERROR, error=error)
         self.cache.flush()
         return failed
+
+    def hold_pages(self, tokens: TokenIds, cache_salt: str) -> PrefixMatch | None:
+        """See `SequencePages.hold`: pages for another engine."""
+        return self._pages.hold(tokens, cache_salt)
+
+    def adopt(self, tokens: TokenIds, cache_salt: str) -> list[int]:
+        """See `SequencePages.adopt`: pages that another engine has computed."""
+        if not self.config.prefix_cache:
+            raise PagesRefused("the engine was started with --no-radix-cache, so it can keep no pages of another one")
+        return self._pages.adopt(tokens, cache_salt)
 
     # --- a step
 

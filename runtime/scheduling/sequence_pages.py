@@ -115,6 +115,30 @@ class SequencePages:
         sequence.page_ids += page_ids
         return True
 
+    def hold(self, tokens: TokenIds, cache_salt: str) -> PrefixMatch | None:
+        """Find and lock a cached prefix, which the caller unlocks. None if running sequences may need its memory."""
+        match = self.cache.match(tokens, cache_salt)
+        self.cache.lock(match.node)
+        if self.num_available >= 0:
+            return match
+        self.cache.unlock(match.node)
+        return None
+
+    def adopt(self, tokens: TokenIds, cache_salt: str) -> list[int]:
+        """Let the tree have a page for each whole page of `tokens`. Returns the new pages, which are the last ones.
+
+        The caller writes them before the next step. There are none if too few unreserved pages are left.
+        """
+        match = self.cache.match(tokens, cache_salt)
+        self.cache.lock(match.node)  # what is evicted for the new pages must not be what they follow
+        rest = tokens[match.num_tokens :]
+        num_new = len(rest) // self._page_size
+        page_ids = self.cache.allocate(num_new) if num_new <= self.num_available else None
+        if page_ids:
+            self.cache.insert(match.node, rest, page_ids)
+        self.cache.unlock(match.node)
+        return page_ids or []
+
     def share(self, sequence: Sequence, *, is_complete: bool) -> RadixNode:
         """Move the full computed pages of a running sequence to the tree; with `is_complete` the partial last one too.
 

@@ -35,6 +35,7 @@ from ramet.runtime.server.link.launchers import LocalLauncher
 from ramet.runtime.server.link.protocol import Hello
 from ramet.runtime.server.link.proxy import EngineProxy, Listener
 from ramet.runtime.server.link.replicas import MakeProxy, Replicas
+from ramet.runtime.server.link.tracing import Tracing
 from ramet.runtime.server.native.generate import generate_endpoints
 from ramet.runtime.server.native.status import status_endpoints
 from ramet.runtime.server.openai.chat import ChatEndpoint
@@ -61,12 +62,15 @@ LAST_WORDS_S = 0.5  # time for sending errors to requests in flight after a seco
 
 def create_app(served: ServedModel) -> Starlette:
     """Make the application. Its lifespan starts and stops the proxy."""
+    tracing = served.tracing
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await served.proxy.start()
         yield
         await served.proxy.stop(served.config.drain_s)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         served.pool.shutdown(wait=False, cancel_futures=True)
 
     chat, store = ChatEndpoint(served), ProgramStore(served)
@@ -83,7 +87,7 @@ def create_app(served: ServedModel) -> Starlette:
     if served.config.cors_allow_origin:
         origins = list(served.config.cors_allow_origin)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(HttpLimits, config=served.config, tenants=served.tenants)
+    app.add_middleware(HttpLimits, config=served.config, tenants=served.tenants, tracing=tracing)
     return app
 
 
@@ -110,6 +114,7 @@ def make_server(
         on_ray.connect(config.ray_address)
     name, tokenizer, context_length = open_tokenizer(model)
     own_tokenizer, tenants = tokenizer, Tenants(config)
+    tracing = None if config.otlp_endpoint is None else Tracing(config.otlp_endpoint)
 
     def engines(
         model: str | None, engine: dict[str, Any]
@@ -117,7 +122,13 @@ def make_server(
         """What makes the proxies of this server's engines. Raises ConfigError for settings that cannot be."""
         checked = EngineConfig.from_mapping(engine)
         if config.ray_address is not None:
-            on_ray.check_room(config.dp, checked)
+            on_ray.check_room(config.dp + config.prefill_replicas, checked)
+        if config.prefill_replicas and (checked.tp > 1 or not checked.radix_cache):
+            wrong = "--tp" if checked.tp > 1 else "--no-radix-cache"
+            raise ConfigError(
+                f"prefill_replicas is {config.prefill_replicas}, but with {wrong} KV pages cannot move from one engine "
+                "to another; leave out one of the two"
+            )
 
         def make_proxy(replica: int | None, listener: Listener | None) -> EngineProxy:
             return EngineProxy(
@@ -146,11 +157,14 @@ def make_server(
         return made
 
     make_proxy = engines(model, engine)
-    is_alone = config.dp == 1 and config.ray_address is None and config.max_dp is None
+    is_alone = config.dp == 1 and config.ray_address is None and config.max_dp is None and not config.prefill_replicas
     most, ttft_s = config.max_dp, config.ttft_objective_s
     scaling = None if most is None else ScalingRule(config.dp, most, ttft_s=ttft_s)
-    replicas = partial(Replicas, config.dp, make_proxy, scaling=scaling, drain_s=config.drain_s)
-    proxy = make_proxy(None, None) if is_alone else replicas()
+    num_prefill = config.prefill_replicas
+    replicas = partial(
+        Replicas, make_proxy=make_proxy, scaling=scaling, drain_s=config.drain_s, num_prefill=num_prefill
+    )
+    proxy = make_proxy(None, None) if is_alone else replicas(config.dp)
     tokenizer = BoundedTokenizer(tokenizer, wanted or context_length)
     served = ServedModel(
         config,
@@ -162,6 +176,7 @@ def make_server(
         explain,
         wanted or context_length,
         others=others,
+        tracing=tracing,
     )
     return create_app(served), served
 

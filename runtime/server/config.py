@@ -24,6 +24,9 @@ class ServerConfig:
     max_dp: int | None = _doc(
         None, "replicas there may be: their number follows the load, between dp and this; default: it stays as it is"
     )
+    prefill_replicas: int = _doc(
+        0, "further engines that compute long prompts for the dp others, which decode: their KV pages move; 0: none"
+    )
     ttft_objective_s: float = _doc(2.0, "seconds to the first token that max_dp keeps, at the 90th percentile")
     ray_address: str | None = _doc(
         None, "Ray cluster (HOST:PORT, or auto: this machine's) on whose nodes the engines run; default: this machine"
@@ -55,6 +58,9 @@ class ServerConfig:
         None, "authorities (PEM) of client certificates, of which every client must have one"
     )
     ui: bool = _doc(True, "answer /ui, the page that shows a running server")
+    otlp_endpoint: str | None = _doc(
+        None, "OpenTelemetry collector (OTLP over HTTP, such as http://localhost:4318) that gets traces of requests"
+    )
     compat_metrics: bool = _doc(False, "also export the names sglang:... and vllm:...")
 
     def __post_init__(self) -> None:
@@ -66,6 +72,8 @@ class ServerConfig:
         check(1 <= self.dp <= MAX_REPLICAS, "dp", f"in [1, {MAX_REPLICAS}]")
         most = self.max_dp is None or self.dp <= self.max_dp <= MAX_REPLICAS
         check(most, "max_dp", f"in [dp, {MAX_REPLICAS}], where dp is {self.dp}")
+        has_room = 0 <= self.prefill_replicas <= MAX_REPLICAS - (self.max_dp or self.dp)
+        check(has_room, "prefill_replicas", f"in [0, {MAX_REPLICAS}], together with dp or max_dp")
         check(self.ttft_objective_s > 0, "ttft_objective_s", "positive")
         check(self.max_body_bytes >= 1024, "max_body_bytes", "at least 1024")
         check(self.max_json_values >= 1024, "max_json_values", "at least 1024")

@@ -20,6 +20,7 @@ from ramet.errors import EngineStopped
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.keys import digest_of_key
+from ramet.runtime.server.link.tracing import Tracing
 from ramet.runtime.server.tenants import Held, Tenants, Used
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,9 @@ ADMIN_PATHS = frozenset(
 class HttpLimits:
     """The middleware. It puts the key's name and the connection into `scope["state"]["client"]`."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, tenants: Tenants) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, tenants: Tenants, tracing: Tracing | None = None) -> None:
         self._app = app
+        self._tracing = tracing
         self._tenants = tenants
         self._config = config
         self._admin_key = None if config.admin_api_key is None else digest_of_key(config.admin_api_key.encode())
@@ -53,8 +55,16 @@ class HttpLimits:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
+        elif self._tracing is None or scope["path"] in QUIET_PATHS:
+            await self._answer(scope, receive, send)
+        else:
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            with self._tracing.request(scope["method"], scope["path"], headers) as trace:
+                status = await self._answer(scope, receive, send)
+                trace.span.set_attribute("http.response.status_code", status)
 
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
+        """Answer a request. Returns the status."""
         start_s, status = time.monotonic(), 0
         if len(scope["path"]) > 1:
             scope["path"] = scope["path"].rstrip("/") or "/"
@@ -92,6 +102,7 @@ class HttpLimits:
             limited.release()
             used = self._tenants.close(client)
             _log(scope, request_id, client[0], status, time.monotonic() - start_s, used, limited.text)
+        return status
 
     def refusal(self, scope: Scope) -> HttpError | None:
         """The error of a request that is refused by its head alone; None if it may pass."""

@@ -18,6 +18,7 @@ from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.link.replicas import MakeProxy, Replicas
+from ramet.runtime.server.link.tracing import Tracing
 from ramet.runtime.server.prompt_log import PromptLog
 from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.text.tokenizer import Tokenizer
@@ -47,6 +48,7 @@ class ServedModel:
     configured_context_length: int | None = None
     others: Callable[[str | None, dict[str, Any]], MakeProxy] | None = None  # Any: fields of EngineConfig
     before_shutdown: list[Callable[[], None]] = field(default_factory=list)  # ends what would run for ever
+    tracing: Tracing | None = None
     prompts: PromptLog = field(init=False)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="ramet-text"))
 

@@ -44,6 +44,8 @@ class KVCache:
             ) from error
         values = values_of(self.storage.squeeze(4), page_size) if is_fp8 else self.storage
         self.layers: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in values]
+        row_bytes = self.storage.shape[-1] * self.storage.element_size()  # pages move as integers, whatever they hold
+        self._raw = self.storage.view(torch.int32 if row_bytes % 4 == 0 else torch.uint8)
 
     def copy_pages(self, source: Tensor, target: Tensor, num_tokens: Tensor) -> None:
         """Copy the first positions of pages in every layer, int32 [C] each; in FP8, whole pages."""
@@ -53,6 +55,21 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         return self.storage.numel() * self.storage.element_size()
+
+    @property
+    def page_bytes(self) -> int:
+        return self.num_bytes // self.num_pages
+
+    def read(self, page_ids: list[int]) -> Tensor:
+        """Copy pages, from any thread. Returns uint8 `[n * page_bytes]` on the cache's device."""
+        chosen = torch.tensor(page_ids, dtype=torch.int64).to(self._raw.device, non_blocking=True)
+        return self._raw.index_select(2, chosen).view(-1).view(torch.uint8)
+
+    def write(self, page_ids: list[int], pages: Tensor) -> None:
+        """Overwrite pages with what `read` returned, uint8 `[n * page_bytes]` on the cache's device."""
+        chosen = torch.tensor(page_ids, dtype=torch.int64).to(self._raw.device, non_blocking=True)
+        shape = (*self._raw.shape[:2], len(page_ids), *self._raw.shape[3:])
+        self._raw.index_copy_(2, chosen, pages.view(self._raw.dtype).view(shape))
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

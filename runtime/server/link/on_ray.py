@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_S = 5.0
 _PLACE_S = 300.0  # for Ray to find a node with room
-_FIRST_BYTES = 1 << 20  # of a file of weights: the names, shapes and places of its tensors
+_SAMPLES, _SAMPLE_BYTES = 32, 1 << 16  # of each file of weights: its head, and places spread over all of it
 _LAST_WORDS_S = 15.0  # for an actor to end its process: longer than a process gets to end by itself
 
 
@@ -96,7 +96,7 @@ def resources(config: EngineConfig) -> dict[str, int]:
 
 
 def fingerprint(model: str | None) -> str:
-    """Tell whether two nodes have the same model: by the sizes and first bytes of its files. Raises ModelError."""
+    """Tell whether two nodes have the same model: by the sizes and samples of its files. Raises ModelError."""
     if model == TINY_MODEL:
         return TINY_MODEL
     path = resolve_model(model)
@@ -104,8 +104,12 @@ def fingerprint(model: str | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(files):
         if file.exists():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} ".encode())
             with file.open("rb") as opened:
-                digest.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(_FIRST_BYTES))
+                for number in range(_SAMPLES):
+                    opened.seek(number * size // _SAMPLES)
+                    digest.update(opened.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 
@@ -138,6 +142,8 @@ class EngineActor:
 
 class RayLauncher:
     """Processes wherever Ray has placed the engine's actor. See `launchers.Launcher`."""
+
+    is_local = False
 
     def __init__(self, config: EngineConfig) -> None:
         """config: says what the engine needs of its node. The cluster was joined by `connect`."""

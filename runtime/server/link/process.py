@@ -7,6 +7,7 @@ parent starts a new one.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -17,15 +18,17 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 from socket import gethostname
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 import torch
 import zmq
 
-from ramet.errors import ConfigError, EngineStopped, RametError, RequestCancelled
+from ramet.errors import ConfigError, EngineStopped, PagesRefused, RametError, RequestCancelled
 from ramet.lang.graph.ir import Constraint, Graph, NodeEvent
 from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.engine.config import EngineConfig
@@ -45,9 +48,11 @@ from ramet.runtime.server.link.protocol import (
     EngineFailed,
     ErrorInfo,
     ExtendProgram,
+    GivePages,
     Heartbeat,
     Hello,
     Output,
+    PagesPart,
     ProgramEnd,
     ProgramEvent,
     ProvideTool,
@@ -56,8 +61,10 @@ from ramet.runtime.server.link.protocol import (
     Starting,
     StartProgram,
     Submit,
+    TakePages,
     command_decoder,
 )
+from ramet.runtime.server.link.transport import transport_at
 from ramet.runtime.types import FinishReason, Grammar, RequestOutput
 
 if TYPE_CHECKING:
@@ -121,9 +128,11 @@ def _socket(context: zmq.Context[Any], kind: int, settings: Settings) -> zmq.Soc
 class EngineServer:
     """Carries out commands on an engine and reports their results."""
 
-    def __init__(self, engine: Engine, send: Callable[[Report], None]) -> None:
+    def __init__(self, engine: Engine, send: Callable[[Report], None], identity: str = "") -> None:
+        """identity: as in `Hello`; only pages with the same are taken in."""
         self.engine = engine
         self._send = send
+        self._identity = identity
         self._host = ProgramHost(engine)
         self._programs: dict[str, ProgramExecutor] = {}
         # Requests whose grammars compile, by id: each with the future, and the time.monotonic() of its deadline.
@@ -150,8 +159,12 @@ class EngineServer:
             self._cancel_nodes(command)
         elif isinstance(command, ProvideTool):
             self._provide(command)
+        elif isinstance(command, GivePages):
+            self._answer(command.id, lambda: self._give(command), msgspec.msgpack.encode)
+        elif isinstance(command, TakePages):
+            self._answer(command.id, lambda: self._take(command))
         else:
-            self._answer(command)
+            self._answer(command.id, self._questions(command)[command.what])
 
     def _submit(self, command: Submit) -> None:
         if command.constraint is None:
@@ -310,8 +323,8 @@ class EngineServer:
             error = None if command.error is None else RametError(command.error)
             program.provide(command.node, msgspec.json.decode(command.value), error)
 
-    def _answer(self, command: Ask) -> None:
-        questions: dict[str, Callable[[], object]] = {
+    def _questions(self, command: Ask) -> dict[str, Callable[[], object]]:
+        return {
             "stats": self.engine.stats,
             "flush_cache": self.engine.flush_cache,
             "check_integrity": self.engine.check_integrity,
@@ -320,20 +333,66 @@ class EngineServer:
             "segments": self.engine.segments,
             "load_adapter": lambda: self._change_adapters(lambda: self.engine.load_adapter(command.name, command.path)),
             "unload_adapter": lambda: self._change_adapters(lambda: self.engine.unload_adapter(command.name)),
+            "latest_prefixes": self._latest_prefixes,
         }
-
-        def answer() -> None:
-            try:
-                value = msgspec.json.encode(questions[command.what]())
-                self._send(Answer(command.id, value))
-            except RametError as error:
-                self._send(Answer(command.id, error=ErrorInfo.of(error)))
-
-        threading.Thread(target=answer, name=f"ramet-ask-{command.what}", daemon=True).start()
 
     def _change_adapters(self, change: Callable[[], None]) -> list[str]:
         change()
         return self.engine.adapters
+
+    def _latest_prefixes(self) -> list[tuple[str, list[int]]]:
+        """As many of the cached prefixes as the pool has room for, the last used first. Those of adapters stay here:
+        their names are this engine's own (`types.Adapter`).
+        """
+        most = int(self.engine.stats()["num_pages"]) * self.engine.page_size
+        found = self.engine.latest_prefixes(most)
+        return [(cache_salt, tokens.tolist()) for cache_salt, tokens in found if not cache_salt.startswith("\0")]
+
+    def _give(self, command: GivePages) -> PagesPart:
+        """Put a part of a prefix's pages into a transport."""
+        tokens = np.frombuffer(command.tokens, dtype=np.int32)
+        pages = self.engine.export_pages(tokens, command.cache_salt, command.first, command.most)
+        with closing(transport_at(command.transport)) as transport:
+            return PagesPart(pages.numel(), transport.put(pages.numpy()))
+
+    def _take(self, command: TakePages) -> int:
+        """Get a part of a prefix's pages from a transport."""
+        if command.identity != self._identity:
+            raise PagesRefused(
+                "the KV pages are of an engine with another model, data type or page size than this one: nothing was "
+                "taken in"
+            )
+        tokens = np.frombuffer(command.tokens, dtype=np.int32)
+        with closing(transport_at(command.transport)) as transport:
+            pages = transport.get(command.part.told, command.part.num_bytes)
+            return self.engine.import_pages(tokens, command.cache_salt, command.first, torch.from_numpy(pages))
+
+    def _answer(
+        self,
+        question_id: str,
+        question: Callable[[], object],
+        encode: Callable[[object], bytes] = msgspec.json.encode,
+    ) -> None:
+        """Answer a question on a thread of its own: it waits for the engine's."""
+
+        def answer() -> None:
+            try:
+                self._send(Answer(question_id, encode(question())))
+            except RametError as error:
+                self._send(Answer(question_id, error=ErrorInfo.of(error)))
+
+        threading.Thread(target=answer, name="ramet-answer", daemon=True).start()
+
+
+def identity_of(engine: Engine, model: str | None) -> str:
+    """What the KV pages of two engines have in common, if they can move from one to the other; "" if none can move."""
+    config = engine.config
+    if config.tp > 1 or not config.radix_cache:
+        return ""
+    types = engine.model.decoder.dtype, config.kv_cache_dtype, config.quantization
+    kind = types, config.model_impl, config.page_size, engine.page_bytes
+    parts = repr((fingerprint(model), engine.model.config, kind))
+    return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
 
 def _to_report(output: RequestOutput) -> Output:
@@ -409,7 +468,8 @@ def serve(settings: Settings) -> int:
         sender.close()
         context.term()  # waits until the report is sent
         return 1
-    server = EngineServer(engine, sender.put)
+    identity = identity_of(engine, settings.model)
+    server = EngineServer(engine, sender.put, identity)
     server.prepare_grammars()
     stats = engine.stats()
     hello = Hello(
@@ -424,6 +484,8 @@ def serve(settings: Settings) -> int:
         page_size=engine.config.page_size,
         json_form=engine.config.json_form,
         adapters=engine.adapters,
+        identity=identity,
+        page_bytes=engine.page_bytes,
     )
     postpone_full_collections()
     sender.put(hello)

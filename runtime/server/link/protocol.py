@@ -124,8 +124,8 @@ class ProvideTool(msgspec.Struct, frozen=True, tag="tool", omit_defaults=True):
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
     """A question to the engine; the reply is an `Answer`.
 
-    `what`: stats, flush_cache, check_integrity, whole_cache, activity or segments; or load_adapter (with `name` and
-    `path`) and unload_adapter, which answer with the names of all adapters.
+    `what`: stats, flush_cache, check_integrity, whole_cache, latest_prefixes, activity or segments; or load_adapter
+    (with `name` and `path`) and unload_adapter, which answer with the names of all adapters.
     """
 
     id: str
@@ -134,7 +134,45 @@ class Ask(msgspec.Struct, frozen=True, tag="ask"):
     path: str = ""
 
 
-Command: TypeAlias = Submit | Abort | StartProgram | ExtendProgram | CancelNodes | ProvideTool | Ask
+class PagesPart(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A part of the pages that move, in a `Transport`. `told`: what the transport says of it."""
+
+    num_bytes: int = 0
+    told: bytes = b""
+
+
+class GivePages(msgspec.Struct, frozen=True, tag="give", omit_defaults=True):
+    """Give up to `most` cached pages of a prefix, from page `first` on. The `Answer` is a `PagesPart`, in msgpack.
+
+    `tokens`: the prefix, int32. `transport`: the address of the transport that takes the part.
+    """
+
+    id: str
+    tokens: bytes
+    cache_salt: str
+    first: int
+    most: int
+    transport: str
+
+
+class TakePages(msgspec.Struct, frozen=True, tag="take", omit_defaults=True):
+    """Take in a part of a prefix's pages, from page `first` on. The `Answer` is the number of its pages cached now.
+
+    `tokens`, `transport`: as in `GivePages`. `identity`: of the engine that gave the pages (`Hello`).
+    """
+
+    id: str
+    tokens: bytes
+    cache_salt: str
+    first: int
+    part: PagesPart
+    transport: str
+    identity: str
+
+
+Command: TypeAlias = (
+    Submit | Abort | StartProgram | ExtendProgram | CancelNodes | ProvideTool | Ask | GivePages | TakePages
+)
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -225,7 +263,7 @@ class ProgramEnd(msgspec.Struct, frozen=True, tag="program_end", omit_defaults=T
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer", omit_defaults=True):
-    """The answer to an `Ask`: JSON, or an error."""
+    """The answer to an `Ask`: JSON, or an error. To a `GivePages`: msgpack."""
 
     id: str
     value: bytes = b"null"
@@ -233,7 +271,11 @@ class Answer(msgspec.Struct, frozen=True, tag="answer", omit_defaults=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """The engine is ready."""
+    """The engine is ready.
+
+    `identity`: equal for engines whose KV pages are alike, so that they may move from one to the other; empty where
+    pages cannot move. `page_bytes`: of one of them.
+    """
 
     pid: int
     model: str
@@ -246,6 +288,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     page_size: int = 1
     json_form: JsonForm = AS_CONFIGURED
     adapters: list[str] = []
+    identity: str = ""
+    page_bytes: int = 0
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
@@ -289,9 +333,11 @@ __all__ = [
     "EngineFailed",
     "ErrorInfo",
     "ExtendProgram",
+    "GivePages",
     "Heartbeat",
     "Hello",
     "Output",
+    "PagesPart",
     "ProgramEnd",
     "ProgramEvent",
     "ProvideTool",
@@ -300,6 +346,7 @@ __all__ = [
     "StartProgram",
     "Starting",
     "Submit",
+    "TakePages",
     "command_decoder",
     "new_id",
     "report_decoder",

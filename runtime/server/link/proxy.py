@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 import zmq
 
-from ramet.errors import EngineStopped, InvalidRequest, RametError
+from ramet.errors import EngineStopped, InvalidRequest, RametError, RequestCancelled
 from ramet.lang.graph.events import Usage
 from ramet.runtime.server.link.launchers import Launcher, LocalLauncher
 from ramet.runtime.server.link.logs import LogFormat
@@ -32,6 +32,7 @@ from ramet.runtime.server.link.protocol import (
     EngineFailed,
     ErrorInfo,
     ExtendProgram,
+    GivePages,
     Heartbeat,
     Hello,
     Output,
@@ -43,6 +44,7 @@ from ramet.runtime.server.link.protocol import (
     Starting,
     StartProgram,
     Submit,
+    TakePages,
     new_id,
     report_decoder,
 )
@@ -104,12 +106,17 @@ class Accounts(Protocol):
 
 @dataclass(slots=True)
 class _InFlight:
-    """A request or a row of a program. `num_waiting`: its prompt's tokens until it begins to answer."""
+    """A request or a row of a program. `num_waiting`: its prompt's tokens until it begins to answer.
+
+    `accounts`: count it; None: it is a part of a request that another engine counts. `is_held`: it is not sent yet.
+    """
 
     client: tuple[str, ...]
     num_waiting: int
     stream: OutputStream | ProgramStream
     arrived_s: float  # time.monotonic()
+    accounts: Accounts | None
+    is_held: bool
     num_generated: int = 0
 
     @property
@@ -257,6 +264,11 @@ class EngineProxy:
         return [(None, self)]
 
     @property
+    def is_local(self) -> bool:
+        """True if the engine runs on this machine."""
+        return self._launcher.is_local
+
+    @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
@@ -284,19 +296,37 @@ class EngineProxy:
         """Return a new unique id."""
         return new_id(prefix)
 
-    def submit(self, command: Submit, *, is_whole: bool = False, stream: OutputStream | None = None) -> OutputStream:
+    def submit(
+        self,
+        command: Submit,
+        *,
+        is_whole: bool = False,
+        stream: OutputStream | None = None,
+        is_held: bool = False,
+        is_counted: bool = True,
+    ) -> OutputStream:
         """Send a request. `is_whole`: the reader wants only the complete output. `stream`: gets it; None makes one.
 
+        `is_held`: it is admitted now, and sent by `send_held`. `is_counted`: False for a part of a request that another
+        engine's proxy counts.
         Raises: Overloaded, EngineStopped (not ready), InvalidRequest (the id is in use).
         """
         stream = stream or OutputStream(command.id, self.drop, is_whole=is_whole)
-        self._admit(command, [stream], [len(command.prompt_ids)])
+        accounts = self._accounts if is_counted else None
+        self._admit(command, [stream], [len(command.prompt_ids)], accounts, is_held=is_held)
         return stream
+
+    def send_held(self, command: Submit) -> None:
+        """Send a request that was held, unless it has ended."""
+        request = self._in_flight.get(command.id)
+        if request is not None and request.is_held:
+            request.is_held = False
+            self._send(command)
 
     def start_program(self, command: StartProgram, *, streams: Sequence[ProgramStream] = ()) -> Sequence[ProgramStream]:
         """Send a program. Returns each row's stream: `streams`, or new ones. Raises as `submit`; nothing is sent."""
         streams = streams or [ProgramStream(name, self.drop) for name in command.row_ids()]
-        self._admit(command, streams, command.num_tokens())
+        self._admit(command, streams, command.num_tokens(), self._accounts)
         return streams
 
     def send_to_program(self, command: ExtendProgram | CancelNodes | ProvideTool) -> None:
@@ -305,10 +335,15 @@ class EngineProxy:
 
     def abort(self, request_id: str) -> bool:
         """Abort by exact id. Its reader gets RequestCancelled. Returns False if this id is not in flight."""
-        if request_id not in self._in_flight:
+        request = self._in_flight.get(request_id)
+        if request is None:
             return False
         self.counters.num_aborts += 1
-        self._send(Abort(request_id))
+        if request.is_held:
+            info = ErrorInfo.of(RequestCancelled(f"request {request_id} was aborted"))
+            self._take(Output(request_id, 0, 0, 0, finish_reason="abort", error=info))
+        else:
+            self._send(Abort(request_id))
         return True
 
     def in_flight(self) -> list[str]:
@@ -332,13 +367,16 @@ class EngineProxy:
 
     async def ask(self, what: str, timeout_s: float = 10.0, **details: str) -> Any:  # Any: JSON
         """Ask the engine's thread. Raises the engine's error, TimeoutError, or EngineStopped."""
+        return msgspec.json.decode(await self.answer(Ask(self.new_id("ask"), what, **details), timeout_s))
+
+    async def answer(self, question: Ask | GivePages | TakePages, timeout_s: float = 10.0) -> bytes:
+        """Send a question with a new id, and return the value of its `Answer`. Raises as `ask`."""
         self._check_ready()
-        question = Ask(self.new_id("ask"), what, **details)
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._questions[question.id] = future
         self._send(question)
         try:
-            return msgspec.json.decode(await asyncio.wait_for(future, timeout_s))
+            return await asyncio.wait_for(future, timeout_s)
         finally:
             self._questions.pop(question.id, None)
 
@@ -347,20 +385,29 @@ class EngineProxy:
             raise EngineStopped(self.health() or "the server is shutting down")
 
     def _admit(
-        self, command: Submit | StartProgram, streams: Sequence[OutputStream | ProgramStream], tokens: Sequence[int]
+        self,
+        command: Submit | StartProgram,
+        streams: Sequence[OutputStream | ProgramStream],
+        tokens: Sequence[int],
+        accounts: Accounts | None,
+        *,
+        is_held: bool = False,
     ) -> None:
         """Send the command of new requests, if there is room for them. `tokens`: the number of each one's prompt."""
         self._check_ready()
         check_unused([stream.id for stream in streams], self._in_flight)
         client = command.client or _NOBODY
-        if self._accounts is not None:
+        if accounts is not None:
             is_program = isinstance(command, StartProgram)
-            self._accounts.enter(client[0], len(streams), sum(tokens), is_program=is_program)
+            accounts.enter(client[0], len(streams), sum(tokens), is_program=is_program)
         now_s = time.monotonic()
         for stream, num_tokens in zip(streams, tokens, strict=True):
-            self._in_flight[stream.id] = _InFlight(client, num_tokens, stream, now_s)
+            self._in_flight[stream.id] = _InFlight(client, num_tokens, stream, now_s, accounts, is_held)
         try:
-            self._send(command)
+            if is_held:
+                self._encoded(command)  # what cannot be sent is refused now
+            else:
+                self._send(command)
         except InvalidRequest:
             for stream in streams:
                 self._leave(stream.id)
@@ -368,16 +415,16 @@ class EngineProxy:
 
     def _begin(self, request: _InFlight) -> None:
         """Note that a request waits no longer."""
-        if request.num_waiting and self._accounts is not None:
-            self._accounts.begin(request.name, request.num_waiting)
+        if request.num_waiting and request.accounts is not None:
+            request.accounts.begin(request.name, request.num_waiting)
         request.num_waiting = 0
 
     def _leave(self, request_id: str) -> None:
         """Forget a request that has ended, or that nobody waits for any longer."""
         request = self._in_flight.pop(request_id)
-        if self._accounts is not None:
+        if request.accounts is not None:
             self._begin(request)
-            self._accounts.leave(request.name)
+            request.accounts.leave(request.name)
 
     def drop(self, request_id: str) -> None:
         """Remove the stream of a reader that left, and abort its request in the engine."""
@@ -388,13 +435,16 @@ class EngineProxy:
 
     def _send(self, command: Command) -> None:
         """Queue a command. It is encoded here, so an encoding error is raised to its own caller."""
-        try:
-            encoded = msgspec.Raw(self._encoder.encode(command))
-        except (OverflowError, TypeError, UnicodeEncodeError) as error:
-            raise InvalidRequest(f"the request holds a value that cannot be sent on: {error}") from error
+        encoded = self._encoded(command)
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outbox.append(encoded)
+
+    def _encoded(self, command: Command) -> msgspec.Raw:
+        try:
+            return msgspec.Raw(self._encoder.encode(command))
+        except (OverflowError, TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequest(f"the request holds a value that cannot be sent on: {error}") from error
 
     # -- to and from the engine ----------------------------------------------------------------------------------
 
@@ -423,8 +473,8 @@ class EngineProxy:
                 if report.finish_reason is not None:
                     self._leave(report.id)
                 gap_s = request.stream.push(report)
-                if gap_s is not None and report.token_ids and self._accounts is not None:
-                    self._accounts.note_gap(gap_s)
+                if gap_s is not None and report.token_ids and request.accounts is not None:
+                    request.accounts.note_gap(gap_s)
         elif isinstance(report, ProgramEvent | ProgramEnd):
             request = self._in_flight.get(report.id)
             if request is not None and isinstance(request.stream, ProgramStream):
@@ -465,15 +515,16 @@ class EngineProxy:
 
     def _count(self, request: _InFlight | None, output: Output) -> None:
         """Count an increment for the key of its request. `request`: None if its reader has left."""
-        if self._accounts is None:
+        accounts = self._accounts if request is None else request.accounts
+        if accounts is None:
             return
         if request is not None:
             self._begin(request)
             if output.token_ids:
                 request.num_generated += len(output.token_ids)
-                self._accounts.note_tokens(request.name, len(output.token_ids))
+                accounts.note_tokens(request.name, len(output.token_ids))
         if output.finish_reason is not None:
-            self._accounts.note_finish(_NOBODY if request is None else request.client, output)
+            accounts.note_finish(_NOBODY if request is None else request.client, output)
 
     def _note_heartbeat(self, stats: dict[str, float]) -> None:
         state, now_s = self._state, time.monotonic()

@@ -1,5 +1,9 @@
 """Several engine processes that serve one model, behind the interface of one `EngineProxy`.
 
+KV pages move between them (`moving`): a request that is placed where its prefix is not cached takes the prefix along
+from where it is; a replica that leaves gives its latest prefixes to the others. Some replicas may compute prompts only:
+a long prompt is computed there, and its pages move to the replica that decodes while later ones are computed.
+
 Each process is supervised by a proxy of its own. The router (`cluster.router`) chooses the replica of each request; it
 hears what the replicas' caches gain and lose. A program runs whole on one replica. If a replica dies, requests of which
 their readers have seen nothing are sent to another one; the others end with EngineStopped.
@@ -27,6 +31,7 @@ from ramet.runtime.cache.prefix_log import CacheChanges, prefix_keys
 from ramet.runtime.cluster.autoscaler import Autoscaler, Load, ScalingRule
 from ramet.runtime.cluster.router import Placement, RoutedRequest, Router, RouterConfig
 from ramet.runtime.server.config import MAX_REPLICAS
+from ramet.runtime.server.link.moving import Moves, move
 from ramet.runtime.server.link.protocol import (
     CacheReport,
     CancelNodes,
@@ -43,11 +48,15 @@ from ramet.runtime.server.link.protocol import (
 )
 from ramet.runtime.server.link.proxy import EngineProxy, Listener, ProxyCounters, check_unused
 from ramet.runtime.server.link.streams import OutputStream, ProgramStream
+from ramet.runtime.types import SamplingParams, TokenIds
 
 logger = logging.getLogger(__name__)
 
 _SIGNATURE_BYTES = 512  # of a program's graph: programs that begin alike share prefixes
 _LOOK_S = 1.0  # between two looks at the load
+_FIRST_TOKEN = SamplingParams(
+    temperature=0.0, max_tokens=1, ignore_eos=True
+)  # of a prompt computed for another replica
 
 MakeProxy = Callable[[int, Listener], EngineProxy]
 
@@ -60,6 +69,7 @@ class _RoutedOutput(OutputStream):
         self.command = command
         self.placement: Placement | None = None
         self.failed_on: set[int] = set()
+        self.bringing: asyncio.Task[None] | None = None  # its pages, while it waits for them
         self._replicas = replicas
         self.has_begun = False
 
@@ -129,21 +139,27 @@ class Replicas:
         make_router: Callable[[RouterConfig], Router] = Router,
         scaling: ScalingRule | None = None,
         drain_s: float = 30.0,
+        num_prefill: int = 0,
     ) -> None:
         """make_proxy: makes the proxy of the replica with this number, which reports to the listener.
 
         All proxies should have the same accounts: limits are then those of all replicas together.
         scaling: how their number follows the load; None: it does not. drain_s: see `scale`, where that rule takes some
-        away.
+        away. num_prefill: further replicas, which compute long prompts and nothing else.
         """
-        if not 1 <= count <= MAX_REPLICAS:
-            raise ConfigError(f"dp is {count} but must be in [1, {MAX_REPLICAS}]")
+        if not 1 <= count <= MAX_REPLICAS - num_prefill:
+            raise ConfigError(f"dp is {count} but must be in [1, {MAX_REPLICAS - num_prefill}]")
         self.num_retries = 0  # requests sent again after their replica died
         self.num_resyncs = 0  # times that a replica was asked for all it holds
         self._make_proxy = make_proxy
         self._make_router = make_router
-        self._router: Router | None = None  # made when the first replica says how large its pages are
-        self._members = {n: make_proxy(n, partial(self.note, n)) for n in range(count)}
+        self._prefill = range(count, count + num_prefill)  # the numbers of those that compute prompts only
+        # Made when the first replica says how large its pages are: of those that answer, and of `_prefill`.
+        self._router: Router | None = None
+        self._prefill_router: Router | None = None
+        self.moves = Moves()
+        self._news: dict[int, asyncio.Future[None]] = {}  # done when the cache of this replica has changed
+        self._members = {n: make_proxy(n, partial(self.note, n)) for n in range(count + num_prefill)}
         self._in_flight: dict[str, _RoutedOutput | _RoutedProgram] = {}
         self._page_size = 16
         self._is_stopping = False
@@ -210,12 +226,14 @@ class Replicas:
         What a removed replica has not ended after `drain_s` seconds ends with EngineStopped, or is sent elsewhere.
         Raises: ConfigError; the error that keeps a new replica from starting, after it was removed again.
         """
-        if not 1 <= count <= MAX_REPLICAS:
-            raise ConfigError(f"the number of replicas is {count} but must be in [1, {MAX_REPLICAS}]")
+        most = MAX_REPLICAS - len(self._prefill)
+        if not 1 <= count <= most:
+            raise ConfigError(f"the number of replicas is {count} but must be in [1, {most}]")
         async with self._changing:
-            new = [n for n in range(MAX_REPLICAS) if n not in self._members][: max(count - len(self._members), 0)]
+            there = self._answering()
+            new = [n for n in range(MAX_REPLICAS) if n not in self._members][: max(count - len(there), 0)]
             await asyncio.gather(*(self._add(number) for number in new))
-            leaving = sorted(self._members)[count:]
+            leaving = self._answering()[count:]
             await asyncio.gather(*(self._remove(number, drain_s) for number in leaving))
 
     async def _follow_load(self, rule: ScalingRule) -> None:
@@ -227,7 +245,7 @@ class Replicas:
         scaler = Autoscaler(rule)
         while True:
             await asyncio.sleep(_LOOK_S)
-            count, load = len(self._members), self.load(rule.up_s)
+            count, load = len(self._answering()), self.load(rule.up_s)
             wanted = scaler.decide(time.monotonic(), count, load)
             if wanted == count:
                 continue
@@ -236,7 +254,7 @@ class Replicas:
             try:
                 await self.scale(wanted, self._drain_s)
             except Exception:  # also of the system: it is tried again, after the rule's rest
-                logger.exception("there are still %d replicas", len(self._members))
+                logger.exception("there are still %d replicas", len(self._answering()))
             else:
                 logger.info("there are %d replicas after %.1f s", wanted, time.monotonic() - start_s)
 
@@ -264,7 +282,7 @@ class Replicas:
         Raises: ConfigError, if there is only one; the error that kept a replica from starting.
         """
         async with self._changing:
-            if len(self._members) < 2:
+            if len(self._answering()) < 2:
                 raise ConfigError("there is one replica: nothing would serve while it restarts; scale to 2 first")
             before, self._make_proxy = self._make_proxy, make_proxy or self._make_proxy
             done: list[int] = []
@@ -294,17 +312,53 @@ class Replicas:
             raise
 
     async def _remove(self, number: int, drain_s: float) -> None:
-        proxy = self._members[number]
-        if self._router is not None and number in self._router.replicas:
-            self._router.drain(number)
+        proxy, router = self._members[number], self._router_of(number)
+        if router is not None and number in router.replicas:
+            router.drain(number)
         deadline_s = time.monotonic() + drain_s
         while proxy.num_in_flight and time.monotonic() < deadline_s:
             await asyncio.sleep(0.02)
+        try:
+            async with asyncio.timeout(drain_s):
+                await self._hand_over(number)
+        except (RametError, TimeoutError) as error:
+            logger.info("replica %d leaves, and some of its prefixes are not cached elsewhere: %s", number, error)
         del self._members[number]
         self.note(number, None)
         await proxy.stop()
 
+    async def _hand_over(self, number: int) -> None:
+        """Move the latest prefixes of a drained replica to others, as many as these have free pages for."""
+        router, proxy = self._router, self._members[number]
+        others = {n: self._members[n] for n in self._answering() if n != number}
+        room = {
+            n: int(other.stats.get("num_free_pages", other.hello.num_kv_tokens // self._page_size))
+            for n, other in others.items()
+            if other.hello is not None
+        }
+        if router is None or number in self._prefill or proxy.hello is None or not any(room.values()):
+            return
+        chosen: list[tuple[int, str, TokenIds]] = []
+        for cache_salt, ids in await proxy.ask("latest_prefixes"):
+            tokens = np.asarray(ids, dtype=np.int32)
+            keys = prefix_keys(tokens, self._page_size, cache_salt)
+            placement = router.place(RoutedRequest(len(tokens), keys), time.monotonic())
+            router.finished(placement)
+            room[placement.replica] = room.get(placement.replica, 0) - placement.num_lacking // self._page_size
+            if room[placement.replica] < 0:
+                break
+            chosen.append((placement.replica, cache_salt, tokens))
+        for replica, cache_salt, tokens in reversed(chosen):  # so the latest are also the last that are evicted there
+            await move(proxy, others[replica], tokens, cache_salt, self.moves)
+
     # -- state ---------------------------------------------------------------------------------------------------
+
+    def _answering(self) -> list[int]:
+        """The numbers of the replicas that answer requests: all but those that compute prompts only."""
+        return [number for number in sorted(self._members) if number not in self._prefill]
+
+    def _router_of(self, number: int) -> Router | None:
+        return self._prefill_router if number in self._prefill else self._router
 
     def engines(self) -> list[tuple[int | None, EngineProxy]]:
         """Every replica's proxy with its number."""
@@ -316,12 +370,13 @@ class Replicas:
     @property
     def hello(self) -> Hello | None:
         """The description of one ready engine; None while no engine is ready."""
-        return next((proxy.hello for proxy in self._proxies() if proxy.hello is not None), None)
+        proxies = (self._members[number] for number in self._answering())
+        return next((proxy.hello for proxy in proxies if proxy.hello is not None), None)
 
     @property
     def startup(self) -> dict[str, object]:
         """As `EngineProxy.startup`: ready while one replica is."""
-        states = [proxy.startup for proxy in self._proxies()]
+        states = [self._members[number].startup for number in self._answering()]
         ready = [state for state in states if state["ready"]]
         attempts = self.counters.num_starts
         if not ready:
@@ -359,7 +414,7 @@ class Replicas:
 
     def health(self, patience_s: float = 20.0) -> str | None:
         """None while one replica is healthy; otherwise the problems of all."""
-        problems = [(number, proxy.health(patience_s)) for number, proxy in self.engines()]
+        problems = [(number, self._members[number].health(patience_s)) for number in self._answering()]
         if any(problem is None for _, problem in problems):
             return None
         return "; ".join(f"replica {number}: {problem}" for number, problem in problems)
@@ -449,9 +504,10 @@ class Replicas:
             placement = self._choose(stream)
             assert self._router is not None
             proxy = self._members[placement.replica]
+            is_held = self._lacks_pages(stream, placement)
             try:
                 if isinstance(stream, _RoutedOutput):
-                    proxy.submit(stream.command, stream=stream)
+                    proxy.submit(stream.command, stream=stream, is_held=is_held)
                 else:
                     proxy.start_program(stream.command, streams=[stream])
                     for command in stream.commands:
@@ -464,7 +520,96 @@ class Replicas:
                 self._router.finished(placement)
                 raise
             stream.placement = placement
+            if stream.trace is not None:
+                where = {"ramet.replica": placement.replica, "ramet.cached_tokens": placement.num_cached}
+                stream.trace.add("route", placement.placed_s, time.monotonic(), where)
+            if is_held and isinstance(stream, _RoutedOutput):
+                stream.bringing = self._run(self._bring(stream, placement, proxy))
             return
+
+    def _lacks_pages(self, stream: _RoutedOutput | _RoutedProgram, placement: Placement) -> bool:
+        """Whether a request waits for pages from another replica, which has them, or is there to compute them."""
+        router, request = self._router, placement.request
+        if isinstance(stream, _RoutedProgram) or router is None or not request.keys:
+            return False
+        options = stream.command.options
+        if options.score_from is not None or options.adapter:  # scored where they are asked; an adapter's pages stay
+            return False
+        if self._prefill_router is not None:
+            return placement.num_lacking >= router.config.least_moved
+        num_moved = placement.num_elsewhere - placement.num_cached
+        computing_s = router.computing_s(placement.replica, num_moved)
+        return placement.source is not None and self.moves.pays(num_moved, computing_s)
+
+    async def _bring(self, stream: _RoutedOutput, placement: Placement, target: EngineProxy) -> None:
+        """Let the replica of a held request have its pages, and send it then.
+
+        If that fails, whatever the reason, the replica computes what it lacks.
+        """
+        command, start_s = stream.command, time.monotonic()
+        tokens = np.asarray(command.prompt_ids, dtype=np.int32)
+        try:
+            if self._prefill_router is not None:
+                await self._compute_apart(self._prefill_router, placement.request, command, target, tokens)
+            elif placement.source in self._members:
+                source, tokens = self._members[placement.source], tokens[: placement.num_elsewhere]
+                await move(source, target, tokens, command.options.cache_salt, self.moves)
+        except (RametError, TimeoutError) as error:
+            logger.info("request %s: its replica computes what it lacks: %s", command.id, error)
+        finally:
+            if stream.trace is not None:
+                where = {"ramet.replica": placement.replica}
+                stream.trace.add("move pages", start_s, time.monotonic(), where)
+            if stream.placement is placement:  # it has not been sent elsewhere meanwhile
+                if command.options.deadline_s is not None:
+                    left_s = max(command.options.deadline_s - (time.monotonic() - start_s), 0.0)
+                    options = command.options.changed({"deadline_s": left_s})
+                    command = msgspec.structs.replace(command, options=options)
+                target.send_held(command)
+
+    async def _compute_apart(
+        self, router: Router, request: RoutedRequest, command: Submit, target: EngineProxy, tokens: TokenIds
+    ) -> None:
+        """Have a prompt computed on a replica for prompts, and its pages moved to `target` as they are there."""
+        options = command.options.changed({"draft": ""})
+        whole = command.prompt_ids[: len(tokens) // self._page_size * self._page_size]
+        part = Submit(new_id("prefill"), whole, _FIRST_TOKEN, options=options, client=command.client)
+        placement = router.place(request, time.monotonic())
+        number, proxy = placement.replica, self._members[placement.replica]
+        try:
+            stream = proxy.submit(part, is_whole=True, is_counted=False)
+            done = asyncio.create_task(stream.collect())
+            done.add_done_callback(lambda _: self._tell_news(number))
+            try:
+                await move(
+                    proxy,
+                    target,
+                    tokens,
+                    options.cache_salt,
+                    self.moves,
+                    lambda: None if done.done() else self._news_of(number),
+                )
+                await done
+            finally:
+                stream.close()  # which aborts it, if it is not over
+                done.cancel()
+                await asyncio.gather(done, return_exceptions=True)
+            router.begun(placement, time.monotonic())
+        except EngineStopped:
+            if proxy.hello is None:
+                router.failed(placement, time.monotonic())
+            raise
+        finally:
+            router.finished(placement)
+
+    def _news_of(self, number: int) -> asyncio.Future[None]:
+        """A future that is done when the cache of a replica has changed."""
+        return self._news.setdefault(number, asyncio.get_running_loop().create_future())
+
+    def _tell_news(self, number: int) -> None:
+        news = self._news.pop(number, None)
+        if news is not None:
+            news.set_result(None)
 
     def _choose(self, stream: _RoutedOutput | _RoutedProgram) -> Placement:
         """Ask the router. Raises EngineStopped with the replicas' own problems."""
@@ -484,8 +629,9 @@ class Replicas:
             prompt = np.asarray(command.prompt_ids, dtype=np.int64).astype(np.int32)
         except OverflowError:  # no token has such a number: the engine refuses the request, whichever it is
             prompt = np.empty(0, dtype=np.int32)
-        keys = prefix_keys(prompt, self._page_size, command.options.cache_salt)
-        return RoutedRequest(max(len(command.prompt_ids), 1), keys, command.options.program_id)
+        every = 1 if self._router is None else self._router.index.grain
+        keys = prefix_keys(prompt, self._page_size, command.options.cache_salt, every)
+        return RoutedRequest(max(len(command.prompt_ids), 1), keys, command.options.program_id, every)
 
     # -- what streams and members say ----------------------------------------------------------------------------
 
@@ -494,6 +640,7 @@ class Replicas:
         if self._is_stopping or self._router is None or stream.id not in self._in_flight:
             return False
         assert stream.placement is not None
+        _stop_bringing(stream)
         self._router.failed(stream.placement, time.monotonic())
         stream.failed_on.add(stream.placement.replica)
         try:
@@ -512,6 +659,7 @@ class Replicas:
                 self._first_tokens.append((now_s, now_s - stream.placement.placed_s))
 
     def note_end(self, stream: _RoutedOutput | _RoutedProgram) -> None:
+        _stop_bringing(stream)
         if (
             self._in_flight.pop(stream.id, None) is not None
             and self._router is not None
@@ -533,31 +681,41 @@ class Replicas:
         if isinstance(report, Hello) and self._router is None:
             self._page_size = report.page_size
             self._router = self._make_router(RouterConfig(page_size=report.page_size))
-        if self._router is None:
+            self._prefill_router = Router(self._router.config) if self._prefill else None
+        router = self._router_of(number)
+        if router is None:
             return
+        self._tell_news(number)
         if report is None:
-            self._router.remove(number)
+            router.remove(number)
         elif isinstance(report, CacheReport):
-            if not self._router.apply(number, report.changes):
-                self._run(self._resync(number))
+            if not router.apply(number, report.changes):
+                self._run(self._resync(number, router))
         elif number in self._members:
-            self._router.add(number, report.num_kv_tokens // report.page_size)
-            self._router.apply(number, CacheChanges(0, is_whole=True))
+            router.add(number, report.num_kv_tokens // report.page_size)
+            router.apply(number, CacheChanges(0, is_whole=True))
 
-    async def _resync(self, number: int) -> None:
+    async def _resync(self, number: int, router: Router) -> None:
         """Ask a replica for all that it holds, because changes were missed."""
         proxy = self._members.get(number)
-        if proxy is None or self._router is None:
+        if proxy is None:
             return
         self.num_resyncs += 1
         with contextlib.suppress(RametError, TimeoutError):  # it has ended, or the next changes ask again
             answer = await proxy.ask("whole_cache")
-            self._router.apply(number, CacheChanges(answer["number"], answer["added"], is_whole=True))
+            router.apply(number, CacheChanges(answer["number"], answer["added"], is_whole=True))
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _stop_bringing(stream: _RoutedOutput | _RoutedProgram) -> None:
+    if isinstance(stream, _RoutedOutput) and stream.bringing is not None:
+        stream.bringing.cancel()
+        stream.bringing = None
 
 
 def _together(every: list[dict[str, float]]) -> dict[str, float]:

@@ -14,6 +14,7 @@ import msgspec
 
 from ramet.lang.graph.ir import NodeEvent
 from ramet.runtime.server.link.protocol import Output, ProgramEnd, ProgramEvent
+from ramet.runtime.server.link.tracing import CURRENT
 
 
 class OutputStream:
@@ -31,12 +32,15 @@ class OutputStream:
         self._is_over = False
         self._heard_s: float | None = None  # time.monotonic() of the last increment
         self._is_touched = False
+        self.trace = CURRENT.get()  # of the HTTP request that made this one
 
     def push(self, output: Output) -> float | None:
         """Add an increment. Returns the seconds since the previous one, None for the first."""
         now_s = time.monotonic()
         gap_s = None if self._heard_s is None else now_s - self._heard_s
         self._heard_s = now_s
+        if output.finish_reason is not None and self.trace is not None:
+            self.trace.add_output(output)
         if self._pending is None:
             self._pending = output
         else:
@@ -103,10 +107,17 @@ class ProgramStream:
         self._changed = asyncio.Event()
         self._end: ProgramEnd | None = None
         self._is_closed = False
+        self.trace = CURRENT.get()  # of the HTTP request that made this one
+        self._start_s = time.monotonic()
 
     def push(self, report: ProgramEvent | ProgramEnd) -> None:
         if isinstance(report, ProgramEnd):
             self._end = report
+            if self.trace is not None:
+                error = "" if report.error is None else report.error.kind
+                self.trace.add(
+                    "program", self._start_s, time.monotonic(), {"ramet.program": self.id, "error.type": error}
+                )
         else:
             last = self._events[-1] if self._events else None
             event = report.event

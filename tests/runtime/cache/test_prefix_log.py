@@ -39,6 +39,14 @@ def test_the_low_byte_of_a_key_counts_pages() -> None:
     assert [key & 0xFF for key in keys] == [n % 256 for n in range(1, 301)]
 
 
+def test_keys_of_every_few_pages_are_among_those_of_all() -> None:
+    tokens = np.arange(16 * 37 + 5, dtype=np.int32)
+    whole = prefix_keys(tokens, 16, "salt")
+    for every in (1, 2, 4, 16, 64):
+        assert prefix_keys(tokens, 16, "salt", every) == whole[every - 1 :: every]
+    assert prefix_keys(tokens[:15], 16) == []
+
+
 def test_another_process_computes_the_same_keys() -> None:
     code = "import numpy as np; from ramet.runtime.cache.prefix_log import prefix_keys as k; "
     code += "print(k(np.arange(8, dtype=np.int32), 4, 'ä'))"

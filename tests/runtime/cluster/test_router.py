@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -235,13 +236,13 @@ def test_a_placement_among_a_thousand_looks_at_few() -> None:
     for replica in range(1_000):
         cache(router, replica, shared)
     looked: set[int] = set()
-    cost = router.cost
+    seconds = router.seconds
 
-    def counted(replica: int, num_lacking: int) -> float:
-        looked.add(replica)
-        return cost(replica, num_lacking)
+    def counted(state: Any, num_tokens: float, of_all: float) -> float:  # Any: the router's view of a replica
+        looked.add(id(state))
+        return seconds(state, num_tokens, of_all)
 
-    router.cost = counted  # type: ignore[method-assign]
+    router.seconds = counted  # type: ignore[method-assign]
     for _ in range(20):
         looked.clear()
         run(router, shared)

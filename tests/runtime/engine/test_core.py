@@ -125,6 +125,33 @@ def test_greedy_tokens_are_the_same_alone_and_in_any_batch(
         assert sequence.finish_reason is FinishReason.LENGTH
 
 
+def test_pages_that_are_held_for_another_engine_outlive_evictions_but_not_a_failed_step(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = make_core(decoder, num_pages=20)
+    ids = np.asarray(prompt(1, 100), dtype=np.int32)
+    run(core, [request("first", ids.tolist(), 1)])
+    cache = core.scheduler.cache
+    held = core.hold_pages(ids, "", 4)
+    assert held is not None
+    before = core.runner.kv_cache.read(held.page_ids)
+    run(core, [request(f"r{n}", prompt(50 + n, 150), 20) for n in range(4)])  # more than the other pages hold
+    assert cache.pages_of(ids) == held.page_ids
+    assert torch.equal(core.runner.kv_cache.read(held.page_ids), before)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.runner, "launch", fail)
+        (failed,) = run(core, [request("fails", ids.tolist(), 5)])
+    assert failed.finish_reason is FinishReason.ERROR
+    core.check_integrity()
+    core.let_go(held)
+    assert cache.num_cached_pages == 0
+    core.check_integrity()
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch(decoder: Decoder, overlap: bool) -> None:
     requests = [

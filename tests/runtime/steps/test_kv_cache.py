@@ -64,3 +64,17 @@ def test_cached_is_cold_batched_is_alone_and_forks_share_partial_pages() -> None
             engine.flush_cache()
             assert engine.generate(prompt, GREEDY).token_ids == result.token_ids
         engine.check_integrity()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
+def test_pages_that_are_read_from_one_cache_and_written_to_another_are_the_same(dtype: torch.dtype) -> None:
+    source, target = (KVCache(tiny_model().config, 9, 16, device=CPU, dtype=dtype) for _ in range(2))
+    source.storage.view(torch.uint8).random_(0, 255, generator=torch.Generator().manual_seed(1))
+    pages = source.read([3, 8, 1])
+    assert (pages.dtype, pages.numel()) == (torch.uint8, 3 * source.page_bytes)
+    target.write([2, 4, 6], pages)
+    for old, new in ((3, 2), (8, 4), (1, 6)):
+        here, there = (cache.storage.view(torch.uint8)[:, :, page] for cache, page in ((source, old), (target, new)))
+        assert torch.equal(here, there)
+    assert not target.storage.view(torch.uint8)[:, :, [0, 1, 3, 5, 7, 8]].any()
+    assert target.read([]).numel() == 0
