@@ -67,8 +67,8 @@ class ServedModel:
         hello = self.proxy.hello
         return [] if hello is None else hello.adapters
 
-    def adapter_of(self, name: str | None) -> str:
-        """The adapter that a model's name chooses; empty for the model alone. Raises HttpError (404)."""
+    def adapter_of(self, name: str | None, param: str = "model") -> str:
+        """The adapter that a model's name chooses; empty for the model alone. Raises HttpError (404), which names `param`."""
         if name in (None, "default", self.name):
             return ""
         if name in self.adapters:
@@ -76,7 +76,7 @@ class ServedModel:
         raise HttpError(
             404,
             f"the model {name!r} does not exist here; this server serves {', '.join(map(repr, self.names))}",
-            param="model",
+            param=param,
             code="model_not_found",
         )
 

@@ -121,7 +121,7 @@ class GenerateBody(Strict):
     cache_salt: str = Field(default="", max_length=200)
     timeout_s: float | None = Field(default=None, gt=0, le=86_400)
     token_healing: bool | None = None
-    lora_path: str | None = Field(default=None, max_length=200, description="the name of a loaded adapter")
+    lora_path: str | None = Field(default=None, max_length=200, description="the name of a loaded adapter; empty: none")
 
 
 class LoadAdapterBody(Strict):

@@ -70,7 +70,7 @@ def generate_endpoints(served: ServedModel) -> list[Endpoint]:
         GenerateEndpoint(served).answer,
         body=GenerateBody,
         answer=Generated | list[Generated],
-        errors=(429, 499, 503),
+        errors=(404, 429, 499, 503),
         has_stream=True,
         tag="native",
     )
@@ -120,7 +120,7 @@ class GenerateEndpoint:
                 param="sampling_params",
             )
         all_sampling = given if isinstance(given, list) else [given] * len(prompts)
-        adapter = "" if body.lora_path is None else self._served.adapter_of(body.lora_path)
+        adapter = self._served.adapter_of(body.lora_path or None, "lora_path")
         options = RequestOptions(cache_salt=salt, priority=body.priority, deadline_s=body.timeout_s, adapter=adapter)
         jobs: list[tuple[Job, int]] = []
         for ids, sampling in zip(prompts, all_sampling, strict=True):

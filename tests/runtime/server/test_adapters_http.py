@@ -86,6 +86,9 @@ def test_every_api_takes_an_adapter_as_its_model(server: Any) -> None:
     unknown = server.client.post("/v1/completions", json={"model": "second", "prompt": "x"})
     assert unknown.status_code == 404
     assert "'first'" in unknown.json()["error"]["message"]
+    none, other = (server.client.post("/generate", json={"text": "x", "lora_path": name}) for name in ("", "second"))
+    assert none.status_code == 200
+    assert (other.status_code, other.json()["error"]["param"]) == (404, "lora_path")
 
 
 def test_adapters_are_loaded_and_unloaded_while_the_server_runs(server: Any, folders: list[Path]) -> None:
