@@ -119,7 +119,10 @@ class EngineConfig:
             if not is_right(value):
                 raise ConfigError(f"{name} is {value!r} but must be {limit}")
         if self.speculative_draft is not None and self.speculative == "off":
-            raise ConfigError(f"speculative_draft is {self.speculative_draft!r}, which needs speculative=auto")
+            raise ConfigError(
+                f"speculative_draft is {self.speculative_draft!r} but must be None with speculative=off; "
+                "set speculative=auto"
+            )
         if self.deterministic and self.tp > 1:
             raise ConfigError(
                 "deterministic is True but must be False with tp > 1, where the order of sums over ranks depends on "

@@ -112,11 +112,13 @@ class EnginesCollector(Collector):
             text = "pairs of a cached prefix and a replica that the router knows"
             yield gauge("ramet_router_known_prefixes", text, self._engines.num_known_prefixes)
             moves = self._engines.moves
-            yield counter("ramet_moves", "times that KV pages moved from one engine to another", moves.num_moves)
-            yield counter("ramet_moves_failed", "of these, the ones that an error ended", moves.num_failed)
-            yield counter("ramet_moved_tokens", "tokens whose KV moved", moves.num_tokens)
-            yield counter("ramet_moved_bytes", "bytes of KV that moved", moves.num_bytes)
-            yield counter("ramet_moving_seconds", "time in which parts of moves were on their way", moves.seconds)
+            yield counter("ramet_router_moves", "times that KV pages moved from one engine to another", moves.num_moves)
+            yield counter("ramet_router_moves_failed", "of these, the ones that an error ended", moves.num_failed)
+            yield counter("ramet_router_moved_tokens", "tokens whose KV moved", moves.num_tokens)
+            yield counter("ramet_router_moved_bytes", "bytes of KV that moved", moves.num_bytes)
+            yield counter(
+                "ramet_router_moving_seconds", "time in which parts of moves were on their way", moves.seconds
+            )
 
 
 class RequestCollector(Collector):

@@ -68,7 +68,7 @@ class ServedModel:
         return [] if hello is None else hello.adapters
 
     def adapter_of(self, name: str | None, param: str = "model") -> str:
-        """The adapter that a model's name chooses; empty for the model alone. Raises HttpError (404), which names `param`."""
+        """The adapter that a model's name chooses; empty for the model alone. Raises HttpError (404) about `param`."""
         if name in (None, "default", self.name):
             return ""
         if name in self.adapters:

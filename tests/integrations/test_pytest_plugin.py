@@ -20,20 +20,20 @@ def test_it_greets(scripted, program_snapshot):
     program_snapshot(state)
     program_snapshot(greet.run("Ann"))
 """
-PLUGIN = ("-p", "ramet.integrations.pytest_plugin", "-p", "no:cacheprovider")
+PLUGIN = ("-p", "no:cacheprovider")  # Ramet's is loaded by its entry point
 
 
 def test_a_run_is_kept_and_compared(pytester: pytest.Pytester) -> None:
     file = pytester.makepyfile(test_greet=PROGRAM)
-    first = pytester.runpytest_inprocess(*PLUGIN)
+    first = pytester.runpytest_subprocess(*PLUGIN)
     first.assert_outcomes(failed=1)
     first.stdout.fnmatch_lines(["*does not exist; look at what the program does*--ramet-update*"])
-    pytester.runpytest_inprocess(*PLUGIN, "--ramet-update").assert_outcomes(passed=1)
+    pytester.runpytest_subprocess(*PLUGIN, "--ramet-update").assert_outcomes(passed=1)
     kept = sorted(path.name for path in (pytester.path / "__ramet__").iterdir())
     assert kept == ["test_greet.test_it_greets.2.json", "test_greet.test_it_greets.json"]
-    pytester.runpytest_inprocess(*PLUGIN).assert_outcomes(passed=1)
+    pytester.runpytest_subprocess(*PLUGIN).assert_outcomes(passed=1)
     file.write_text(file.read_text().replace("Hello, {name}!", "Good morning, {name}!"))
-    changed = pytester.runpytest_inprocess(*PLUGIN)
+    changed = pytester.runpytest_subprocess(*PLUGIN)
     changed.assert_outcomes(failed=1)
     changed.stdout.fnmatch_lines(["*the program does something else now*", "*-*Hello, Ann*", "*+*Good morning, Ann*"])
 
@@ -44,4 +44,4 @@ def test_the_backend_is_strict_and_the_tests_own(pytester: pytest.Pytester) -> N
             'program_snapshot(greet.run("Ann"))', 'assert greet.run("Bob").error() is not None'
         )
     )
-    pytester.runpytest_inprocess(*PLUGIN).assert_outcomes(passed=1)
+    pytester.runpytest_subprocess(*PLUGIN).assert_outcomes(passed=1)

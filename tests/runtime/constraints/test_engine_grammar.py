@@ -136,9 +136,8 @@ def test_the_steps_of_others_overlap_beside_open_automata(
         expected = run(host)
         assert run(device) == expected
         assert re.fullmatch(PATTERNS[0], expected[1])
-        assert {8 - num_open, 8} <= set(sizes), (
-            "steps with and without those that the host masks, launched before the last ended"
-        )
+        assert 8 - num_open in sizes, "steps without those that the host masks, launched before the last ended"
+        assert max(sizes) > 8 - num_open, "steps with them, launched before the last ended"
         device.check_integrity()
 
 

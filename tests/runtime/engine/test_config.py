@@ -43,6 +43,7 @@ GOOD: dict[str, list[Any]] = {
     "overlap": [True],
     "deterministic": [True],
     "kernel_table": ["", "x", None],
+    "speculative_draft": [None],
     "grammar_on_device": [True],
     "json_whitespace": ["", None],
     "reservation_ratio": [0],

@@ -182,7 +182,7 @@ def test_logits_of_a_whole_prompt_equal_transformers(oracle: Oracle) -> None:
 
 
 def test_logits_of_a_chunked_prompt_equal_transformers(oracle: Oracle) -> None:
-    cache = BareCache(oracle.decoder, 1, NUM_TOKENS, page_size=4)
+    cache = BareCache(oracle.decoder, 1, NUM_TOKENS, page_size=8)
     bounds = [0, 1, 7, 23, 24, NUM_TOKENS]
     chunks = [oracle.prompt[low:high] for low, high in itertools.pairwise(bounds)]
     assert_close(torch.cat([cache.step([], [(0, chunk)]) for chunk in chunks]), oracle.expected)

@@ -231,7 +231,6 @@ def test_browsers_of_other_origins_are_not_let_in_unless_they_are_named(server: 
         "data_parallel_rank",
         "custom_logit_processor",
         "custom_params",
-        "lora_path",
         "session_params",
         "return_hidden_states",
         "request_id",

@@ -342,7 +342,7 @@ def test_a_models_drafts_change_no_answer_and_its_pages_come_back(
 def test_a_draft_model_that_cannot_serve_is_refused_at_start(
     tiny_model: LoadedModel, with_draft_model: Callable[..., Engine]
 ) -> None:
-    with pytest.raises(ConfigError, match="speculative_draft is 'small', which needs speculative=auto"):
+    with pytest.raises(ConfigError, match="speculative_draft is 'small' but must be None with speculative=off"):
         Engine(tiny_model, speculative_draft="small", **SETTINGS)
     with pytest.raises(ModelNotFound, match="no-such-model"):
         Engine(tiny_model, speculative="auto", speculative_draft="no-such-model", **SETTINGS)

@@ -72,7 +72,7 @@ class FakeEngine:
     script: Script = lambda command: []
     submitted: list[Submit] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
-    hello: object = field(default_factory=lambda: SimpleNamespace(context_length=4096))
+    hello: object = field(default_factory=lambda: SimpleNamespace(context_length=4096, adapters=[]))
     cached_tokens: int = 0
 
     def new_id(self, prefix: str) -> str:
