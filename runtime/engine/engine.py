@@ -597,7 +597,7 @@ class Engine:
         else:
             text, matched, num_tokens = self._scan(stream, tokens, output.num_held, is_finished=sequence.is_finished)
             if matched is not None:
-                if num_tokens < len(tokens):
+                if num_tokens < len(output.token_ids):
                     tokens, output = tokens[:num_tokens], replace(output, incomplete=None, was_closed=False)
                 num_before = len(sequence.output_ids) - len(output.token_ids)
                 self._core.finish(sequence, FinishReason.STOP, num_before + num_tokens if tokens else None)
