@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from starlette.requests import Request
@@ -114,63 +115,20 @@ def openai_endpoints(served: ServedModel, chat: ChatEndpoint) -> list[Endpoint]:
     """OpenAI's endpoints under /v1, except the Responses API."""
     models, embeddings = ModelEndpoints(served, chat), EmbeddingEndpoints(served)
     served.pool.submit(lambda: chat.style)  # takes most of a second: not in the first request
+    post = partial(Endpoint, "POST", errors=(404, 429, 503), tag=_TAG)
     return [
-        Endpoint(
-            "POST",
-            "/v1/chat/completions",
-            chat.answer,
-            body=ChatBody,
-            answer=ChatCompletion,
-            errors=(404, 429, 503),
-            has_stream=True,
-            tag=_TAG,
-        ),
-        Endpoint(
-            "POST",
+        post("/v1/chat/completions", chat.answer, body=ChatBody, answer=ChatCompletion, has_stream=True),
+        post(
             "/v1/completions",
             CompletionEndpoint(served).answer,
             body=CompletionBody,
             answer=Completion,
-            errors=(404, 429, 503),
             has_stream=True,
-            tag=_TAG,
         ),
-        Endpoint(
-            "POST",
-            "/v1/tokenize",
-            models.tokenize,
-            body=TokenizeBody,
-            answer=TokenIds,
-            errors=(404, 429, 503),
-            tag=_TAG,
-        ),
-        Endpoint(
-            "POST",
-            "/v1/detokenize",
-            models.detokenize,
-            body=DetokenizeBody,
-            answer=DecodedText,
-            errors=(404, 429, 503),
-            tag=_TAG,
-        ),
-        Endpoint(
-            "POST",
-            "/v1/embeddings",
-            embeddings.embed,
-            body=EmbeddingBody,
-            answer=Embeddings,
-            errors=(404, 429, 503),
-            tag=_TAG,
-        ),
-        Endpoint(
-            "POST",
-            "/v1/score",
-            embeddings.score,
-            body=ScoreBody,
-            answer=LabelScores,
-            errors=(404, 429, 503),
-            tag=_TAG,
-        ),
+        post("/v1/tokenize", models.tokenize, body=TokenizeBody, answer=TokenIds),
+        post("/v1/detokenize", models.detokenize, body=DetokenizeBody, answer=DecodedText),
+        post("/v1/embeddings", embeddings.embed, body=EmbeddingBody, answer=Embeddings),
+        post("/v1/score", embeddings.score, body=ScoreBody, answer=LabelScores),
         Endpoint("GET", "/v1/models", models.models, answer=ModelList, tag=_TAG),
         Endpoint(
             "GET",

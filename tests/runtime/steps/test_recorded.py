@@ -68,7 +68,10 @@ def prompt_of(row: int) -> list[int]:
     return [(7 * row + i) % 90 for i in range(3 + row)]
 
 
-needs_int8 = pytest.mark.skipif(not CpuFeatures.detect().int8, reason="this CPU has no products of bytes")
+needs_int8 = pytest.mark.skipif(
+    not CpuFeatures.detect().int8,
+    reason="this CPU does not multiply bytes (AVX512-VNNI), and its products round by the number of rows",
+)
 
 
 class Both:
