@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -88,6 +88,15 @@ def heals(wanted: bool | None, constraint: Constraint | None, *, is_text: bool, 
     `wanted` None: it may if the prompt is text, and a constraint says how the answer begins.
     """
     return is_text and constraint is not None and not has_logprobs if wanted is None else wanted
+
+
+@contextlib.contextmanager
+def prompts_named(field: str) -> Iterator[None]:
+    """Errors about prompts within have the body's name for them."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise name_prompt(error, field) from None
 
 
 def name_prompt(error: InvalidRequest, field: str) -> InvalidRequest:

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 from starlette.requests import Request
 
-from ramet.runtime.server.choices import Job, scored, scoring
+from ramet.runtime.server.choices import Job, prompts_named, scored, scoring
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.sending import AnswerStruct, until_disconnect
@@ -104,13 +104,15 @@ class EmbeddingEndpoints:
         given = body.input
         texts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
         asked = cast(Sequence[str | list[int]], texts)
-        prompts = await served.compute(len(await request.body()), self._tokens, asked, [True] * len(asked))
+        with prompts_named("input"):
+            prompts = await served.compute(len(await request.body()), self._tokens, asked, [True] * len(asked))
         name, client = served.proxy.new_id("embd"), client_of(request)
         wanted = [
             Submit(f"{name}-{i}", list(ids), SamplingParams(max_tokens=1), None, options, client)
             for i, ids in enumerate(prompts)
         ]
-        outputs = await until_disconnect(request.receive, scored(served.proxy, wanted))
+        with prompts_named("input"):
+            outputs = await until_disconnect(request.receive, scored(served.proxy, wanted))
         data = [Embedding(object="embedding", index=i, embedding=_shown(o, body)) for i, o in enumerate(outputs)]
         return Embeddings(object="list", data=data, model=options.adapter or served.name, usage=_usage(outputs))
 
@@ -130,7 +132,8 @@ class EmbeddingEndpoints:
         )
         texts = [body.query, *body.items]
         begins = [not body.item_first, *[body.item_first] * len(body.items)]
-        query, *items = await served.compute(len(await request.body()), self._tokens, texts, begins)
+        with prompts_named("items"):
+            query, *items = await served.compute(len(await request.body()), self._tokens, texts, begins)
         prompts = [[*item, *query] if body.item_first else [*query, *item] for item in items]
         name, client, labels = served.proxy.new_id("score"), client_of(request), body.label_token_ids
         wanted = [
@@ -142,7 +145,8 @@ class EmbeddingEndpoints:
             for i, prompt in enumerate(prompts)
             for j, label in enumerate(labels)
         ]
-        outputs = await until_disconnect(request.receive, scored(served.proxy, wanted))
+        with prompts_named("items"):
+            outputs = await until_disconnect(request.receive, scored(served.proxy, wanted))
         found = [math.exp((output.prompt_logprobs or [-math.inf])[0]) for output in outputs]
         scores = [found[start : start + len(labels)] for start in range(0, len(found), len(labels))]
         if body.apply_softmax:

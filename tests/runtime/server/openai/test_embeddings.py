@@ -50,6 +50,9 @@ def test_dimensions_form_and_pooling_are_as_asked(server: Any) -> None:
     assert float(np.abs(mean - last).max()) > 0.01
     wrong = server.client.post("/v1/embeddings", json={"input": "a text", "dimensions": 10_000})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "dimensions")
+    for text in ("", "a long text " * 5000):
+        wrong = server.client.post("/v1/embeddings", json={"input": text})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "input")
 
 
 @pytest.mark.parametrize(
