@@ -20,9 +20,12 @@ from importlib import metadata as _metadata
 import lazy_loader as _lazy_loader
 
 from ramet.errors import explained as _explained
-from ramet.openmp_waits import limit_spinning as _limit_spinning
 
-_limit_spinning(_os.environ)  # before anything here loads torch
+# How often a CPU thread looks whether the other threads are done before it sleeps; OpenMP reads it when torch loads it.
+# GNU's OpenMP looks 300,000 times, which is tens of milliseconds: where other processes need the cores, it keeps the
+# awaited thread from running. 1,000 is some tens of microseconds. A user who sets one of the two has chosen.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & _os.environ.keys():
+    _os.environ["GOMP_SPINCOUNT"] = "1000"
 _load, __dir__, __all__ = _lazy_loader.attach_stub(__name__, __file__)
 
 

@@ -2,9 +2,7 @@
 
     RametError
     ├── InvalidRequest (ValueError)        a request's own fields are wrong
-    │   ├── InvalidSampling                a sampling value outside its range
-    │   ├── ContextOverflow                prompt + output do not fit the context
-    │   └── EmptyPrompt                    nothing to continue from
+    │   └── ContextOverflow                prompt + output do not fit the context
     ├── GrammarError (ValueError)          a constraint cannot be compiled
     │   ├── InvalidSchema                  not a valid JSON schema; has `.pointer`
     │   ├── UnsupportedSchema              valid, but a keyword cannot be enforced; has `.problems`
@@ -29,7 +27,6 @@
     ├── RequestCancelled                   aborted by its owner
     ├── EngineStopped                      the engine was shut down or crashed; what was in flight gets this
     ├── OutOfMemory (MemoryError)          weights or KV pool do not fit; names the knob and a value
-    ├── PagesRefused (ValueError)          KV pages of another model, or of a wrong size, which an engine cannot take in
     └── CacheIntegrityError (AssertionError)   page accounting broken: a bug in Ramet
 
 A message names the thing, its value, the limit, and the way out.
@@ -54,23 +51,15 @@ class RametError(Exception):
 
 
 class InvalidRequest(RametError, ValueError):
-    """A request's own fields are wrong; `param` names the field."""
+    """A request's own fields are wrong, or what it brings (KV pages of another model); `param` names the field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
 
 
-class InvalidSampling(InvalidRequest):
-    """A sampling value is outside its range."""
-
-
 class ContextOverflow(InvalidRequest):
     """Prompt and output together do not fit the context."""
-
-
-class EmptyPrompt(InvalidRequest):
-    """There is nothing to continue from."""
 
 
 class GrammarError(RametError, ValueError):
@@ -213,10 +202,6 @@ class EngineStopped(RametError):
 
 class OutOfMemory(RametError, MemoryError):
     """Weights, KV pool or workspace do not fit; the message names the knob and a value that would fit."""
-
-
-class PagesRefused(RametError, ValueError):
-    """KV pages cannot be given or taken in: they are of another model or of a wrong size, or their engine has none."""
 
 
 class CacheIntegrityError(RametError, AssertionError):

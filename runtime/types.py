@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.errors import EmptyPrompt, InvalidRequest
+from ramet.errors import InvalidRequest
 from ramet.grammar.machine.grammar import Grammar as Grammar
 from ramet.lang.graph.events import Usage as Usage
 from ramet.lang.graph.sampling import MAX_INT32 as MAX_INT32
@@ -169,7 +169,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) == 0:
-            raise EmptyPrompt(
+            raise InvalidRequest(
                 "the prompt has no tokens; give at least one (a begin-of-text token will do)", param="prompt"
             )
         assert self.prompt_ids.dtype == np.int32, self.prompt_ids.dtype

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ramet.errors import InvalidSampling
+from ramet.errors import InvalidRequest
 
 MAX_INT32 = 2**31 - 1  # a step's request data is int32
 RETRY_TEMPERATURE = 0.7  # of a retry of a greedy generation, which would repeat its text
@@ -64,9 +64,9 @@ class SamplingField:
         return f"{self.name} is {value!r} but must be {limit}"
 
     def check(self, value: Any) -> None:  # Any: as above
-        """Check a value other than None. Raises InvalidSampling."""
+        """Check a value other than None. Raises InvalidRequest."""
         if not self.holds(value):
-            raise InvalidSampling(self.problem(value), param=self.name)
+            raise InvalidRequest(self.problem(value), param=self.name)
 
 
 _TABLE = (
@@ -94,7 +94,7 @@ FIELDS: Mapping[str, SamplingField] = {field.name: field for field in _TABLE}
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The sampling parameters of a request. A value outside its range raises InvalidSampling, which names the field.
+    """The sampling parameters of a request. A value outside its range raises InvalidRequest, which names the field.
 
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` None draws a seed at submission; with
     the same seed a request gives the same tokens in every batch. `logprobs` None returns none; n >= 0 returns those of
@@ -128,10 +128,10 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
                 continue
             field = FIELDS[name]
             if not (field.takes_none if value is None else field.holds(value)):
-                raise InvalidSampling(field.problem(value), param=name)
+                raise InvalidRequest(field.problem(value), param=name)
         problem = _too_few_tokens(self.min_tokens, self.max_tokens)
         if problem is not None:
-            raise InvalidSampling(problem, param="min_tokens")
+            raise InvalidRequest(problem, param="min_tokens")
 
     @property
     def is_greedy(self) -> bool:
@@ -192,7 +192,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
         return Sampling(**{**defaults.said(), **self.said()})
 
     def params(self) -> SamplingParams:
-        """Return the engine's form, with its defaults in open fields. Raises InvalidSampling."""
+        """Return the engine's form, with its defaults in open fields. Raises InvalidRequest."""
         said = self.said()
         if self.logit_bias is not None:
             said["logit_bias"] = dict(self.logit_bias)
@@ -203,11 +203,11 @@ _OPEN = Sampling()
 
 
 def to_sampling(values: Mapping[str, Any]) -> Sampling:  # Any: whatever a caller gave
-    """Check sampling values by type and range; None leaves a field open. Raises InvalidSampling, naming the field."""
+    """Check sampling values by type and range; None leaves a field open. Raises InvalidRequest, naming the field."""
     unknown = [name for name in values if name not in Sampling.__struct_fields__]
     if unknown:
         known = ", ".join(Sampling.__struct_fields__)
-        raise InvalidSampling(f"{unknown[0]!r} is no sampling value; known: {known}", param=unknown[0])
+        raise InvalidRequest(f"{unknown[0]!r} is no sampling value; known: {known}", param=unknown[0])
     given = {name: value for name, value in values.items() if value is not None}
     for name in ("stop", "stop_regex"):
         if isinstance(given.get(name), str):
@@ -218,10 +218,10 @@ def to_sampling(values: Mapping[str, Any]) -> Sampling:  # Any: whatever a calle
         sampling = msgspec.convert(given, Sampling)
     except msgspec.ValidationError as error:
         name = str(error).partition("$.")[2].partition("[")[0].strip("`")
-        raise InvalidSampling(f"{name or 'sampling'} is {given.get(name)!r}: {error}", param=name or None) from error
+        raise InvalidRequest(f"{name or 'sampling'} is {given.get(name)!r}: {error}", param=name or None) from error
     problem = sampling_problem(sampling)
     if problem:
-        raise InvalidSampling(problem, param=problem.split()[0])
+        raise InvalidRequest(problem, param=problem.split()[0])
     return sampling
 
 

@@ -94,7 +94,7 @@ def gen(
     `adapter`: the adapter (LoRA) of the engine that writes the value; without one, that of the run's option `adapter`.
 
     Raises:
-        InvalidSampling: a value outside its range. InvalidRequest: constraints that exclude each other.
+        InvalidRequest: a value outside its range, or constraints that exclude each other.
     """
     # A generated value can be a part of a constraint; it must be read first.
     regex, cfg, choices, json_schema, substring_of = plain((regex, cfg, choices, json_schema, substring_of))

@@ -45,7 +45,7 @@ def tool_loop(
     """Run the steps of one branch. Yields the generation that it needs, and resumes when that is done.
 
     The options are those of State.call_tools. `choice` holds for the first step; in later ones the model is free to
-    answer. `loop`: where async tools run; None: on threads. Raises InvalidProgram, InvalidRequest, InvalidSampling.
+    answer. `loop`: where async tools run; None: on threads. Raises InvalidProgram, InvalidRequest.
     """
     tools = recorder.tools if given is None else as_tools(given)
     if not tools:

@@ -20,7 +20,6 @@ from rich.markup import escape
 import ramet
 from ramet.cli.bench import add_bench, run_bench
 from ramet.cli.chat import add_chat, run_chat
-from ramet.cli.completion import add_completion, completion_script
 from ramet.cli.doctor import add_doctor, run_doctor
 from ramet.cli.explain import add_explain, run_explain
 from ramet.cli.grammar import add_grammar, run_grammar
@@ -135,9 +134,19 @@ def run_pull(arguments: Arguments) -> int:
 # ---- completion ----
 
 
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        'Print a completion script. bash, zsh: add `eval "$(ramet completion bash)"` to ~/.bashrc, or zsh to ~/.zshrc '
+        "behind compinit; fish: ramet completion fish > ~/.config/fish/completions/ramet.fish"
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
 def run_completion(arguments: Arguments) -> int:
     """Print a shell's completion script."""
-    print(completion_script(arguments.shell, make_parser()), end="")
+    import shtab
+
+    print(shtab.complete(make_parser(), shell=arguments.shell))
     return 0
 
 

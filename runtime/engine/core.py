@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ramet.errors import PagesRefused
+from ramet.errors import InvalidRequest
 from ramet.runtime.cache.radix_cache import PrefixMatch
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.step_watch import StepWatch
@@ -345,7 +345,9 @@ class EngineCore:
 
     def _check_whole(self) -> None:
         if self.runner.peers is not None:
-            raise PagesRefused("the pages of an engine with --tp > 1 are divided among its ranks, so they cannot move")
+            raise InvalidRequest(
+                "the pages of an engine with --tp > 1 are divided among its ranks, so they cannot move"
+            )
 
     # --- diagnosis
 

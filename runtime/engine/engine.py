@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ramet.errors import ConfigError, EngineStopped, InvalidRequest, PagesRefused, RametError, RequestCancelled
+from ramet.errors import ConfigError, EngineStopped, InvalidRequest, RametError, RequestCancelled
 from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.cache.probe import Difference, TreeNode, differences, segments
 from ramet.runtime.cache.radix_cache import PrefixMatch
@@ -181,7 +181,7 @@ class Engine:
         nobody has its handle any more. detokenize=False: outputs have tokens and no text.
 
         Raises:
-            InvalidRequest, ContextOverflow, EmptyPrompt, Overloaded, EngineStopped.
+            InvalidRequest, ContextOverflow, Overloaded, EngineStopped.
         """
         if on_output is not None and not callable(on_output):
             raise wrong_option("on_output", on_output, "a function of one output, or None")
@@ -373,12 +373,12 @@ class Engine:
         They are used like those that this engine has computed. Thread-safe. They are copied in parts between steps.
         Returns how many pages of the prefix are cached now: fewer than those given if the ones before them are missing,
         or if there is no room.
-        Raises: PagesRefused, if their size is wrong, and nothing was taken in.
+        Raises: InvalidRequest, if their size is wrong, and nothing was taken in.
         """
         page_bytes, given = self.page_bytes, pages.to(self.model.decoder.device)
         num_given, rest = divmod(pages.numel(), page_bytes)
         if rest or (first + num_given) * self.page_size > len(tokens):
-            raise PagesRefused(
+            raise InvalidRequest(
                 f"{pages.numel():,} bytes were given for the pages from {first} on of {len(tokens):,} tokens, but "
                 f"a page has {page_bytes:,} bytes for {self.page_size} tokens; nothing was taken in"
             )

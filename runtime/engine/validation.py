@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ramet.errors import ContextOverflow, InvalidRequest, InvalidSampling
+from ramet.errors import ContextOverflow, InvalidRequest
 from ramet.runtime.text.stops import check_pattern
 from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.types import (
@@ -87,7 +87,7 @@ class RequestBorder:
         for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
             for token in tokens:
                 if token >= vocab:
-                    raise InvalidSampling(f"{name} names token {token}, but the vocabulary has {vocab:,}", param=name)
+                    raise InvalidRequest(f"{name} names token {token}, but the vocabulary has {vocab:,}", param=name)
         for pattern in sampling.stop_regex:
             check_pattern(pattern)
         adapter = self._adapter(options.adapter) if options.adapter else None

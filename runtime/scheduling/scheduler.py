@@ -32,7 +32,7 @@ from collections.abc import Sequence as Seq
 from operator import itemgetter
 from types import MappingProxyType
 
-from ramet.errors import ContextOverflow, InvalidRequest, Overloaded, PagesRefused
+from ramet.errors import ContextOverflow, InvalidRequest, Overloaded
 from ramet.runtime.cache.integrity import require
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache
@@ -234,7 +234,7 @@ class Scheduler:
     def adopt(self, tokens: TokenIds, cache_salt: str) -> list[int]:
         """See `SequencePages.adopt`: pages that another engine has computed."""
         if not self.config.prefix_cache:
-            raise PagesRefused("the engine was started with --no-radix-cache, so it can keep no pages of another one")
+            raise InvalidRequest("the engine was started with --no-radix-cache, so it can keep no pages of another one")
         return self._pages.adopt(tokens, cache_salt)
 
     # --- a step

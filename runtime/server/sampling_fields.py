@@ -315,7 +315,7 @@ class SamplingFields(JsonFormFields, OpenAiValues):
 def sampling_params(body: SamplingFields, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
     """The sampling parameters of a body. Choice i changes only `seed`.
 
-    Raises: InvalidSampling naming the field whose value is out of range; HttpError.
+    Raises: InvalidRequest naming the field whose value is out of range; HttpError.
     """
     return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given_values(body, OPENAI_VALUES))
 

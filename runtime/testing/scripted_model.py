@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic_core import to_jsonable_python
 
-from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped, InvalidRequest
+from ramet.errors import ContextOverflow, EngineStopped, InvalidRequest
 from ramet.lang.graph.json_form import AS_CONFIGURED
 from ramet.runtime.cache.probe import Difference, trie_differences
 from ramet.runtime.handle import RequestHandle
@@ -131,10 +131,10 @@ class ScriptedEngine:
         on_output: Callable[[RequestOutput], None] | None = None,
         **changes: Any,  # fields of RequestOptions, which checks them
     ) -> RequestHandle:
-        """Queue a request, as `Engine.submit`. Raises EmptyPrompt, ContextOverflow, EngineStopped."""
+        """Queue a request, as `Engine.submit`. Raises InvalidRequest, ContextOverflow, EngineStopped."""
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not tokens:
-            raise EmptyPrompt("the prompt has no tokens; give at least one", param="prompt")
+            raise InvalidRequest("the prompt has no tokens; give at least one", param="prompt")
         if len(tokens) >= self.context_length:
             raise ContextOverflow(f"the prompt has {len(tokens)} tokens but the context is {self.context_length}")
         handle = RequestHandle(request_id or f"scripted-{next(self._ids)}", self.abort)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ramet.errors import GrammarError, InvalidSampling
+from ramet.errors import GrammarError, InvalidRequest
 from ramet.grammar import ir
 from ramet.grammar.deadline import time_limit
 from ramet.grammar.text.regex import constructs, parse_regex
@@ -143,7 +143,7 @@ class StopScanner:
 
 
 def check_pattern(pattern: str) -> None:
-    """Raise InvalidSampling if a text cannot end where this pattern matches.
+    """Raise InvalidRequest if a text cannot end where this pattern matches.
 
     It says why: the pattern does not parse, is too large, matches an empty text, or depends on what stands around the
     match (anchors, lookaheads).
@@ -187,8 +187,8 @@ def _num_parts(node: ir.Node) -> int:
             return 1
 
 
-def _refused(pattern: str, reason: str) -> InvalidSampling:
-    return InvalidSampling(f"stop_regex has {pattern[:60]!r}, which {reason}", param="stop_regex")
+def _refused(pattern: str, reason: str) -> InvalidRequest:
+    return InvalidRequest(f"stop_regex has {pattern[:60]!r}, which {reason}", param="stop_regex")
 
 
 def _failure_table(pattern: str) -> list[int]:

@@ -17,8 +17,7 @@ from rich.console import Console
 
 from ramet.cli.chat import Chat, figures
 from ramet.cli.chat_models import LocalModel, Reply
-from ramet.cli.completion import SHELLS, completion_script
-from ramet.cli.main import main, make_parser
+from ramet.cli.main import main
 from ramet.errors import InvalidRequest
 from ramet.lang.graph.sampling import Sampling
 
@@ -156,30 +155,33 @@ def test_bench_prints_a_table_and_a_line_of_json(capsys: pytest.CaptureFixture[s
     assert main(["bench", *TINY, "--requests", "0"]) == 1
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_knows_all_commands_and_flags(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
-    assert script == completion_script(shell, make_parser())
-    for word in ("serve", "chat", "doctor", "chunked-prefill-size", "smollm2-135m", "log-level"):
+    for word in ("serve", "chat", "doctor", "chunked-prefill-size", "log-level"):
         assert word in script
     assert "model-path" not in script  # hidden
 
 
 def completed(*words: str) -> list[str]:
     """What bash offers for the last word."""
-    script = completion_script("bash", make_parser())
-    line = f'{script}\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _ramet; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    with contextlib.redirect_stdout(io.StringIO()) as script:
+        main(["completion", "bash"])
+    line = (
+        f'{script.getvalue()}\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_ramet; '
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
     done = subprocess.run(["bash", "-c", line, "bash", *words], capture_output=True, text=True, check=True)
     return done.stdout.split()
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_bash_completes_commands_flags_values_and_models() -> None:
+def test_bash_completes_commands_flags_and_values() -> None:
     assert completed("ramet", "do") == ["doctor"]
     assert "--chunked-prefill-size" in completed("ramet", "serve", "--chunk")
     assert completed("ramet", "serve", "--log-level", "d") == ["debug"]
-    assert completed("ramet", "pull", "smol") == ["smollm2-135m"]
+    assert completed("ramet", "keys", "a") == ["add"]
     assert completed("ramet", "completion", "z") == ["zsh"]
 
 

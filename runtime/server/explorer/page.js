@@ -734,7 +734,7 @@ function mini(canvas, graph, states, wide) {
 async function cancel(id, button) {
   button.disabled = true;
   try {
-    await ask("/ui/cancel", { json: { id } });
+    await ask("/ui/cancel", { json: { rid: id } });
     button.textContent = "cancelled";
   } catch (error) {
     button.textContent = error.message;

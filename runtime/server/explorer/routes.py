@@ -19,9 +19,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Annotated
 
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -29,12 +27,13 @@ from ramet.lang.graph.ir import AnyNode, NodeEvent, dependencies
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.explorer.feed import Feed, engine_json, tree_json
 from ramet.runtime.server.metrics import Histogram
+from ramet.runtime.server.native.bodies import AbortBody
+from ramet.runtime.server.native.status import Aborted
 from ramet.runtime.server.openapi import VERSION
 from ramet.runtime.server.programs.store import ProgramStore, StoredProgram
 from ramet.runtime.server.routing import Endpoint
-from ramet.runtime.server.sending import AnswerStruct, EventStream, Json, event
+from ramet.runtime.server.sending import EventStream, Json, event
 from ramet.runtime.server.served_model import ServedModel, key_name
-from ramet.runtime.server.validation import Strict
 
 MAX_LISTED = 200  # requests, and programs
 MAX_LISTED_NODES = 64  # of a program in the list
@@ -56,16 +55,6 @@ class Viewer:
         return self.is_admin or (self.has_key and self.name == name)
 
 
-class CancelOne(Strict):
-    """The `id` of a request or a program."""
-
-    id: str = Field(max_length=500)
-
-
-class CancelledOne(AnswerStruct):
-    cancelled: Annotated[bool, "false: it had ended already"]
-
-
 class ExplorerEndpoints:
     def __init__(self, served: ServedModel, store: ProgramStore) -> None:
         self._served = served
@@ -81,18 +70,18 @@ class ExplorerEndpoints:
         frames = self._frames(self._viewer(request), request.query_params.get("run"), int(row))
         return EventStream(frames, self._feed.leave)
 
-    async def cancel(self, request: Request, body: CancelOne) -> CancelledOne:
+    async def cancel(self, request: Request, body: AbortBody) -> Aborted:
         """End a request or a program: the admin key anybody's, another key its own."""
-        viewer, proxy = self._viewer(request), self._served.proxy
-        program = next((p for p in self._store.programs() if p.id == body.id), None)
+        viewer, proxy, wanted = self._viewer(request), self._served.proxy, body.rid
+        program = next((p for p in self._store.programs() if p.id == wanted), None)
         if program is not None and viewer.owns(program.owner):
             was_running = program.status == "running"
             self._store.cancel(program)
-            return CancelledOne(was_running)
-        owner = next((name for _, one in proxy.engines() for rid, name, *_ in one.requests() if rid == body.id), None)
-        if program is not None or owner is None or not viewer.owns(owner):
-            raise HttpError(404, f"nothing of yours with the id {body.id!r} runs", param="id", code="not_found")
-        return CancelledOne(proxy.abort(body.id))
+            return Aborted([program.id] if was_running else [])
+        owner = next((name for _, one in proxy.engines() for rid, name, *_ in one.requests() if rid == wanted), None)
+        if wanted is None or program is not None or owner is None or not viewer.owns(owner):
+            raise HttpError(404, f"nothing of yours with the id {wanted!r:.500} runs", param="rid", code="not_found")
+        return Aborted([wanted] if proxy.abort(wanted) else [])
 
     def _viewer(self, request: Request) -> Viewer:
         config, has_keys = self._served.config, self._served.tenants.need_keys
@@ -302,5 +291,5 @@ def explorer_endpoints(served: ServedModel, store: ProgramStore) -> list[Endpoin
         docs,
         Endpoint("GET", "/ui", page, is_listed=False),
         Endpoint("GET", "/ui/events", explorer.events, has_stream=True, is_listed=False),
-        Endpoint("POST", "/ui/cancel", explorer.cancel, body=CancelOne, answer=CancelledOne, is_listed=False),
+        Endpoint("POST", "/ui/cancel", explorer.cancel, body=AbortBody, answer=Aborted, is_listed=False),
     ]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from ramet.errors import EngineStopped, PagesRefused
+from ramet.errors import EngineStopped, InvalidRequest
 from ramet.runtime.server.link.protocol import GivePages, Hello, PagesPart, TakePages
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.link.transport import open_transport
@@ -73,11 +73,11 @@ async def move(
     """Let `target` have the pages of the longest prefix of `tokens` that `source` has cached, besides its own.
 
     more: None takes what the source has cached now. Returns the number of pages of the prefix that the target has then.
-    Raises: PagesRefused, EngineStopped, TimeoutError; what was moved before stays.
+    Raises: InvalidRequest, EngineStopped, TimeoutError; what was moved before stays.
     """
     giver, taker = _ready(source), _ready(target)
     if giver.identity != taker.identity or not giver.identity:
-        raise PagesRefused(
+        raise InvalidRequest(
             "KV pages move only between engines with the same model files, data type, quantization and page size, "
             "with the radix cache on, and without --tp"
         )

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import zmq
 
-from ramet.errors import ConfigError, EngineStopped, PagesRefused, RametError, RequestCancelled
+from ramet.errors import ConfigError, EngineStopped, InvalidRequest, RametError, RequestCancelled
 from ramet.lang.graph.ir import Constraint, Graph, NodeEvent
 from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.engine.config import EngineConfig
@@ -358,7 +358,7 @@ class EngineServer:
     def _take(self, command: TakePages) -> int:
         """Get a part of a prefix's pages from a transport."""
         if command.identity != self._identity:
-            raise PagesRefused(
+            raise InvalidRequest(
                 "the KV pages are of an engine with another model, data type or page size than this one: nothing was "
                 "taken in"
             )

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.errors import PagesRefused
+from ramet.errors import InvalidRequest
 
 PageBytes = NDArray[np.uint8]  # [n]
 _NAME = "ramet-pages-"
@@ -37,7 +37,7 @@ class Transport(Protocol):
     def get(self, told: bytes, num_bytes: int) -> PageBytes:
         """Return the part that was put, of so many bytes. It is valid until another one is put.
 
-        Raises: PagesRefused, if it has another size.
+        Raises: InvalidRequest, if it has another size.
         """
 
     def close(self) -> None:
@@ -84,15 +84,15 @@ class MemoryTransport:
 
     @classmethod
     def attach(cls, address: str) -> MemoryTransport:
-        """Open what another process has made. Raises PagesRefused if it has closed it."""
+        """Open what another process has made. Raises InvalidRequest if it has closed it."""
         owner, number, name = address.split("/")
         try:
             file = os.open(f"/proc/{owner}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise PagesRefused(f"the shared memory of this move is gone: {error}") from error
+            raise InvalidRequest(f"the shared memory of this move is gone: {error}") from error
         if name not in os.readlink(f"/proc/self/fd/{file}"):  # the number stands for another file now
             os.close(file)
-            raise PagesRefused("the shared memory of this move is gone: its owner has closed it")
+            raise InvalidRequest("the shared memory of this move is gone: its owner has closed it")
         return cls(address, file)
 
     def put(self, pages: PageBytes) -> bytes:
@@ -123,10 +123,10 @@ def open_transport(page_bytes: int, num_pages: int, *, is_local: bool) -> Transp
 
 
 def transport_at(address: str) -> Transport:
-    """Return the transport that another process has opened. Raises PagesRefused if that process has closed it."""
+    """Return the transport that another process has opened. Raises InvalidRequest if that process has closed it."""
     return MemoryTransport.attach(address) if address else LinkTransport()
 
 
 def _check_size(num_given: int, num_bytes: int) -> None:
     if num_given != num_bytes:
-        raise PagesRefused(f"a part of a move has {num_given:,} bytes instead of {num_bytes:,}")
+        raise InvalidRequest(f"a part of a move has {num_given:,} bytes instead of {num_bytes:,}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ramet.errors import InvalidSampling
+from ramet.errors import InvalidRequest
 from ramet.lang.graph.constraint import Constraint, Tokenization
 from ramet.lang.graph.sampling import FIELDS
 from ramet.runtime.server.config import MAX_REPLICAS
@@ -68,7 +68,7 @@ class NativeSampling(JsonFormFields, NativeValues):
             values["max_tokens"] = 1  # of a request that is not sent
         try:
             return SamplingParams(logprobs=num_logprobs, **values)
-        except InvalidSampling as error:
+        except InvalidRequest as error:
             theirs = error.param or ""
             ours = FIELDS[theirs].native or theirs
             message = str(error).replace(theirs, ours)

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from ramet.errors import InvalidSampling
+from ramet.errors import InvalidRequest
 from ramet.lang.graph.sampling import FIELDS, Sampling, SamplingParams, sampling_problem
 
 VALUES: dict[str, tuple[list[Any], list[Any]]] = {  # field: what is taken, what is refused
@@ -52,7 +52,7 @@ def test_a_value_in_its_range_is_taken_and_comes_back_from_the_wire(name: str, v
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_a_value_outside_its_range_is_refused_with_its_name_value_and_limit(name: str, value: Any) -> None:
-    with pytest.raises(InvalidSampling, match=f"^{name} is .* but must be ") as caught:
+    with pytest.raises(InvalidRequest, match=f"^{name} is .* but must be ") as caught:
         SamplingParams(**{name: value})
     assert caught.value.param == name
     assert repr(value) in str(caught.value)
@@ -62,7 +62,7 @@ def test_a_value_outside_its_range_is_refused_with_its_name_value_and_limit(name
     ("name", "value"), [case for case in WRONG if case[1] is not None and case != ("min_tokens", 129)]
 )
 def test_what_a_program_says_has_the_engines_ranges_in_the_engines_words(name: str, value: Any) -> None:
-    with pytest.raises(InvalidSampling) as caught:
+    with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**{name: value})
     assert sampling_problem(Sampling(**{name: value})) == str(caught.value)
 
@@ -71,7 +71,7 @@ def test_a_minimum_is_compared_with_the_maximum_once_both_are_said() -> None:
     assert sampling_problem(Sampling(min_tokens=500)) is None, "the maximum may come from the program's defaults"
     text = "min_tokens is 5 but must be at most max_tokens (4)"
     assert sampling_problem(Sampling(min_tokens=5, max_tokens=4)) == text
-    with pytest.raises(InvalidSampling) as caught:
+    with pytest.raises(InvalidRequest) as caught:
         SamplingParams(min_tokens=5, max_tokens=4)
     assert str(caught.value) == text
 

@@ -19,7 +19,6 @@ from ramet.errors import (
     DeadlineExceeded,
     InvalidProgram,
     InvalidRequest,
-    InvalidSampling,
     ProgramCancelled,
     ProgramError,
     UndefinedVariable,
@@ -667,10 +666,10 @@ def test_a_cancelled_branch_ends_alone(backend: MockBackend) -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: gen("x", temperature=-1), InvalidSampling, "temperature is -1"),
-        (lambda: gen("x", max_tokens="many"), InvalidSampling, "max_tokens is 'many'"),  # type: ignore[arg-type]
-        (lambda: gen("x", top_p=2), InvalidSampling, "top_p"),
-        (lambda: gen("x", stop=""), InvalidSampling, r"stop is \('',\) but must be strings that are not empty"),
+        (lambda: gen("x", temperature=-1), InvalidRequest, "temperature is -1"),
+        (lambda: gen("x", max_tokens="many"), InvalidRequest, "max_tokens is 'many'"),  # type: ignore[arg-type]
+        (lambda: gen("x", top_p=2), InvalidRequest, "top_p"),
+        (lambda: gen("x", stop=""), InvalidRequest, r"stop is \('',\) but must be strings that are not empty"),
         (lambda: gen("x", regex="a", cfg="b"), InvalidRequest, "one of regex and cfg"),
         (lambda: gen("x", choices=[]), InvalidRequest, "non-empty"),
         (lambda: gen("x", type=3), InvalidRequest, "must be a type"),  # type: ignore[arg-type]

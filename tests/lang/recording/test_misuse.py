@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ramet import Engine, State, function, gen, one_or_more, select
-from ramet.errors import ConfigError, InvalidProgram, InvalidRequest, InvalidSampling, RametError, UndefinedVariable
+from ramet.errors import ConfigError, InvalidProgram, InvalidRequest, RametError, UndefinedVariable
 from ramet.lang.recording.generations import Gen
 from ramet.runtime.models.load import LoadedModel
 
@@ -205,7 +205,7 @@ def test_a_batch_needs_a_thread_and_a_live_row(limits: Any, engine: Engine) -> N
     ],
 )
 def test_wrong_sampling_values_are_named(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(InvalidSampling, match=message):
+    with pytest.raises(InvalidRequest, match=message):
         make()
 
 

@@ -22,10 +22,8 @@ from numpy.typing import NDArray
 from ramet.errors import (
     ConfigError,
     ContextOverflow,
-    EmptyPrompt,
     EngineStopped,
     InvalidRequest,
-    InvalidSampling,
     RequestCancelled,
 )
 from ramet.runtime.engine.engine import Engine
@@ -226,8 +224,8 @@ def test_result_times_out_and_the_request_goes_on(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("prompt", "options", "error", "message"),
     [
-        ("", {}, EmptyPrompt, "no tokens"),
-        ([], {}, EmptyPrompt, "no tokens"),
+        ("", {}, InvalidRequest, "no tokens"),
+        ([], {}, InvalidRequest, "no tokens"),
         ([1, 999], {}, InvalidRequest, "999 is outside the vocabulary"),
         ([-1], {}, InvalidRequest, "-1 is outside"),
         ([[1]], {}, InvalidRequest, "one list"),
@@ -237,8 +235,8 @@ def test_result_times_out_and_the_request_goes_on(engine: Engine) -> None:
         ("x" * 600, {}, ContextOverflow, "600 tokens .* context is 512.* raise --context-length"),
         ("half \ud83d", {}, InvalidRequest, r"not valid Unicode: it holds '\\ud83d' alone"),
         ("x" * 500, {"sampling": SamplingParams(max_tokens=100)}, ContextOverflow, "lower max_tokens"),
-        ("x", {"sampling": SamplingParams(logit_bias={999: 1.0})}, InvalidSampling, "logit_bias names token 999"),
-        ("x", {"sampling": SamplingParams(stop_token_ids=(999,))}, InvalidSampling, "stop_token_ids"),
+        ("x", {"sampling": SamplingParams(logit_bias={999: 1.0})}, InvalidRequest, "logit_bias names token 999"),
+        ("x", {"sampling": SamplingParams(stop_token_ids=(999,))}, InvalidRequest, "stop_token_ids"),
         ("xyz", {"score_from": 9}, InvalidRequest, r"score_from is 9 but must be in \[1, 3\]"),
         ("xyz", {"score_from": 1.5}, InvalidRequest, "score_from is 1.5, but must be an integer, or None"),
         ("xyz", {"score_from": True}, InvalidRequest, "score_from is True"),
@@ -291,7 +289,7 @@ def test_bad_requests_are_refused_by_name_and_value(
 )
 def test_sampling_values_outside_their_range_name_the_field(values: dict[str, Any]) -> None:
     (name,) = values
-    with pytest.raises(InvalidSampling, match=name) as caught:
+    with pytest.raises(InvalidRequest, match=name) as caught:
         SamplingParams(**values)
     assert caught.value.param == name
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ramet.errors import PagesRefused
+from ramet.errors import InvalidRequest
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.load import LoadedModel
@@ -106,11 +106,11 @@ def test_a_gap_in_the_pages_is_told_and_pages_of_a_wrong_size_are_refused(make: 
     assert pages.numel() == 2 * source.page_bytes
     assert target.import_pages(tokens, "", 2, pages) == 0  # the first two are missing
     for wrong in (pages[:-1], torch.cat([pages, pages])):
-        with pytest.raises(PagesRefused, match="nothing was taken in"):
+        with pytest.raises(InvalidRequest, match="nothing was taken in"):
             target.import_pages(tokens, "", 2, wrong)
     assert source.export_pages(tokens, "", 100, 5).numel() == 0
     assert source.export_pages(tokens[:0], "", 0, 5).numel() == 0
-    with pytest.raises(PagesRefused, match="no-radix-cache"):
+    with pytest.raises(InvalidRequest, match="no-radix-cache"):
         make(radix_cache=False).import_pages(tokens, "", 0, source.export_pages(tokens, "", 0, 2))
 
 

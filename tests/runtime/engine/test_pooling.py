@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ramet.errors import BrokenModelFile, EmptyPrompt, InvalidRequest
+from ramet.errors import BrokenModelFile, InvalidRequest
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.generation import GenerationDefaults
@@ -89,7 +89,7 @@ def test_wrong_wishes_are_refused(served: Served) -> None:
         served.engine.generate(PROMPT, pooling="max")
     with pytest.raises(InvalidRequest, match="score_from is 1, but must be None with pooling"):
         served.engine.generate(PROMPT, pooling="last", score_from=1)
-    with pytest.raises(EmptyPrompt):
+    with pytest.raises(InvalidRequest, match="no tokens"):
         served.engine.generate([], pooling="last")
 
 

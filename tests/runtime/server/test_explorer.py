@@ -189,16 +189,16 @@ def test_a_key_sees_and_ends_what_is_its_own_and_the_admin_key_everything(start_
             assert frame["num_programs"] == 2, "how much runs is no secret"
 
         def cancel(name: str, program_id: str) -> httpx.Response:
-            answer: httpx.Response = client.post("/ui/cancel", json={"id": program_id}, headers=heads[name])
+            answer: httpx.Response = client.post("/ui/cancel", json={"rid": program_id}, headers=heads[name])
             return answer
 
         assert cancel("alice", theirs).status_code == 404
         hidden, unknown = (cancel("alice", name).json()["error"]["message"] for name in (theirs, "nothing"))
         assert hidden.replace(theirs, "nothing") == unknown, "the answer does not say whether there is such a program"
-        assert cancel("alice", mine).json() == {"cancelled": True}
-        assert cancel("admin", theirs).json() == {"cancelled": True}
+        assert cancel("alice", mine).json() == {"aborted": [mine]}
+        assert cancel("admin", theirs).json() == {"aborted": [theirs]}
         assert client.get(f"/v1/programs/{theirs}", headers=heads["bob"]).json()["status"] == "cancelled"
-        assert cancel("bob", theirs).json() == {"cancelled": False}
+        assert cancel("bob", theirs).json() == {"aborted": []}
         assert client.get("/v1/models", headers=heads["admin"]).status_code == 401, "it opens the explorer alone"
 
 
@@ -208,7 +208,7 @@ def test_without_keys_only_a_browser_on_this_machine_sees_texts(server: Server, 
     frame = frame_with(server.client, lambda f: "tree" in f["engines"][0], f"?run={name}", headers=head)
     assert "private thought" not in json.dumps(frame)
     assert (frame["programs"], frame["run"], frame["viewer"]["is_admin"]) == ([], None, False)
-    assert server.client.post("/ui/cancel", json={"id": name}, headers=head).status_code == 404
+    assert server.client.post("/ui/cancel", json={"rid": name}, headers=head).status_code == 404
 
 
 # -- what it costs

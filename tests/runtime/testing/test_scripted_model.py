@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ramet import MockBackend, State, function, gen, select
-from ramet.errors import ContextOverflow, EmptyPrompt, EngineStopped
+from ramet.errors import ContextOverflow, EngineStopped, InvalidRequest
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import FinishReason, RequestOutput, SamplingParams
 
@@ -82,7 +82,7 @@ def test_failures_deadlines_and_bad_input_end_one_request_alone() -> None:
             engine.submit("a bad one").result()
         late = engine.submit("slow", deadline_s=0.001).result()
         assert late.finish_reason is FinishReason.ABORT
-        with pytest.raises(EmptyPrompt):
+        with pytest.raises(InvalidRequest, match="no tokens"):
             engine.submit("")
         with pytest.raises(ContextOverflow):
             engine.submit("x" * 60)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.errors import InvalidSampling
+from ramet.errors import InvalidRequest
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.stops import StopScanner, check_pattern
@@ -208,7 +208,7 @@ def test_of_a_pattern_the_earliest_end_counts_and_then_the_earliest_beginning() 
     ],
 )
 def test_a_pattern_by_which_no_text_can_end_is_refused_with_the_reason(pattern: str, why: str) -> None:
-    with pytest.raises(InvalidSampling, match=why) as caught:
+    with pytest.raises(InvalidRequest, match=why) as caught:
         check_pattern(pattern)
     assert caught.value.param == "stop_regex"
 

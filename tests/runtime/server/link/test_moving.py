@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from ramet.errors import EngineStopped, PagesRefused, RequestCancelled
+from ramet.errors import EngineStopped, InvalidRequest, RequestCancelled
 from ramet.lang.graph.ir import Constraint
 from ramet.runtime.cluster.router import Placement, RoutedRequest, Router
 from ramet.runtime.models.catalog import TINY_MODEL
@@ -203,14 +203,14 @@ def test_a_move_ends_with_an_error_when_an_engine_dies_and_pages_of_other_models
         moves = Moves()
         assert await move(source, target, prompt[:320], "", moves) == 20
         foreign = TakePages("t", prompt.tobytes(), "", 20, PagesPart(16, b"x" * 16), "", "another model")
-        with pytest.raises(PagesRefused, match="another model, data type or page size"):
+        with pytest.raises(InvalidRequest, match="another model, data type or page size"):
             await target.answer(foreign)
         assert source.hello is not None
         short = msgspec.structs.replace(foreign, id="u", part=PagesPart(15, b"x" * 15), identity=source.hello.identity)
-        with pytest.raises(PagesRefused, match="nothing was taken in"):
+        with pytest.raises(InvalidRequest, match="nothing was taken in"):
             await target.answer(short)
         gone = msgspec.structs.replace(short, id="v", transport=f"{os.getpid()}/999999/ramet-pages-x")
-        with pytest.raises(PagesRefused, match="is gone"):
+        with pytest.raises(InvalidRequest, match="is gone"):
             await target.answer(gone)
         await replicas.ask("check_integrity")
         moving = asyncio.create_task(move(source, target, prompt, "", moves))
@@ -233,19 +233,19 @@ def test_a_transport_gives_what_was_put_and_refuses_what_is_not_its_own() -> Non
         assert other.part_bytes == made.part_bytes
         for part in (pages, pages[:0], pages[7:50]):
             assert np.array_equal(made.get(other.put(part), len(part)), part)
-        with pytest.raises(PagesRefused):
+        with pytest.raises(InvalidRequest, match="a part of a move has"):
             made.get(b"too much", 3)
-        with pytest.raises(PagesRefused):
+        with pytest.raises(InvalidRequest, match="a part of a move has"):
             made.get(b"", made.part_bytes + 1)
         other.close()
         made.close()
     assert isinstance(open_transport(1, 1, is_local=False), LinkTransport)
     memory = MemoryTransport.create(1)
     owner, number, _ = memory.address.split("/")
-    with pytest.raises(PagesRefused, match="its owner has closed it"):
+    with pytest.raises(InvalidRequest, match="its owner has closed it"):
         transport_at(f"{owner}/{number}/ramet-pages-other")  # the number stands for another file
     memory.close()
-    with pytest.raises(PagesRefused, match="is gone"):
+    with pytest.raises(InvalidRequest, match="is gone"):
         transport_at(memory.address)
 
 

@@ -18,10 +18,9 @@ import pytest
 
 from ramet.errors import (
     ConfigError,
-    EmptyPrompt,
     EngineStopped,
     InvalidProgram,
-    InvalidSampling,
+    InvalidRequest,
     ModelNotFound,
     Overloaded,
     RequestCancelled,
@@ -127,9 +126,9 @@ def test_a_tour_of_the_protocol() -> None:
         )
         assert (await proxy.submit(constrained).collect()).text in ("yesyes", "yesno", "noyes", "nono")
 
-        with pytest.raises(EmptyPrompt):
+        with pytest.raises(InvalidRequest, match="no tokens"):
             await proxy.submit(submit(proxy, b"")).collect()
-        with pytest.raises(InvalidSampling, match="logit_bias names token 999") as caught:
+        with pytest.raises(InvalidRequest, match="logit_bias names token 999") as caught:
             await proxy.submit(submit(proxy, logit_bias={999: 1.0})).collect()
         assert caught.value.param == "logit_bias"
         bad = Submit(proxy.new_id("test"), list(b"x"), SamplingParams(), Constraint("regex", "(unclosed"))
