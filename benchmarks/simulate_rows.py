@@ -92,7 +92,7 @@ class Row:
         tile = tree_config(MODEL.head_dim, torch.bfloat16, MODEL.num_heads // MODEL.num_kv_heads)
         self.costs = TreeCostModel(shape, tile)
         self.graphs = StepGraphs(
-            lambda key, buffers: None, lambda key, buffers: None, MAX_RUNNING, MAX_RUNNING, device, max_extend=512,
+            lambda key, buffers: None, MAX_RUNNING, MAX_RUNNING, device, max_extend=512,
             capture=lambda body: body,
         )  # fmt: skip
         self.tokens = np.random.default_rng(0)
@@ -167,7 +167,7 @@ class Row:
         num_tokens, launch_ms, kind = batch.num_tokens, REPLAY_MS, "decode"
         plan = self.planner.update(rows) if self.uses_tree and len(rows) > 1 else None
         if extends:
-            key = self.graphs.mixed_key(len(rows), num_new, len(extends), uses_tree=plan is not None)
+            key = self.graphs.key(len(rows), num_new, len(extends), uses_tree=plan is not None)
             kind = ("mixed" if rows else "prompts") + (", eager" if key is None else "")
             num_tokens, launch_ms = (num_tokens, EAGER_MS) if key is None else (key.num_tokens, REPLAY_MS)
         elif not self.num_drafted:

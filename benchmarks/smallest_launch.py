@@ -11,7 +11,7 @@ import torch
 import triton
 
 from ramet.kernels.slots.tables import scatter_rows
-from ramet.runtime.steps.cuda_graph import CudaCapture
+from ramet.runtime.steps.cuda_graph import cuda_capture
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     expected = [[0, 7], [0, 0], [9, 0]]
     scatter_rows(updates, table)
     assert table.tolist() == expected, table.tolist()
-    replay = CudaCapture(device)(lambda: scatter_rows(updates, table))
+    replay = cuda_capture(device)(lambda: scatter_rows(updates, table))
     table.zero_()
     replay()
     assert table.tolist() == expected, table.tolist()

@@ -105,7 +105,7 @@ class Walk:
         replays, steps = device.replays, core.num_steps
         while core.has_work:
             core.step()
-        core.check_integrity()
+        core.scheduler.check_integrity()
         errors = [sequence.error for sequence in self.sequences if sequence.error is not None]
         if errors:
             raise errors[0]

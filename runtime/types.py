@@ -145,7 +145,7 @@ class Request:
     the `sampling.logprobs` most likely tokens of each position. `expected_ids`: the draft that the
     client gave; only the answer's speed depends on it. `adapter`: its cached prefixes are its own.
     `pooling`: with `score_from`, before which prefixes may come from the cache; hidden states are pooled, not scored.
-    `arrival_s`, `deadline_s`: seconds of time.monotonic(). `owner`, `priority`: as in RequestOptions.
+    `deadline_s`: of time.monotonic(). `owner`, `priority`: as in RequestOptions.
     `num_prompt + max_tokens` never exceeds the context: `engine/validation.py`, which makes requests, checks it.
     """
 
@@ -159,7 +159,6 @@ class Request:
     program_id: str | None = None
     owner: str = ""
     priority: int = 0
-    arrival_s: float = 0.0
     deadline_s: float | None = None
     score_from: int | None = None
     seed: int = 0

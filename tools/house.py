@@ -23,7 +23,7 @@ ROOMS = {
     "grammar": "ir deadline machine regular text json_schema tools service engines",
     "grammar.json_schema": "schema algebra keywords frames compile",
     "kernels": "triton_support layers attention sampling grammar slots card_table ops cpu",
-    "runtime": "types handle text cache scheduling speculation models constraints steps testing parallel engine "
+    "runtime": "types handle text cache scheduling models constraints steps speculation testing parallel engine "
     "programs cluster server",
     "runtime.server": "config link * openai responses anthropic native programs explorer app",
 }

@@ -14,8 +14,8 @@ order of equal logits (bf16 logits tie often). top_k = 1 is greedy. The token is
 where g is Gumbel noise from a hash of (seed, position, token id). The noise does not depend on the batch, its padding
 or the filters. NaN logits count as -inf. A row without any finite logit gives token 0 and sets its slot's error flag.
 
-The GPU kernels are in `sample_triton.py`, the CPU kernel for greedy rows in `cpu/greedy.py`. Not here: penalties and
-biases (`logit_edits.py`), log-probabilities (`logprobs.py`).
+The GPU kernels are in `sample_triton.py`, the CPU kernel for greedy rows in `cpu/greedy.py`. Log-probabilities are
+computed outside CUDA graphs (`compute_logprobs`). Not here: penalties and biases (`logit_edits.py`).
 Source of Gumbel-max: Gumbel 1954; of accepting or raising a pivot instead of sorting: FlashInfer's sampling kernels.
 """
 
@@ -232,3 +232,16 @@ def _mix_tensor_(value: Tensor) -> Tensor:
 def _signed32(value: int) -> int:
     value &= 0xFFFFFFFF
     return value - 0x100000000 if value >= 0x80000000 else value
+
+
+def compute_logprobs(logits: Tensor, tokens: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities of the unprocessed distribution: the log-softmax of the model's raw logits [B, V].
+
+    Temperature, penalties and masks have no effect (OpenAI's and vLLM's default). Pass raw logits without padding.
+    tokens: int [B]. Returns the chosen tokens' values fp32 [B], the top values fp32 [B, top_n], and ids int64
+    [B, top_n].
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = logprobs.gather(1, tokens.long().unsqueeze(1)).squeeze(1)
+    values, ids = logprobs.topk(top_n, dim=-1)
+    return chosen, values, ids

@@ -1,21 +1,26 @@
-"""Look into the tree for diagnosis: where cached paths differ from a prompt, and what there is to draw.
+"""Look into the tree: what is cached after a text, what was used last, where cached paths differ, what can be drawn.
 
 Reads the tree and changes nothing, not even the order of eviction.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
+from operator import attrgetter
 
 import msgspec
 import numpy as np
 
 from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.radix_cache import SHOWN_TOKENS, RadixCache
+from ramet.runtime.types import TokenIds
 
 MAX_TOKENS = 64  # maximum length of a continuation that is shown
+_MOST_SIBLINGS = 16  # texts that go on from a page in different ways, of which the newest are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,55 @@ class TreeNode(msgspec.Struct, array_like=True):
     last_page: int | None
     tokens: list[int]
     salt: str = ""
+
+
+def pages_of(cache: RadixCache, tokens: TokenIds, cache_salt: str = "") -> list[int]:
+    """Return the whole pages of the longest cached prefix of `tokens`, valid until the next step."""
+    size = cache.pool.page_size
+    return [page for node, num_same in cache.walk(tokens, cache_salt) for page in node.page_ids[: num_same // size]]
+
+
+def latest_paths(cache: RadixCache, most_tokens: int) -> list[tuple[str, TokenIds]]:
+    """Return the cached paths of whole pages with their cache salts, the last used first: about `most_tokens`."""
+    found: list[tuple[str, TokenIds]] = []
+    size = cache.pool.page_size
+    leaves = [
+        node
+        for node in cache.nodes()
+        if len(node.tokens) >= size and not any(len(child.tokens) >= size for child in node.children.values())
+    ]
+    for leaf in sorted(leaves, key=attrgetter("last_used"), reverse=True):
+        most_tokens -= leaf.end
+        if most_tokens < 0:
+            break
+        path = leaf.path()
+        assert path[0].parent is not None
+        found.append((path[0].parent.key.decode(), np.concatenate([node.tokens for node in path])))
+    return found
+
+
+def following(
+    cache: RadixCache, tokens: TokenIds, cache_salt: str, *, most_texts: int, most_tokens: int
+) -> list[TokenIds]:
+    """Return what is cached after `tokens`, the newest text last, each up to `most_tokens` long.
+
+    O(len(tokens) + most_texts * most_tokens).
+    """
+    size, path = cache.pool.page_size, list(cache.walk(tokens, cache_salt))
+    if not path or sum(num_same for _, num_same in path) < len(tokens):
+        return []
+    node, num_same = path[-1]
+    if size <= num_same < len(node.tokens):
+        return _texts_of([node], num_same, most_texts, most_tokens)
+    if num_same % size:
+        above, rest = node.parent, tokens[-num_same:].tobytes()
+        assert above is not None
+    else:
+        above, rest, num_same = node, b"", 0
+    keys = takewhile(lambda key: key.startswith(rest), islice(above.keys, bisect_left(above.keys, rest), None))
+    children = [above.children[key] for key in islice(keys, _MOST_SIBLINGS)]
+    children.sort(key=attrgetter("last_used"))
+    return _texts_of(children, num_same, most_texts, most_tokens)
 
 
 def segments(cache: RadixCache) -> Iterator[TreeNode]:
@@ -118,3 +172,19 @@ def _first_path(children: Mapping[int, list[tuple[int, int]]], node: int) -> lis
         token, node = children[node][-1]
         found.append(token)
     return found
+
+
+def _texts_of(nodes: Sequence[RadixNode], num_known: int, most_texts: int, most_tokens: int) -> list[TokenIds]:
+    """The texts of nodes without their first `num_known` tokens, with what follows them, the newest last."""
+    texts: list[TokenIds] = []
+    open_ones = [(node, [node.tokens[num_known:]]) for node in nodes]  # the newest last
+    while open_ones and len(texts) < most_texts:
+        node, parts = open_ones.pop()
+        if sum(map(len, parts)) < most_tokens and node.children:
+            newest = list(islice(reversed(node.children.values()), most_texts))
+            open_ones += [(child, [*parts, child.tokens]) for child in reversed(newest)]
+            continue
+        text = np.concatenate(parts)[:most_tokens]
+        if len(text):
+            texts.append(text)
+    return texts[::-1]

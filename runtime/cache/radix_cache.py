@@ -21,10 +21,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import islice, takewhile
-from operator import attrgetter
 
 import numpy as np
 
@@ -37,7 +34,6 @@ from ramet.runtime.types import TokenIds
 _NO_TOKENS: TokenIds = np.empty(0, dtype=np.int32)
 _KEPT_EVICTIONS = 64
 SHOWN_TOKENS = 24  # the first ones of a segment, to tell what it is
-_MOST_SIBLINGS = 16  # texts that go on from a page in different ways, of which the newest are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,96 +74,36 @@ class RadixCache:
         """Find the longest cached prefix of `tokens`, and mark it as used. May split a node. O(len(tokens))."""
         self._now += 1
         node = self.root(cache_salt)
+        node.last_used = self._now
         page_ids: list[int] = []
-        position, child, num_same = 0, None, 0
-        while True:
-            node.last_used = self._now
-            node.is_dead = False
-            child, num_same = self._descend(node, tokens[position:])
-            if child is None or num_same < len(child.tokens) or len(child.tokens) % self._page_size:
-                break
-            node = child
-            page_ids += node.page_ids
-            position += num_same
-        if child is None:
-            return PrefixMatch(node, page_ids, position, None, 0)
-        child.last_used = self._now
-        num_pages, num_tail = divmod(num_same, self._page_size)
-        tail_page = child.page_ids[num_pages] if num_tail else None
-        if num_pages:
-            node = self._split(child, num_pages)
-            node.is_dead = False
-            page_ids += node.page_ids
-            position += num_pages * self._page_size
-        return PrefixMatch(node, page_ids, position, tail_page, num_tail)
+        tail_page, num_tail = None, 0
+        for child, num_same in self.walk(tokens, cache_salt):
+            child.last_used = self._now
+            num_pages, num_tail = divmod(num_same, self._page_size)
+            tail_page = child.page_ids[num_pages] if num_tail else None
+            if num_pages:
+                node = self._split(child, num_pages)
+                node.is_dead = False
+                page_ids += node.page_ids
+        return PrefixMatch(node, page_ids, len(page_ids) * self._page_size, tail_page, num_tail)
+
+    def walk(self, tokens: TokenIds, cache_salt: str) -> Iterator[tuple[RadixNode, int]]:
+        """Yield the nodes on the path of `tokens` from the top, with how many tokens each has in common with them.
+
+        All but the last are whole pages and lie within the path entirely. Changes nothing. O(len(tokens)).
+        """
+        node, position = self._roots.get(cache_salt.encode()), 0
+        while node is not None:
+            node, num_same = self._descend(node, tokens[position:])
+            if node is not None:
+                is_last = num_same < len(node.tokens) or num_same % self._page_size > 0
+                yield node, num_same
+                position += num_same
+                node = None if is_last else node
 
     def match_length(self, tokens: TokenIds, cache_salt: str = "") -> int:
         """Return the number of tokens that `match` would find, tail included. Changes nothing."""
-        node = self._roots.get(cache_salt.encode())
-        position = 0
-        while node is not None:
-            child, num_same = self._descend(node, tokens[position:])
-            if child is None:
-                break
-            position += num_same
-            if num_same < len(child.tokens) or len(child.tokens) % self._page_size:
-                break
-            node = child
-        return position
-
-    def following(self, tokens: TokenIds, cache_salt: str, *, most_texts: int, most_tokens: int) -> list[TokenIds]:
-        """Return what is cached after `tokens`, the newest text last, each up to `most_tokens` long. Changes nothing.
-
-        O(len(tokens) + most_texts * most_tokens).
-        """
-        node, position = self._roots.get(cache_salt.encode()), 0
-        while node is not None and position + self._page_size <= len(tokens):
-            child = node.children.get(tokens[position : position + self._page_size].tobytes())
-            if child is None:
-                return []
-            num_same = _num_common(child.tokens, tokens[position:])
-            position += num_same
-            if num_same < len(child.tokens):
-                return [] if position < len(tokens) else _texts_of([child], num_same, most_texts, most_tokens)
-            node = child
-        if node is None:
-            return []
-        rest = tokens[position:].tobytes()
-        place = bisect_left(node.keys, rest)
-        keys = takewhile(lambda key: key.startswith(rest), islice(node.keys, place, None))
-        children = [node.children[key] for key in islice(keys, _MOST_SIBLINGS)]
-        children.sort(key=attrgetter("last_used"))
-        return _texts_of(children, len(tokens) - position, most_texts, most_tokens)
-
-    def pages_of(self, tokens: TokenIds, cache_salt: str = "") -> list[int]:
-        """Return the whole pages of the longest cached prefix of `tokens`, valid until the next step."""
-        node = self._roots.get(cache_salt.encode())
-        page_ids: list[int] = []
-        while node is not None:
-            child, num_same = self._descend(node, tokens[len(page_ids) * self._page_size :])
-            if child is None:
-                break
-            page_ids += child.page_ids[: num_same // self._page_size]
-            node = child if num_same == len(child.tokens) and not num_same % self._page_size else None
-        return page_ids
-
-    def latest_paths(self, most_tokens: int) -> list[tuple[str, TokenIds]]:
-        """Return the cached paths of whole pages with their cache salts, the last used first: about `most_tokens`."""
-        found: list[tuple[str, TokenIds]] = []
-        size = self._page_size
-        leaves = [
-            node
-            for node in self.nodes()
-            if len(node.tokens) >= size and not any(len(child.tokens) >= size for child in node.children.values())
-        ]
-        for leaf in sorted(leaves, key=attrgetter("last_used"), reverse=True):
-            most_tokens -= leaf.end
-            if most_tokens < 0:
-                break
-            path = leaf.path()
-            assert path[0].parent is not None
-            found.append((path[0].parent.key.decode(), np.concatenate([node.tokens for node in path])))
-        return found
+        return sum(num_same for _, num_same in self.walk(tokens, cache_salt))
 
     def _descend(self, node: RadixNode, tokens: TokenIds) -> tuple[RadixNode | None, int]:
         """Find the child of `node` with the longest common prefix with `tokens`, and its length (0: None)."""
@@ -176,7 +112,7 @@ class RadixCache:
         key = tokens[: self._page_size].tobytes()
         child = node.children.get(key)
         if child is not None:
-            return child, _num_common(child.tokens, tokens)
+            return child, num_common(child.tokens, tokens)
         child, best = None, 0
         place = bisect_left(node.keys, key)
         for neighbour in node.keys[max(place - 1, 0) : place + 1]:
@@ -249,7 +185,7 @@ class RadixCache:
                 new_pages = page_ids[position // size : num_whole // size]
                 node = self._append(node, tokens[position:num_whole], new_pages, in_place=node is given_node)
                 break
-            num_pages = _num_common(child.tokens, tokens[position:num_whole]) // size
+            num_pages = num_common(child.tokens, tokens[position:num_whole]) // size
             node = self._split(child, num_pages)
             given = page_ids[position // size : position // size + num_pages]
             duplicates += [page for page, kept in zip(given, node.page_ids, strict=True) if page != kept]
@@ -422,7 +358,7 @@ class RadixCache:
         A later match or insertion revives them. Returns the number of pages marked. O(len(tokens)).
         """
         num_marked = 0
-        for node in reversed(self._nodes_of(tokens, cache_salt)):
+        for node in reversed(self._whole_nodes(tokens, cache_salt)):
             if node.start < num_live or any(not child.is_dead for child in node.children.values()):
                 break
             node.is_dead = True
@@ -436,25 +372,15 @@ class RadixCache:
         Returns the number of pages affected. O(len(tokens)).
         """
         num_pages = 0
-        for node in self._nodes_of(tokens, cache_salt):
+        for node in self._whole_nodes(tokens, cache_salt):
             node.next_use = next_use
             num_pages += len(node.page_ids)
             self.queue.renew(node)
         return num_pages
 
-    def _nodes_of(self, tokens: TokenIds, cache_salt: str) -> list[RadixNode]:
+    def _whole_nodes(self, tokens: TokenIds, cache_salt: str) -> list[RadixNode]:
         """Nodes on the path `tokens`, from the top, that lie entirely within it."""
-        nodes: list[RadixNode] = []
-        node = self._roots.get(cache_salt.encode())
-        position = 0
-        while node is not None:
-            child, num_same = self._descend(node, tokens[position:])
-            if child is None or num_same < len(child.tokens):
-                break
-            nodes.append(child)
-            position += num_same
-            node = child
-        return nodes
+        return [node for node, num_same in self.walk(tokens, cache_salt) if num_same == len(node.tokens)]
 
     # --- for checks and diagnosis
 
@@ -472,7 +398,7 @@ class RadixCache:
             stack.extend(node.children.values())
 
 
-def _num_common(a: TokenIds, b: TokenIds) -> int:
+def num_common(a: TokenIds, b: TokenIds) -> int:
     """Length of the common prefix of two token arrays."""
     length = min(len(a), len(b))
     different = a[:length] != b[:length]
@@ -481,20 +407,4 @@ def _num_common(a: TokenIds, b: TokenIds) -> int:
 
 
 def _num_common_bytes(a: bytes, b: bytes) -> int:
-    return _num_common(np.frombuffer(a, dtype=np.int32), np.frombuffer(b, dtype=np.int32))
-
-
-def _texts_of(nodes: Seq[RadixNode], num_known: int, most_texts: int, most_tokens: int) -> list[TokenIds]:
-    """The texts of nodes without their first `num_known` tokens, with what follows them, the newest last."""
-    texts: list[TokenIds] = []
-    open_ones = [(node, [node.tokens[num_known:]]) for node in nodes]  # the newest last
-    while open_ones and len(texts) < most_texts:
-        node, parts = open_ones.pop()
-        if sum(map(len, parts)) < most_tokens and node.children:
-            newest = list(islice(reversed(node.children.values()), most_texts))
-            open_ones += [(child, [*parts, child.tokens]) for child in reversed(newest)]
-            continue
-        text = np.concatenate(parts)[:most_tokens]
-        if len(text):
-            texts.append(text)
-    return texts[::-1]
+    return num_common(np.frombuffer(a, dtype=np.int32), np.frombuffer(b, dtype=np.int32))

@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict
-from typing import Any
 
 from torch import Tensor
 
 from ramet.errors import InvalidRequest
+from ramet.runtime.cache.probe import pages_of
 from ramet.runtime.cache.radix_cache import PrefixMatch
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.step_watch import StepWatch
@@ -305,16 +305,12 @@ class EngineCore:
         if self.runner.adapters is not None:
             self.runner.adapters.release(sequence)
 
-    def close(self) -> None:
-        """End the threads of the grammars."""
-        self.grammars.close()
-
     # --- pages of other engines
 
     def hold_pages(self, tokens: TokenIds, cache_salt: str, num_pages: int) -> PrefixMatch | None:
         """Keep the first pages of a prefix that are cached, so many at most, until `let_go`. None: memory is short."""
         self._check_whole()
-        held = self.scheduler.hold_pages(tokens[: num_pages * self.scheduler.pool.page_size], cache_salt)
+        held = self.scheduler.pages.hold(tokens[: num_pages * self.scheduler.pool.page_size], cache_salt)
         self._num_held += held is not None
         return held
 
@@ -335,9 +331,9 @@ class EngineCore:
         self._check_whole()
         size, page_bytes = self.scheduler.pool.page_size, self.runner.kv_cache.page_bytes
         last = first + pages.numel() // page_bytes
-        cached = len(self.scheduler.cache.pages_of(tokens, cache_salt))
+        cached = len(pages_of(self.scheduler.cache, tokens, cache_salt))
         if first <= cached < last:
-            page_ids = self.scheduler.adopt(tokens[: last * size], cache_salt)
+            page_ids = self.scheduler.pages.adopt(tokens[: last * size], cache_salt)
             if page_ids:
                 self.runner.kv_cache.write(page_ids, pages[(cached - first) * page_bytes :])
                 return last
@@ -350,30 +346,6 @@ class EngineCore:
             )
 
     # --- diagnosis
-
-    def check_integrity(self) -> None:
-        """Compare the page accounting with the tree. Raises CacheIntegrityError."""
-        self.scheduler.check_integrity()
-
-    def take_activity(self) -> dict[str, Any]:  # Any: JSON
-        """The last steps and evictions that were not taken yet, and the running sequences. For drawings.
-
-        `now_s`: the clock of the steps. `readers`: of each running sequence its program's or its own id, its tokens
-        that are computed and known, and the id of the page up to which it reads the tree, or None.
-        """
-        evictions = [(start, num, tokens.tolist()) for start, num, tokens in self.scheduler.cache.evictions]
-        self.scheduler.cache.evictions.clear()
-        readers = [
-            (
-                s.request.program_id or s.request.request_id,
-                s.num_computed,
-                s.num_tokens,
-                s.page_ids[s.num_shared_pages - 1] if s.num_shared_pages else None,
-            )
-            for s in self.scheduler.running()
-        ]
-        steps = self.watch.take_steps()
-        return {"now_s": time.monotonic(), "steps": steps, "evictions": evictions, "readers": readers}
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges of the scheduler, and the longest parts of steps."""

@@ -27,13 +27,12 @@ from torch import Tensor
 
 from ramet.errors import ConfigError, EngineStopped, InvalidRequest, RametError, RequestCancelled
 from ramet.runtime.cache.prefix_log import CacheChanges
-from ramet.runtime.cache.probe import Difference, TreeNode, differences, segments
+from ramet.runtime.cache.probe import Difference, TreeNode, differences, latest_paths, segments
 from ramet.runtime.cache.radix_cache import PrefixMatch
-from ramet.runtime.engine.compiled_code import OnStage, prepare_compiled_code
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.engine.factory import build_core
-from ramet.runtime.engine.loading import load
+from ramet.runtime.engine.loading import OnStage, load, prepare_compiled_code
 from ramet.runtime.engine.validation import RequestBorder
 from ramet.runtime.handle import RequestHandle, RequestResult
 from ramet.runtime.models.adapters import Adapters
@@ -185,6 +184,7 @@ class Engine:
         """
         if on_output is not None and not callable(on_output):
             raise wrong_option("on_output", on_output, "a function of one output, or None")
+        submitted_s = time.monotonic()
         request = self._border.make(
             prompt,
             sampling or SamplingParams(),
@@ -201,7 +201,7 @@ class Engine:
             on_output or self._push_to(handle),
             detokenizer,
             StopScanner(params.stop, params.stop_regex) if params.has_stops else None,
-            request.arrival_s,
+            submitted_s,
             num_again=1 if again else 0,
         )
         if threading.current_thread() is self._thread:
@@ -394,7 +394,7 @@ class Engine:
 
     def latest_prefixes(self, most_tokens: int) -> list[tuple[str, TokenIds]]:
         """Return about `most_tokens` tokens of cached prefixes with their cache salts, the last used first."""
-        found: list[tuple[str, TokenIds]] = self._ask(lambda: self._core.scheduler.cache.latest_paths(most_tokens))
+        found: list[tuple[str, TokenIds]] = self._ask(lambda: latest_paths(self._core.scheduler.cache, most_tokens))
         return found
 
     @property
@@ -408,8 +408,29 @@ class Engine:
         return answer
 
     def take_activity(self) -> dict[str, Any]:  # Any: JSON
-        """What steps did since this was last asked, and who runs: see `EngineCore.take_activity`."""
-        activity: dict[str, Any] = self._ask(self._core.take_activity)
+        """The last steps and evictions that were not taken yet, and the running sequences. For drawings.
+
+        `now_s`: the clock of the steps. `readers`: of each running sequence its program's or its own id, its tokens
+        that are computed and known, and the id of the page up to which it reads the tree, or None.
+        """
+
+        def take() -> dict[str, Any]:
+            scheduler = self._core.scheduler
+            evictions = [(start, num, tokens.tolist()) for start, num, tokens in scheduler.cache.evictions]
+            scheduler.cache.evictions.clear()
+            readers = [
+                (
+                    s.request.program_id or s.request.request_id,
+                    s.num_computed,
+                    s.num_tokens,
+                    s.page_ids[s.num_shared_pages - 1] if s.num_shared_pages else None,
+                )
+                for s in scheduler.running()
+            ]
+            steps = self._core.watch.take_steps()
+            return {"now_s": time.monotonic(), "steps": steps, "evictions": evictions, "readers": readers}
+
+        activity: dict[str, Any] = self._ask(take)
         return activity
 
     def segments(self, most: int = 20_000) -> list[TreeNode]:
@@ -423,7 +444,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Compare the page accounting with the tree. Raises CacheIntegrityError, which means a bug in Ramet."""
-        self._ask(self._core.check_integrity)
+        self._ask(self._core.scheduler.check_integrity)
 
     def shutdown(self, timeout_s: float = 30.0) -> None:
         """Stop the engine's thread. Requests in flight end with EngineStopped. Calling it again does nothing."""
@@ -505,7 +526,7 @@ class Engine:
                 self._failure = error
         finally:
             self._fail_all()
-            self._core.close()
+            self._core.grammars.close()
             if self._peers is not None:
                 self._peers.close()
 

@@ -20,7 +20,6 @@ from ramet.runtime.constraints.device_grammars import MAX_STATES, MAX_TRANSITION
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
-from ramet.runtime.engine.draft_model import DRAFT_KV_TOKENS, DraftModel, check_vocabulary
 from ramet.runtime.models.adapters import Adapters
 from ramet.runtime.models.build import apply_fp8_cache
 from ramet.runtime.models.decoder import Decoder
@@ -32,13 +31,13 @@ from ramet.runtime.parallel.group import Group
 from ramet.runtime.parallel.sharded import SharedModel
 from ramet.runtime.scheduling.config import SchedulerConfig
 from ramet.runtime.scheduling.scheduler import Scheduler
+from ramet.runtime.speculation.draft_model import DRAFT_KV_TOKENS, DraftModel, check_vocabulary
 from ramet.runtime.speculation.speculation import Speculation
-from ramet.runtime.steps.cuda_graph import GraphKey, MixedKey
+from ramet.runtime.steps.cuda_graph import GraphKey
 from ramet.runtime.steps.kv_cache import KVCache, bytes_per_token
 from ramet.runtime.steps.logit_edits import NUM_EDIT_ROWS, LogitEdits
 from ramet.runtime.steps.memory import (
     MemoryPlan,
-    StepMemory,
     logits_bytes,
     lower_fraction,
     plan_memory,
@@ -166,10 +165,11 @@ def build_runner(
     num_pages = None if config.num_kv_tokens is None else -(-config.num_kv_tokens // config.page_size) + 1
     plan: MemoryPlan | None = None
     if device.type == "cuda":
-        steps = measure_steps(decoder, config, wanted, kv_dtype, arena, edits, tree, adapters)
+        workspace, graphs = measure_steps(decoder, config, wanted, kv_dtype, arena, edits, tree, adapters)
         plan = plan_memory(
             read_cuda_memory(device),
-            steps,
+            workspace=workspace,
+            graphs=graphs,
             fraction=config.mem_fraction_static,
             page_bytes=page_bytes,
             num_pages=num_pages,
@@ -299,8 +299,10 @@ def measure_steps(
     edits: LogitEdits | None,
     tree: TreePlanner | None,
     adapters: Adapters | None,
-) -> StepMemory:
-    """Measure a GPU's memory for steps, besides weights and KV: run the largest step of each kind in a small pool.
+) -> tuple[int, int]:
+    """Measure a GPU's memory for steps: run the largest step of each kind in a small pool.
+
+    Returns the bytes of an eager step's workspace and of all CUDA graphs, as `plan_memory` takes them.
 
     Raises:
         OutOfMemory: these steps do not fit beside the weights.
@@ -342,7 +344,7 @@ def measure_steps(
         ) from error
     del runner, kv_cache, slots
     torch.cuda.empty_cache()
-    return StepMemory(peak + logits_bytes(config.max_running_requests, decoder.config.vocab_size), graphs)
+    return peak + logits_bytes(config.max_running_requests, decoder.config.vocab_size), graphs
 
 
 @torch.inference_mode()
@@ -350,9 +352,9 @@ def measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
     """Bytes of all graphs together: the shared pool, which the largest graphs fill, and the driver's part of each."""
     graphs = runner.make_graphs(config.cuda_graph_max_extend).graphs
     keys = graphs.keys(with_tree=runner.tree is not None)
-    kinds: dict[object, list[GraphKey | MixedKey]] = {}
+    kinds: dict[object, list[GraphKey]] = {}
     for key in keys:
-        kinds.setdefault((type(key), key.uses_tree), []).append(key)
+        kinds.setdefault((key.num_tokens > 0, key.uses_tree), []).append(key)
     torch.cuda.empty_cache()
     before = read_cuda_memory(runner.device)
     graphs.capture([sizes[0] for sizes in kinds.values()])

@@ -1,4 +1,5 @@
-"""Load an engine's model: whole, or divided among processes. Also what the other ranks' processes do.
+"""Load an engine's model, whole or divided among processes, and the machine code of a CPU. Also what the other ranks'
+processes do.
 
 Not here: how a model is divided (`runtime/parallel/`), memory and steps (`factory.py`).
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,6 +43,9 @@ from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.testing.dummy import describe_tiny, dummy_weights, tiny_model, tiny_weights
 
 logger = logging.getLogger(__name__)
+
+OnStage = Callable[[str], None]
+STAGE = "compiling for this CPU, once per machine"
 
 
 def choose_device(name: str, rank: int = 0, size: int = 1) -> torch.device:
@@ -211,3 +215,30 @@ def carry_out(message: RankMessage, runner: ModelRunner) -> None:
         runner.run(message.step)
     if message.last:
         runner.store_last(message.last)
+
+
+def prepare_compiled_code(device: torch.device, on_stage: OnStage | None) -> None:
+    """Load the CPU kernels and the grammars' loops, and compile those that are not on this machine's disk yet.
+
+    Compiling takes about 15 s. `on_stage` is called when it begins; without one, a log line is written.
+    """
+    from ramet.grammar.service import warm_up  # it brings numba and Lark: importing the engine's class does without
+
+    start_s = time.monotonic()
+    is_told = False
+
+    def tell() -> None:
+        nonlocal is_told
+        if not is_told:
+            is_told = True
+            (on_stage or logger.warning)(STAGE)
+
+    if device.type == "cpu":
+        from ramet.kernels.cpu.functions import load_functions  # an engine on a GPU runs none of them
+
+        load_functions(tell)
+    if not warm_up.are_compiled():
+        tell()
+        warm_up.load_loops()
+    if is_told:
+        logger.info("compiled for this CPU in %.1f s", time.monotonic() - start_s)

@@ -23,7 +23,7 @@ from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.weights import expected_tensors
 from ramet.runtime.parallel.share import Share, check_size, fits
 from ramet.runtime.steps.kv_cache import bytes_per_token
-from ramet.runtime.steps.memory import MemoryPlan, MemoryReading, StepMemory, logits_bytes, plan_memory
+from ramet.runtime.steps.memory import MemoryPlan, MemoryReading, logits_bytes, plan_memory
 
 GIB = 2**30
 _MIB = 2**20
@@ -186,7 +186,8 @@ def size(shape: ModelShape, setup: Setup) -> Sizing:
     graphs = ASSUMED_BYTES["graphs"] if engine.cuda_graph else 0
     plan = plan_memory(
         reading,
-        StepMemory(workspace_bytes(config, engine), graphs),
+        workspace=workspace_bytes(config, engine),
+        graphs=graphs,
         fraction=engine.mem_fraction_static,
         page_bytes=kv_bytes * engine.page_size,
     )

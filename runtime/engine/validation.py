@@ -116,7 +116,6 @@ class RequestBorder:
                 seed = self._seeds.getrandbits(63)
         eos = frozenset() if sampling.ignore_eos else self._tokenizer.eos_ids
         expected = options.draft[:_MOST_EXPECTED] if self._drafts else ""
-        now_s = time.monotonic()
         return Request(
             request_id=request_id or f"request-{next(self._ids)}",
             prompt_ids=prompt_ids.astype(np.int32),
@@ -128,8 +127,7 @@ class RequestBorder:
             program_id=options.program_id,
             owner=options.owner,
             priority=options.priority,
-            arrival_s=now_s,
-            deadline_s=None if options.deadline_s is None else now_s + options.deadline_s,
+            deadline_s=None if options.deadline_s is None else time.monotonic() + options.deadline_s,
             score_from=score_from,
             seed=seed,
             expected_ids=np.asarray(self._tokenizer.encode(expected), dtype=np.int32) if expected else None,

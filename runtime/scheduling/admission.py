@@ -11,7 +11,7 @@ Not here: pages and slots (`scheduler`).
 
 from __future__ import annotations
 
-from collections.abc import KeysView
+from collections.abc import Callable, KeysView
 
 from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.radix_cache import PrefixMatch
@@ -122,31 +122,31 @@ def _num_shared(a: Sequence, b: Sequence, start: int) -> int:
     return start + (int(different.argmax()) if different.any() else stop - start)
 
 
-class Reservation:
-    """A promise to the first request that does not fit: it starts `num_steps` steps from now at the latest.
+Admits = Callable[[int, int], bool]
 
-    Another request may be admitted meanwhile if it ends before then, or if it leaves enough pages for the first one.
+
+def reservation(num_missing: int, running: list[tuple[int, int]]) -> Admits:
+    """Promise the first request that does not fit that it starts at the latest when enough of the others have ended.
+
+    num_missing: pages that it lacks. running: (maximum steps left, pages) of each running sequence. The result says of
+    another request, of so many steps and pages, whether it may be admitted meanwhile: if it ends before then, or if it
+    leaves enough pages for the first one. The caller has checked that it fits now; what it takes is counted.
     Source: EASY backfilling, Lifka 1995, "The ANL/IBM SP scheduling system".
     """
+    start, num_spare = 0, -num_missing
+    for steps, pages in sorted(running):
+        if num_spare >= 0:
+            break
+        num_spare += pages
+        start = steps
 
-    def __init__(self, num_missing: int, running: list[tuple[int, int]]) -> None:
-        """num_missing: pages that the first request lacks. running: (maximum steps left, pages) of each sequence."""
-        self.num_steps = 0
-        for steps, pages in sorted(running):
-            if num_missing <= 0:
-                break
-            num_missing -= pages
-            self.num_steps = steps
-        self.num_spare_pages = -num_missing
-
-    def admit(self, num_steps: int, num_pages: int) -> bool:
-        """Admit a request of `num_steps` steps and `num_pages` pages unless that breaks the promise.
-
-        The caller has checked that the request fits now.
-        """
-        if num_steps <= self.num_steps:
+    def admits(num_steps: int, num_pages: int) -> bool:
+        nonlocal num_spare
+        if num_steps <= start:
             return True
-        if num_pages > self.num_spare_pages:
+        if num_pages > num_spare:
             return False
-        self.num_spare_pages -= num_pages
+        num_spare -= num_pages
         return True
+
+    return admits

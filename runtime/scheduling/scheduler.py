@@ -36,7 +36,7 @@ from ramet.errors import ContextOverflow, InvalidRequest, Overloaded
 from ramet.runtime.cache.integrity import require
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache
-from ramet.runtime.scheduling.admission import AdmissionQueue, Reservation
+from ramet.runtime.scheduling.admission import AdmissionQueue, Admits, reservation
 from ramet.runtime.scheduling.config import SchedulerConfig, SchedulerCounters
 from ramet.runtime.scheduling.priority import OwnerService, ProgramService, Waiting, equal_parts
 from ramet.runtime.scheduling.sequence_pages import SequencePages, known_end, matchable
@@ -50,7 +50,6 @@ from ramet.runtime.types import (
     ScheduledSequence,
     Sequence,
     Status,
-    TokenIds,
 )
 
 logger = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self._clock = clock
         self._page_size = pool.page_size
-        self._pages = SequencePages(pool, cache, reservation_ratio=config.reservation_ratio, share=config.prefix_cache)
+        self.pages = SequencePages(pool, cache, reservation_ratio=config.reservation_ratio, share=config.prefix_cache)
         self._service = ProgramService()
         self._owners = OwnerService()
         self._waiting = AdmissionQueue(self._service, self._owners, pool.page_size)
@@ -129,7 +128,7 @@ class Scheduler:
                 param="max_tokens",
             )
         sequence = Sequence(request)
-        num_pages = self._pages.peak(sequence, 1.0)
+        num_pages = self.pages.peak(sequence, 1.0)
         if num_pages > self.pool.num_usable:
             raise ContextOverflow(
                 f"prompt ({request.num_prompt:,} tokens) and output (up to {request.max_tokens:,}) need {num_pages:,} "
@@ -227,16 +226,6 @@ class Scheduler:
         self.cache.flush()
         return failed
 
-    def hold_pages(self, tokens: TokenIds, cache_salt: str) -> PrefixMatch | None:
-        """See `SequencePages.hold`: pages for another engine."""
-        return self._pages.hold(tokens, cache_salt)
-
-    def adopt(self, tokens: TokenIds, cache_salt: str) -> list[int]:
-        """See `SequencePages.adopt`: pages that another engine has computed."""
-        if not self.config.prefix_cache:
-            raise InvalidRequest("the engine was started with --no-radix-cache, so it can keep no pages of another one")
-        return self._pages.adopt(tokens, cache_salt)
-
     # --- a step
 
     def schedule(self, drafts: Mapping[Sequence, Seq[int]] = _NO_DRAFTS) -> Batch | None:
@@ -321,7 +310,8 @@ class Scheduler:
             if not item.num_samples:
                 if sequence.request.score_from is not None:
                     changed.append(sequence)
-                    self._finish_scores(item)
+                    if item.start + item.num_tokens >= known_end(sequence):
+                        self.finish(sequence, FinishReason.LENGTH)
                 continue
             changed.append(sequence)
             sequence.num_in_flight -= 1
@@ -356,10 +346,6 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             sequence.num_computed = item.start + 1 + num_kept
         self.counters.num_decoded_tokens += num_kept
-
-    def _finish_scores(self, item: ScheduledSequence) -> None:
-        if item.start + item.num_tokens >= known_end(item.sequence):
-            self.finish(item.sequence, FinishReason.LENGTH)
 
     def _resume(self, sequence: Sequence, num_new: int) -> None:
         """Choose a sequence's next state after a preemption, or after a step that did not yield exactly one token."""
@@ -472,7 +458,7 @@ class Scheduler:
             start = sequence.num_computed
             count = min(len(tokens), limit - start - 1, room)
             num_missing = -(-(start + 1 + count) // size) - len(sequence.page_ids)
-            if num_missing > 0 and not self._pages.take(sequence, num_missing):
+            if num_missing > 0 and not self.pages.take(sequence, num_missing):
                 count = len(sequence.page_ids) * size - start - 1
             if count > 0:
                 room -= count
@@ -510,11 +496,11 @@ class Scheduler:
             return False
         self._waiting.put_back(waiting)
         sequence, owner = waiting.sequence, waiting.sequence.request.owner
-        size: Callable[[Sequence], int] = self._pages.size
+        size: Callable[[Sequence], int] = self.pages.size
         total = self.pool.num_usable
         if not self._free_slots:
             size, total = (lambda _: 1), self.config.max_running
-        elif self._pages.fits(sequence):
+        elif self.pages.fits(sequence):
             return False
         held = Counter[str]()
         for running in self._running:
@@ -540,7 +526,7 @@ class Scheduler:
         below: only those of owners who have attained at most so much.
         """
         blocked: list[Waiting] = []
-        reservation: Reservation | None = None
+        admits: Admits | None = None
         num_parked = self.counters.num_parked
         num_refused = 0
         while budget.has_room and self._free_slots and num_refused < self.config.max_examined:
@@ -551,12 +537,12 @@ class Scheduler:
             if below is not None and self._owners.attained(waiting.sequence.request.owner) > below:
                 self._waiting.put_back(waiting)
                 break
-            if self._try_admit(waiting, blocked, reservation):
+            if self._try_admit(waiting, blocked, admits):
                 self._plan_extend(waiting.sequence, budget, planned, extends)
                 continue
             num_refused += 1
-            if blocked and reservation is None:
-                reservation = self._reserve(blocked[0].sequence)
+            if blocked and admits is None:
+                admits = self._reserve(blocked[0].sequence)
         for waiting in blocked:
             self._waiting.put_back(waiting)
         if below is not None:
@@ -593,7 +579,7 @@ class Scheduler:
         sequence.num_computed = item.start + item.num_tokens
         is_complete = sequence.num_computed == known_end(sequence)
         self._service.add(sequence.request.program_id, item.num_tokens)
-        node = self._pages.share(sequence, is_complete=is_complete)
+        node = self.pages.share(sequence, is_complete=is_complete)
         if is_complete:
             del self._prefilling[sequence]
             self._waiting.clear_frontier(sequence)
@@ -615,20 +601,20 @@ class Scheduler:
         self._waiting.add(sequence, self._queued_s[sequence], cached_share)
         self._may_admit = True
 
-    def _try_admit(self, waiting: Waiting, blocked: list[Waiting], reservation: Reservation | None) -> bool:
+    def _try_admit(self, waiting: Waiting, blocked: list[Waiting], admits: Admits | None) -> bool:
         """Admit the first waiting request, park it, or add it to `blocked`. Returns True if it was admitted."""
         sequence = waiting.sequence
-        match = self._pages.match(sequence)
+        match = self.pages.match(sequence)
         if self._waiting.try_park(waiting, match):
             self.counters.num_parked += 1
             self.cache.unlock(match.node)
             return False
-        num_needed = self._pages.peak(sequence) - len(match.page_ids)
-        fits = num_needed <= self._pages.num_available
-        if fits and reservation is not None:
+        num_needed = self.pages.peak(sequence) - len(match.page_ids)
+        fits = num_needed <= self.pages.num_available
+        if fits and admits is not None:
             head = blocked[0]
             fits = head.num_overtaken < self.config.max_overtakes
-            fits = fits and reservation.admit(self._steps_left(sequence), num_needed)
+            fits = fits and admits(self._steps_left(sequence), num_needed)
             head.num_overtaken += fits
             self.counters.num_overtakes += fits
         if not fits:
@@ -639,11 +625,11 @@ class Scheduler:
         self._admit(sequence, match)
         return True
 
-    def _reserve(self, head: Sequence) -> Reservation:
+    def _reserve(self, head: Sequence) -> Admits:
         """Reserve a start for the first request that does not fit."""
-        num_missing = self._pages.peak(head) - self._pages.num_available
-        running = [(self._steps_left(s), self._pages.peak(s) - s.num_cached // self._page_size) for s in self._running]
-        return Reservation(num_missing, running)
+        num_missing = self.pages.peak(head) - self.pages.num_available
+        running = [(self._steps_left(s), self.pages.peak(s) - s.num_cached // self._page_size) for s in self._running]
+        return reservation(num_missing, running)
 
     def _steps_left(self, sequence: Sequence) -> int:
         """Maximum number of steps until a sequence ends, if prefills do not wait for others and no row skips one."""
@@ -658,8 +644,8 @@ class Scheduler:
         sequence.slot = heapq.heappop(self._free_slots)
         if sequence.first_scheduled_s is None:
             sequence.first_scheduled_s = self._clock()
-        self._pages.attach(sequence, match)
-        copy = self._pages.copy_tail(sequence, match, self._copies)
+        self.pages.attach(sequence, match)
+        copy = self.pages.copy_tail(sequence, match, self._copies)
         if copy is not None:
             self._copies.append(copy)
         sequence.num_cached = sequence.num_computed
@@ -675,7 +661,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, num_pages: int, planned: Iterable[Sequence]) -> bool:
         """Give pages to a running sequence; preempts others if needed. Returns False if it was preempted itself."""
-        while not self._pages.take(sequence, num_pages):
+        while not self.pages.take(sequence, num_pages):
             victim = self._victim(planned)
             if victim is None:
                 return False
@@ -706,7 +692,7 @@ class Scheduler:
     def _release(self, sequence: Sequence, *, keep: bool) -> None:
         """Take the slot and the pages from a running sequence. With `keep`, its computed pages go to the tree."""
         assert sequence.slot is not None
-        self._pages.release(sequence, keep=keep)
+        self.pages.release(sequence, keep=keep)
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.slot = None
         self._owners.num_running[sequence.request.owner] -= 1
@@ -725,11 +711,11 @@ class Scheduler:
         Raises:
             CacheIntegrityError: describes the first violation found.
         """
-        self._pages.check_integrity(self._running)
+        self.pages.check_integrity(self._running)
         slots = sorted([*self._free_slots, *(s.slot for s in self._running if s.slot is not None)])
         require(slots == list(range(self.config.max_running)), "slots are lost or given out twice")
 
     def quarantine_leaks(self) -> int:
         """Quarantine pages without an owner, and return their number (0 unless there is a bug). Only while idle."""
         assert not self._running
-        return self._pages.quarantine_leaks()
+        return self.pages.quarantine_leaks()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import ceil
 
+from ramet.errors import InvalidRequest
 from ramet.runtime.cache.integrity import check_cache, require
 from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.page_pool import PagePool
@@ -128,7 +129,10 @@ class SequencePages:
         """Let the tree have a page for each whole page of `tokens`. Returns the new pages, which are the last ones.
 
         The caller writes them before the next step. There are none if too few unreserved pages are left.
+        Raises: InvalidRequest: the engine keeps no prefixes.
         """
+        if not self._is_sharing:
+            raise InvalidRequest("the engine was started with --no-radix-cache, so it can keep no pages of another one")
         match = self.cache.match(tokens, cache_salt)
         self.cache.lock(match.node)  # what is evicted for the new pages must not be what they follow
         rest = tokens[match.num_tokens :]

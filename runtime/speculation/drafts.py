@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ramet.runtime.cache.probe import following
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.types import Request, Sequence, TokenIds
 
@@ -94,7 +95,7 @@ class TextDrafts:
         cached: list[TokenIds] = []
         if cache is not None:
             most = {"most_texts": _MAX_TREE, "most_tokens": _MAX_TREE_TOKENS}
-            texts = cache.following(request.prompt_ids, request.cache_salt, **most)
+            texts = following(cache, request.prompt_ids, request.cache_salt, **most)
             cached = [part for text in texts for part in (tail, text, _APART)]
         expected = []
         if request.expected_ids is not None:

@@ -20,13 +20,12 @@ import time
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from operator import itemgetter
 from statistics import median
-from typing import Protocol
 
 from ramet.runtime.cache.radix_cache import RadixCache
+from ramet.runtime.speculation.draft_model import DraftModel
 from ramet.runtime.speculation.drafts import SOURCES, Draft, EarlierRuns, TextDrafts
 from ramet.runtime.types import Batch, FinishReason, Sequence
 
@@ -132,29 +131,11 @@ class _Drafted:
     num_verified: int = 0
 
 
-@dataclass(slots=True)
-class SourceCounts:
-    """Tokens of one source that steps have verified, and those of them that were right."""
-
-    num_drafted: int = 0
-    num_accepted: int = 0
-
-
-class Drafter(Protocol):
-    """A model that drafts."""
-
-    def draft(self, sequences: Seq[Sequence], count: int) -> dict[Sequence, list[int]]:
-        """Return `count` tokens that may follow, of the sequences for which it has room and knows the prompt."""
-
-    def release(self, sequence: Sequence) -> None:
-        """Forget a sequence, if it is known."""
-
-
 class Speculation:
     """Chooses the drafted tokens of each step, and learns from its results. Owner: the engine core."""
 
     def __init__(
-        self, times: StepTimes | None = None, cache: RadixCache | None = None, model: Drafter | None = None
+        self, times: StepTimes | None = None, cache: RadixCache | None = None, model: DraftModel | None = None
     ) -> None:
         """times: None begins to measure. cache: what others wrote after the same prompts; None: nothing."""
         self._cache = cache
@@ -162,7 +143,8 @@ class Speculation:
         self._model_times = StepTimes()  # of one drafted token, by the number of sequences
         self._num_unasked = 0  # steps since the model was asked
         self.model_s = 0.0  # the model's time, all in all
-        self.counts = {source: SourceCounts() for source in SOURCES}
+        self.drafted: Counter[str] = Counter()  # tokens of each source that steps have verified
+        self.accepted: Counter[str] = Counter()  # those of them that were right
         self._times = StepTimes() if times is None else times
         self._kinds: dict[tuple[int, int], Successes] = {}
         self._runs = EarlierRuns()
@@ -223,12 +205,12 @@ class Speculation:
     def stats(self) -> dict[str, float]:
         """Drafted and accepted tokens by source."""
         return {
-            f"num_{what}_tokens_{source}": float(value)
-            for source, counts in self.counts.items()
-            for what, value in (("drafted", counts.num_drafted), ("accepted", counts.num_accepted))
+            f"num_{what}_tokens_{source}": float(counts[source])
+            for source in SOURCES
+            for what, counts in (("drafted", self.drafted), ("accepted", self.accepted))
         }
 
-    def _ask(self, model: Drafter, rows: list[Sequence], kv_len: float) -> None:
+    def _ask(self, model: DraftModel, rows: list[Sequence], kv_len: float) -> None:
         """Let the model draft for the rows for which that is likelier to be right than the drafts that they have."""
         kind = self._of_kind(Draft([], _MODEL, 0))
         success = min(kind.num_right / kind.num_expected, _MOST_SUCCESS)
@@ -282,9 +264,9 @@ class Speculation:
             num_compared = min(num_right + 1, len(pairs))
             self._of_kind(found.draft).note(num_right, num_compared, _FADE)
             found.own.note(num_right, num_compared * found.success, _FADE_OWN)
-            counts = self.counts[SOURCES[found.draft.source]]
-            counts.num_drafted += found.num_verified
-            counts.num_accepted += min(num_right, found.num_verified)
+            source = SOURCES[found.draft.source]
+            self.drafted[source] += found.num_verified
+            self.accepted[source] += min(num_right, found.num_verified)
         found.draft, found.num_verified = None, 0
         found.num_output = len(sequence.output_ids)
         found.text.follow(new)

@@ -13,8 +13,8 @@ from torch import Tensor
 from ramet.kernels.slots.tables import SlotTables, prepare_decode, scatter_rows, upload
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.attention_plans import AttentionPlans
-from ramet.runtime.steps.cuda_graph import DecodeBuffers, GraphCapture, GraphKey, MixedBuffers, MixedKey, StepGraphs
-from ramet.runtime.steps.inputs import ExtendArrays, Step
+from ramet.runtime.steps.cuda_graph import GraphBuffers, GraphCapture, GraphKey, StepGraphs
+from ramet.runtime.steps.inputs import Step
 from ramet.runtime.steps.sampler import Sampled, Sampler
 from ramet.runtime.steps.slots import RunningSlots
 
@@ -37,32 +37,28 @@ class GraphedSteps:
         self._tables: SlotTables = slots.tables
         self._plans = plans
         self._sampler = sampler
-        bodies, device = (self._decode_body, self._mixed_body), decoder.device
-        self.graphs = StepGraphs(*bodies, slots.num_slots, slots.dummy, device, max_extend=max_extend, capture=capture)
+        sizes, device = (slots.num_slots, slots.dummy), decoder.device
+        self.graphs = StepGraphs(self._body, *sizes, device, max_extend=max_extend, capture=capture)
         # Hidden states of the last graph's tokens, from which log-probabilities and scores are computed outside it.
         shape = self.graphs.max_tokens, decoder.config.hidden_size
         self._hidden = torch.empty(shape, dtype=decoder.dtype, device=device)
 
     def run(self, step: Step) -> Sampled | None:
         """Replay the graph of a step. Returns None if no graph fits."""
-        if step.needs_host:
+        if step.needs_host or step.pooled is not None:
             return None
-        if step.extend is not None:
-            return self._replay_mixed(step, step.extend)
-        tokens = self.graphs.replay(step.decode_rows, step.new_pages, uses_tree=step.uses_tree)
-        return Sampled(_own(tokens), lambda rows: self._decoder.logits(self._hidden.index_select(0, rows)))
-
-    def _replay_mixed(self, step: Step, arrays: ExtendArrays) -> Sampled | None:
-        if step.pooled is not None:
-            return None
-        counts = step.num_decode, len(arrays.token_ids), len(arrays.rows)
-        key = self.graphs.mixed_key(*counts, uses_tree=step.uses_tree)
+        arrays, count = step.extend, step.num_decode
+        new = (0, 0) if arrays is None else (len(arrays.token_ids), len(arrays.rows))
+        key = self.graphs.key(count, *new, uses_tree=step.uses_tree)
         if key is None:
             return None
+        if arrays is None:
+            tokens = self.graphs.replay(key, step.decode_rows, step.new_pages, None)
+            return Sampled(_own(tokens), lambda rows: self._decoder.logits(self._hidden.index_select(0, rows)))
         sent = arrays.updates, arrays.sample_index, arrays.score_index, arrays.score_targets
         updates, sampled, scored, targets = upload(sent, self._decoder.device)
         scatter_rows(updates, self._tables.arena)
-        tokens = self.graphs.replay_mixed(key, step.decode_rows, step.new_pages, arrays)
+        tokens = self.graphs.replay(key, step.decode_rows, step.new_pages, arrays)
         scores = self._sampler.score(self._hidden, scored, targets, step.num_score_tops)
 
         def logits_of(rows: Tensor) -> Tensor:
@@ -70,34 +66,26 @@ class GraphedSteps:
 
         return Sampled(_own(tokens), logits_of, scores)
 
-    def _decode_body(self, key: GraphKey, buffers: DecodeBuffers) -> None:
-        """A step of decode rows and padding."""
-        inputs = buffers.inputs
-        prepare_decode(buffers.rows, buffers.new_pages, self._tables, self._plans.page_size, inputs)
-        decode = self._plans.decode(buffers.rows, inputs.kv_lens, self._plans.shared(uses_tree=key.uses_tree))
-        context = self._plans.context(inputs.positions, inputs.kv_slots, decode)
-        logits = self._decoder.logits(self._keep(self._decoder.forward(inputs.token_ids, context)))
-        self._sampler.choose(logits, buffers.rows, inputs.kv_lens, None, buffers.tokens)
-
-    def _mixed_body(self, key: MixedKey, buffers: MixedBuffers) -> None:
+    def _body(self, key: GraphKey, buffers: GraphBuffers) -> None:
         """A step of decode rows, new tokens and padding."""
-        part = buffers.part
-        decode = None
+        part, inputs, plans = buffers.part, buffers.inputs, self._plans
+        decode = extend = None
         if key.num_decode:
-            rows, inputs = part("rows"), buffers.inputs
-            size = self._plans.page_size
-            prepare_decode(rows, part("new_pages"), self._tables, size, inputs, fills_padding=False)
-            decode = self._plans.decode(rows, inputs.kv_lens, self._plans.shared(uses_tree=key.uses_tree))
-        where = part("cu_seqlens"), part("kv_lens"), part("extend_rows")
-        extend = self._plans.extend_in_graph(*where, key.num_tokens)
-        context = self._plans.context(part("positions"), part("kv_slots"), decode, extend, extend_start=0)
-        hidden = self._decoder.forward(part("token_ids"), context)
-        logits = self._decoder.logits(self._keep(hidden).index_select(0, part("sample_index")))
-        self._sampler.choose(logits, part("sample_rows"), part("sample_positions"), None, buffers.tokens)
-
-    def _keep(self, hidden: Tensor) -> Tensor:
+            rows, is_alone = part("rows"), not key.num_tokens
+            prepare_decode(rows, part("new_pages"), self._tables, plans.page_size, inputs, fills_padding=is_alone)
+            decode = plans.decode(rows, inputs.kv_lens, plans.shared(uses_tree=key.uses_tree))
+        if key.num_tokens:
+            where = part("cu_seqlens"), part("kv_lens"), part("extend_rows")
+            extend = plans.extend_in_graph(*where, key.num_tokens)
+        start = None if extend is None else 0
+        context = plans.context(inputs.positions, inputs.kv_slots, decode, extend, extend_start=start)
+        hidden = self._decoder.forward(inputs.token_ids, context)
         self._hidden[: hidden.shape[0]].copy_(hidden)
-        return hidden
+        if extend is None:
+            self._sampler.choose(self._decoder.logits(hidden), part("rows"), inputs.kv_lens, None, buffers.tokens)
+            return
+        logits = self._decoder.logits(hidden.index_select(0, part("sample_index")))
+        self._sampler.choose(logits, part("sample_rows"), part("sample_positions"), None, buffers.tokens)
 
 
 def _own(tokens: Tensor) -> Tensor:

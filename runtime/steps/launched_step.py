@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ramet.kernels.sampling.logprobs import compute_logprobs
+from ramet.kernels.sampling.sample import compute_logprobs
 from ramet.kernels.slots.tables import upload
 from ramet.runtime.steps.inputs import Step, pooled_range, scored_range
 from ramet.runtime.steps.sampler import Sampled, Scores

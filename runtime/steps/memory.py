@@ -43,14 +43,6 @@ def read_cuda_memory(device: torch.device) -> MemoryReading:
 
 
 @dataclass(frozen=True, slots=True)
-class StepMemory:
-    """Measured bytes that steps need besides weights and KV: the peak of an eager step, and all graphs together."""
-
-    workspace: int
-    graphs: int
-
-
-@dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """The parts of `total`, in bytes."""
 
@@ -76,26 +68,42 @@ class MemoryPlan:
 
 
 def plan_memory(
-    reading: MemoryReading, steps: StepMemory, *, fraction: float, page_bytes: int, num_pages: int | None = None
+    reading: MemoryReading,
+    *,
+    workspace: int,
+    graphs: int,
+    fraction: float,
+    page_bytes: int,
+    num_pages: int | None = None,
 ) -> MemoryPlan:
     """Divide the memory of a device whose only tensors are the weights.
 
+    workspace, graphs: bytes that steps need besides weights and KV, the peak of an eager one and all CUDA graphs.
     fraction: the part of the whole memory for weights, KV, graphs, workspace and other processes together.
     num_pages: the requested number, page 0 included; None takes as many as fit.
     Raises:
         OutOfMemory: the plan does not fit. The message names the flag and a value that fits.
     """
-    fixed = reading.used_by_others + reading.allocated + steps.graphs + steps.workspace
+    fixed = reading.used_by_others + reading.allocated + graphs + workspace
     parts = (
         f"weights take {reading.allocated / _GIB:.1f} GiB of {reading.total / _GIB:.1f}, a step's workspace "
-        f"{steps.workspace / _GIB:.1f}, graphs {steps.graphs / _GIB:.1f}, others {reading.used_by_others / _GIB:.1f}"
+        f"{workspace / _GIB:.1f}, graphs {graphs / _GIB:.1f}, others {reading.used_by_others / _GIB:.1f}"
     )
+
+    def way_out(fraction: float) -> str:
+        needed = (fixed + _MIN_PAGES * page_bytes) / reading.total + 0.005
+        if fraction < needed <= _LARGEST_FRACTION:
+            return f"raise --mem-fraction-static from {fraction} to at least {needed:.2f}"
+        if needed - workspace / 2 / reading.total <= _LARGEST_FRACTION:
+            return "halve --chunked-prefill-size, which the workspace grows with"
+        if needed - graphs / reading.total <= _LARGEST_FRACTION:
+            return "leave out the graphs with --no-cuda-graph"
+        return "take a smaller model or a larger GPU"
+
     if num_pages is None:
         fits = (int(reading.total * fraction) - fixed) // page_bytes
         if fits < _MIN_PAGES:
-            raise OutOfMemory(
-                f"no room for the KV pool: {parts}; {_way_out(reading, steps, fixed, fraction, page_bytes)}"
-            )
+            raise OutOfMemory(f"no room for the KV pool: {parts}; {way_out(fraction)}")
         num_pages = fits + 1
     else:
         fits = (int(reading.total * _LARGEST_FRACTION) - fixed) // page_bytes
@@ -105,15 +113,15 @@ def plan_memory(
                 + (
                     f"lower --num-kv-tokens, of which at most {100 * max(fits - 1, 0) / (num_pages - 1):.0f} % fit"
                     if fits > _MIN_PAGES
-                    else _way_out(reading, steps, fixed, _LARGEST_FRACTION, page_bytes)
+                    else way_out(_LARGEST_FRACTION)
                 )
             )
     return MemoryPlan(
         total=reading.total,
         weights=reading.allocated,
         kv=num_pages * page_bytes,
-        graphs=steps.graphs,
-        workspace=steps.workspace,
+        graphs=graphs,
+        workspace=workspace,
         others=reading.used_by_others,
         num_pages=num_pages,
     )
@@ -130,14 +138,3 @@ def lower_fraction(fraction: float, plan: MemoryPlan) -> str:
     if lower < 0.1:
         return f"the plan was: {plan}; free memory on the GPU, or lower --max-running-requests"
     return f"the plan was: {plan}; lower --mem-fraction-static from {fraction} to {lower:.2f}"
-
-
-def _way_out(reading: MemoryReading, steps: StepMemory, fixed: int, fraction: float, page_bytes: int) -> str:
-    needed = (fixed + _MIN_PAGES * page_bytes) / reading.total + 0.005
-    if fraction < needed <= _LARGEST_FRACTION:
-        return f"raise --mem-fraction-static from {fraction} to at least {needed:.2f}"
-    if needed - steps.workspace / 2 / reading.total <= _LARGEST_FRACTION:
-        return "halve --chunked-prefill-size, which the workspace grows with"
-    if needed - steps.graphs / reading.total <= _LARGEST_FRACTION:
-        return "leave out the graphs with --no-cuda-graph"
-    return "take a smaller model or a larger GPU"

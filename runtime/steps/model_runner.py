@@ -1,7 +1,7 @@
 """Run one step on the device: send its inputs, choose how to run it, and copy the sampled tokens back to the host.
 
 On a GPU, `launch` never waits for the device; `LaunchedStep.read` does, one step later. There are three ways to run a
-step. Each is a strategy with a method `run(step)`, which returns None if the strategy cannot run the step:
+step. Each is a strategy, whose `run(step)` returns None if it cannot run the step:
 
     GraphedSteps    a GPU: replays a CUDA graph          RecordedSteps    a CPU: runs a recorded program
     EagerSteps      any device, any step: op by op
@@ -58,12 +58,8 @@ from ramet.runtime.types import Batch, ScheduledSequence
 
 logger = logging.getLogger(__name__)
 
-
-class Strategy(Protocol):
-    """One way to run steps."""
-
-    def run(self, step: Step) -> Sampled | None:
-        """Launch a step, sampling included. Returns None and does nothing if this strategy cannot run it."""
+# One way to run steps, sampling included. Returns None and does nothing if it cannot run this one.
+Strategy = Callable[[Step], Sampled | None]
 
 
 class Peers(Protocol):
@@ -138,7 +134,7 @@ class ModelRunner:
         make_record = decoder.ops.make_record
         self.recorded = None if make_record is None else RecordedSteps(*parts, eager, make_record())
         self.graphed: GraphedSteps | None = None
-        self._strategies: list[Strategy] = [eager] if self.recorded is None else [self.recorded, eager]
+        self._strategies: list[Strategy] = [eager.run] if self.recorded is None else [self.recorded.run, eager.run]
 
     @torch.inference_mode()
     def launch(
@@ -180,7 +176,7 @@ class ModelRunner:
             adapted = self._adapted.run(step)
             return adapted, StepLogprobs.of(step, adapted)
         for strategy in self._strategies:
-            sampled = strategy.run(step)
+            sampled = strategy(step)
             if sampled is not None:
                 return sampled, StepLogprobs.of(step, sampled)
         raise AssertionError("any step can run eagerly")
@@ -315,7 +311,7 @@ class ModelRunner:
         keys = self.graphed.graphs.keys(with_tree=self.tree is not None)
         self.graphed.graphs.capture(keys)
         logger.info("captured %d graphs in %.1f s", len(keys), time.monotonic() - start_s)
-        self._strategies.insert(0, self.graphed)
+        self._strategies.insert(0, self.graphed.run)
         self._warm_up()
 
     def _warm_up(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.sampling.logit_edits import count_tokens
-from ramet.kernels.sampling.logprobs import compute_logprobs
+from ramet.kernels.sampling.sample import compute_logprobs
 from ramet.kernels.slots.tables import SlotTables, commit_decode, upload
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.inputs import ExtendInputs, Step

@@ -28,7 +28,7 @@ _PATIENCE_S = 5.0
 class EngineView:
     """One engine as of the last look. Owner: the feed; others only read.
 
-    `activity`: as `EngineCore.take_activity` tells it, the evictions with texts in place of tokens; None if the engine
+    `activity`: as `Engine.take_activity` tells it, the evictions with texts in place of tokens; None if the engine
     did not answer. `tree`: columns of its segments. `texts`: beginnings of segments, by index; `salts`: those of
     namespaces. `tree_number`: counts the trees.
     """

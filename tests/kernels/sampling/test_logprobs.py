@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ramet.kernels.sampling.logprobs import compute_logprobs
+from ramet.kernels.sampling.sample import compute_logprobs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

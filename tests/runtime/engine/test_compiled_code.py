@@ -16,7 +16,7 @@ import ramet.kernels.cpu
 from ramet.grammar.service import warm_up
 from ramet.kernels.cpu.functions import functions, load_functions
 from ramet.kernels.cpu.threads import MODULES, Kernel
-from ramet.runtime.engine.compiled_code import STAGE, prepare_compiled_code
+from ramet.runtime.engine.loading import STAGE, prepare_compiled_code
 
 
 def test_every_module_with_compiled_functions_is_listed() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.probe import pages_of
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.config import EngineConfig
@@ -96,7 +97,7 @@ def run(core: EngineCore, requests: list[Request], between: Callable[[int], None
     sequences = [core.add(r) for r in requests]
     for step in range(10_000):
         if not core.has_work:
-            core.check_integrity()
+            core.scheduler.check_integrity()
             return sequences
         core.step()
         if between is not None:
@@ -136,7 +137,7 @@ def test_pages_that_are_held_for_another_engine_outlive_evictions_but_not_a_fail
     assert held is not None
     before = core.runner.kv_cache.read(held.page_ids)
     run(core, [request(f"r{n}", prompt(50 + n, 150), 20) for n in range(4)])  # more than the other pages hold
-    assert cache.pages_of(ids) == held.page_ids
+    assert pages_of(cache, ids) == held.page_ids
     assert torch.equal(core.runner.kv_cache.read(held.page_ids), before)
 
     def fail(*_: object, **__: object) -> None:
@@ -146,10 +147,10 @@ def test_pages_that_are_held_for_another_engine_outlive_evictions_but_not_a_fail
         patch.setattr(core.runner, "launch", fail)
         (failed,) = run(core, [request("fails", ids.tolist(), 5)])
     assert failed.finish_reason is FinishReason.ERROR
-    core.check_integrity()
+    core.scheduler.check_integrity()
     core.let_go(held)
     assert cache.num_cached_pages == 0
-    core.check_integrity()
+    core.scheduler.check_integrity()
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -253,7 +254,7 @@ def test_aborting_in_the_middle_frees_the_pages_and_leaves_the_others_alone(deco
     core = make_core(decoder, overlap=overlap)
 
     def between(step: int) -> None:
-        core.check_integrity()
+        core.scheduler.check_integrity()
         if step == 3:
             assert core.abort("r1")
             assert core.abort("r10")

@@ -290,8 +290,8 @@ def tokens_of(runner: ModelRunner, vocabulary: Vocabulary) -> list[list[int]]:
         sequences.append(core.add(Request(f"r{i}", ids, params, 12, ends, grammar if i == 4 else None)))
     while core.has_work:
         core.step()
-    core.check_integrity()
-    core.close()
+    core.scheduler.check_integrity()
+    core.grammars.close()
     return [sequence.output_ids for sequence in sequences]
 
 

@@ -1,6 +1,6 @@
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
-from ramet.runtime.scheduling.admission import AdmissionQueue, Reservation
+from ramet.runtime.scheduling.admission import AdmissionQueue, reservation
 from ramet.runtime.scheduling.priority import OwnerService, ProgramService
 from ramet.runtime.scheduling.sequence_pages import matchable
 from ramet.runtime.testing.simulation import make_request
@@ -8,26 +8,28 @@ from ramet.runtime.types import Sequence
 
 
 def test_the_first_starts_when_enough_of_the_running_have_ended() -> None:
-    reservation = Reservation(5, [(30, 9), (10, 3), (20, 4)])
-    assert (reservation.num_steps, reservation.num_spare_pages) == (20, 2)
+    admits = reservation(5, [(30, 9), (10, 3), (20, 4)])
+    assert admits(20, 1_000)
+    assert not admits(21, 3)
+    assert admits(21, 2)
 
 
 def test_what_ends_in_time_passes_whatever_its_size() -> None:
-    reservation = Reservation(5, [(10, 8)])
-    assert reservation.admit(10, 1_000)
-    assert reservation.num_spare_pages == 3
+    admits = reservation(5, [(10, 8)])
+    assert admits(10, 1_000)
+    assert admits(11, 3), "it took none of the spare pages"
 
 
 def test_what_ends_later_passes_only_on_spare_pages_and_uses_them_up() -> None:
-    reservation = Reservation(5, [(10, 8)])
-    assert reservation.admit(11, 2)
-    assert not reservation.admit(11, 2)
-    assert reservation.admit(11, 1)
-    assert not reservation.admit(11, 1)
+    admits = reservation(5, [(10, 8)])
+    assert admits(11, 2)
+    assert not admits(11, 2)
+    assert admits(11, 1)
+    assert not admits(11, 1)
 
 
 def test_nothing_running_promises_nothing_beyond_what_is_there() -> None:
-    assert not Reservation(5, []).admit(1, 1)
+    assert not reservation(5, [])(1, 1)
 
 
 class Parking:

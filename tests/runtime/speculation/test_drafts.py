@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ramet.runtime.cache.page_pool import PagePool
+from ramet.runtime.cache.probe import following
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.speculation.drafts import SOURCES, EarlierRuns, TextDrafts
 from ramet.runtime.speculation.speculation import Speculation, StepTimes
@@ -115,15 +116,15 @@ def test_what_is_cached_after_a_prompt_is_found(seed: int) -> None:
         texts.append(text.tolist())
     for _ in range(300):
         prompt = (stem if rng.random() < 0.5 else rng.choice(texts))[: rng.randrange(1, 40)]
-        found = cache.following(np.asarray(prompt, dtype=np.int32), "", most_texts=50, most_tokens=99)
+        found = following(cache, np.asarray(prompt, dtype=np.int32), "", most_texts=50, most_tokens=99)
         after = [text[len(prompt) :] for text in texts if text[: len(prompt)] == prompt and len(text) > len(prompt)]
         longest = [text for text in after if not any(o != text and o[: len(text)] == text for o in after)]
         assert all(text.tolist() in after for text in found)
         assert all(any(text.tolist() == one for text in found) for one in longest), (prompt, found, longest)
-        few = cache.following(np.asarray(prompt, dtype=np.int32), "", most_texts=2, most_tokens=3)
+        few = following(cache, np.asarray(prompt, dtype=np.int32), "", most_texts=2, most_tokens=3)
         assert 0 < len(few) <= 2 or not found
         assert all(len(text) <= 3 for text in few)
-    assert cache.following(np.asarray(stem[:1], dtype=np.int32), "other", most_texts=9, most_tokens=9) == []
+    assert following(cache, np.asarray(stem[:1], dtype=np.int32), "other", most_texts=9, most_tokens=9) == []
 
 
 def test_what_others_wrote_after_the_same_prompt_is_drafted() -> None:

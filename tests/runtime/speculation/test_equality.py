@@ -17,10 +17,10 @@ from ramet.errors import ConfigError, InvalidRequest, ModelNotFound, RequestCanc
 from ramet.grammar import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.engine import factory
-from ramet.runtime.engine.draft_model import DraftModel
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.handle import RequestHandle, RequestResult
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.speculation.draft_model import DraftModel
 from ramet.runtime.speculation.speculation import Speculation, StepTimes
 from ramet.runtime.types import Batch, Grammar, SamplingParams, Sequence
 

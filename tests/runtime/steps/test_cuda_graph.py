@@ -14,7 +14,7 @@ import torch
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.handle import RequestResult
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.steps.cuda_graph import CudaCapture, MixedBuffers, MixedKey, StepGraphs, decode_buckets
+from ramet.runtime.steps.cuda_graph import GraphBuffers, GraphKey, StepGraphs, cuda_capture, decode_buckets
 from ramet.runtime.steps.eager import EagerSteps
 from ramet.runtime.types import SamplingParams
 
@@ -131,7 +131,6 @@ def test_scores_come_from_what_a_graph_kept(tiny_model: LoadedModel, monkeypatch
 def test_keys_are_the_smallest_buckets_that_hold_a_step() -> None:
     graphs = StepGraphs(
         lambda key, buffers: None,
-        lambda key, buffers: None,
         100,
         100,
         torch.device("cpu"),
@@ -140,28 +139,30 @@ def test_keys_are_the_smallest_buckets_that_hold_a_step() -> None:
     )
     assert graphs.mixed_rows == [0, 8, 32, 64, 100]
     assert graphs.mixed_tokens == [16, 32, 64, 96, 144, 192, 256]
-    assert graphs.mixed_key(9, 17, 2, uses_tree=False) == MixedKey(32, 32, False)
-    assert graphs.mixed_key(50, 40, 2, uses_tree=False) == MixedKey(64, 96, False)
-    assert graphs.mixed_key(70, 10, 2, uses_tree=False) == MixedKey(96, 96, False), "rows are among tokens"
-    assert graphs.mixed_key(0, 1, 1, uses_tree=True) == MixedKey(0, 16, True)
-    assert graphs.mixed_key(0, 129, 1, uses_tree=False) == MixedKey(0, 144, False)
-    assert graphs.mixed_key(100, 156, 64, uses_tree=False) == MixedKey(100, 256, False)
-    assert graphs.mixed_key(1, 256, 1, uses_tree=False) is None, "too many tokens"
-    assert graphs.mixed_key(1, 80, 65, uses_tree=False) is None, "too many sequences"
+    assert graphs.key(9, 17, 2, uses_tree=False) == GraphKey(32, 32, False)
+    assert graphs.key(50, 40, 2, uses_tree=False) == GraphKey(64, 96, False)
+    assert graphs.key(70, 10, 2, uses_tree=False) == GraphKey(96, 96, False), "rows are among tokens"
+    assert graphs.key(0, 1, 1, uses_tree=True) == GraphKey(0, 16, True)
+    assert graphs.key(0, 129, 1, uses_tree=False) == GraphKey(0, 144, False)
+    assert graphs.key(100, 156, 64, uses_tree=False) == GraphKey(100, 256, False)
+    assert graphs.key(9, 0, 0, uses_tree=False) == GraphKey(16, 0, False), "without new tokens: more sizes of rows"
+    assert graphs.key(1, 256, 1, uses_tree=False) is None, "too many tokens"
+    assert graphs.key(1, 80, 65, uses_tree=False) is None, "too many sequences"
 
 
 @pytest.mark.parametrize("with_tree", [False, True])
 def test_every_key_of_a_step_is_captured_ahead(with_tree: bool) -> None:
     capture = Rerun()
     graphs = StepGraphs(
-        lambda key, buffers: None, lambda key, buffers: None, 100, 100, torch.device("cpu"), max_extend=256,
+        lambda key, buffers: None, 100, 100, torch.device("cpu"), max_extend=256,
         capture=capture,
     )  # fmt: skip
     keys = set(graphs.keys(with_tree=with_tree))
     for num_decode in range(101):
+        assert not num_decode or graphs.key(num_decode, 0, 0, uses_tree=with_tree and num_decode > 1) in keys
         for num_new in (1, 15, 16, 100, 156, 256 - num_decode):
             uses_tree = with_tree and num_decode > 1
-            key = graphs.mixed_key(num_decode, num_new, 1, uses_tree=uses_tree)
+            key = graphs.key(num_decode, num_new, 1, uses_tree=uses_tree)
             assert key is None or key in keys
             assert key is not None or num_decode + num_new > 256
             assert key is None or num_decode <= key.num_decode <= key.num_tokens >= num_decode + num_new
@@ -175,7 +176,7 @@ def test_every_batch_has_a_bucket(max_batch: int) -> None:
 
 
 def test_packed_blocks_pad_with_what_does_nothing() -> None:
-    buffers = MixedBuffers(MixedKey(2, 16, False), dummy_slot=9, device=torch.device("cpu"))
+    buffers = GraphBuffers(GraphKey(2, 16, False), dummy_slot=9, device=torch.device("cpu"))
     rows, cu_seqlens, slots = (np.array(values, dtype=np.int32) for values in ([4], [1, 3, 5], [70, 71, 80, 81]))
     packed = buffers.pack({"rows": rows, "cu_seqlens": cu_seqlens, "kv_slots": slots}, num_decode=1)
     buffers.block.copy_(torch.from_numpy(packed))
@@ -214,7 +215,7 @@ def test_nothing_is_collected_during_a_capture(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    capture = CudaCapture(torch.device("cuda"))
+    capture = cuda_capture(torch.device("cuda"))
     with pytest.raises(RuntimeError) if fails else nullcontext():
         capture(body)
     assert collects == [False, False]

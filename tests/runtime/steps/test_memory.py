@@ -13,18 +13,18 @@ import torch
 from ramet.errors import OutOfMemory
 from ramet.runtime.engine import factory
 from ramet.runtime.engine.config import EngineConfig
-from ramet.runtime.steps.cuda_graph import GraphKey, MixedKey
-from ramet.runtime.steps.memory import MemoryPlan, MemoryReading, StepMemory, lower_fraction, plan_memory
+from ramet.runtime.steps.cuda_graph import GraphKey
+from ramet.runtime.steps.memory import MemoryPlan, MemoryReading, lower_fraction, plan_memory
 from ramet.runtime.steps.model_runner import ModelRunner
 
 GIB = 1 << 30
 PAGE = 2 << 20
 READING = MemoryReading(total=80 * GIB, free=62 * GIB, reserved=17 * GIB, allocated=16 * GIB)
-STEPS = StepMemory(workspace=2 * GIB, graphs=1 * GIB)
+STEPS = {"workspace": 2 * GIB, "graphs": 1 * GIB}
 
 
-def plan(reading: MemoryReading = READING, steps: StepMemory = STEPS, fraction: float = 0.9) -> MemoryPlan:
-    return plan_memory(reading, steps, fraction=fraction, page_bytes=PAGE)
+def plan(reading: MemoryReading = READING, steps: dict[str, int] = STEPS, fraction: float = 0.9) -> MemoryPlan:
+    return plan_memory(reading, **steps, fraction=fraction, page_bytes=PAGE)
 
 
 def test_the_pool_takes_what_the_fraction_leaves() -> None:
@@ -50,12 +50,12 @@ def test_too_low_a_fraction_names_the_one_that_fits() -> None:
 
 def test_a_workspace_that_leaves_nothing_names_the_prefill_size() -> None:
     with pytest.raises(OutOfMemory, match="--chunked-prefill-size"):
-        plan(steps=StepMemory(workspace=62 * GIB, graphs=GIB))
+        plan(steps={"workspace": 62 * GIB, "graphs": GIB})
 
 
 def test_graphs_that_leave_nothing_name_their_flag() -> None:
     with pytest.raises(OutOfMemory, match="--no-cuda-graph"):
-        plan(steps=StepMemory(workspace=GIB, graphs=63 * GIB))
+        plan(steps={"workspace": GIB, "graphs": 63 * GIB})
 
 
 def test_weights_that_leave_nothing_need_another_card() -> None:
@@ -66,9 +66,9 @@ def test_weights_that_leave_nothing_need_another_card() -> None:
 
 def test_a_wanted_pool_is_given_or_refused_with_the_share_that_fits() -> None:
     asked = 20 * GIB // PAGE
-    assert plan_memory(READING, STEPS, fraction=0.9, page_bytes=PAGE, num_pages=asked).num_pages == asked
+    assert plan_memory(READING, **STEPS, fraction=0.9, page_bytes=PAGE, num_pages=asked).num_pages == asked
     with pytest.raises(OutOfMemory, match=r"lower --num-kv-tokens, of which at most \d+ % fit"):
-        plan_memory(READING, STEPS, fraction=0.9, page_bytes=PAGE, num_pages=70 * GIB // PAGE)
+        plan_memory(READING, **STEPS, fraction=0.9, page_bytes=PAGE, num_pages=70 * GIB // PAGE)
 
 
 def test_running_out_in_spite_of_the_plan_lowers_the_fraction() -> None:
@@ -84,18 +84,18 @@ class CountedGraphs:
         self.used = used
         self.captured: list[object] = []
 
-    def keys(self, *, with_tree: bool) -> list[GraphKey | MixedKey]:
-        sizes: list[GraphKey | MixedKey] = []
+    def keys(self, *, with_tree: bool) -> list[GraphKey]:
+        sizes: list[GraphKey] = []
         for uses_tree in (False, True) if with_tree else (False,):
-            sizes += [MixedKey(4, n, uses_tree) for n in (64, 32, 16)]
-            sizes += [GraphKey(n, uses_tree) for n in (8, 4, 2)]
+            sizes += [GraphKey(4, n, uses_tree) for n in (64, 32, 16)]
+            sizes += [GraphKey(n, 0, uses_tree) for n in (8, 4, 2)]
         return sizes
 
-    def capture(self, keys: list[GraphKey | MixedKey]) -> None:
+    def capture(self, keys: list[GraphKey]) -> None:
         for key in keys:
             self.captured.append(key)
             self.used["others"] += (3 << 20) + (0 if self.used["others"] else GIB)  # libraries' kernels come once
-            size = key.num_tokens if isinstance(key, MixedKey) else key.bucket
+            size = key.num_tokens or key.num_decode
             self.used["pool"] = max(self.used["pool"], (size + 1000 * key.uses_tree) << 20)
 
 
