@@ -16,7 +16,6 @@ from ramet.kernels.attention.extend import ExtendMetadata
 from ramet.kernels.attention.extend_triton import attention_extend_triton
 from ramet.kernels.attention.plan import (
     TREE_PROGRAMS_PER_SM,
-    AttentionShape,
     TileConfig,
     TreeCostModel,
     choose_num_splits,
@@ -327,7 +326,7 @@ def tree_case(args: Options, name: str, shape: Shape, groups: list[Group], lens:
         at = lengths.long() - 1
         return torch.cat([exact(q[b : b + 1], pool.caches[0], lists[b], at[b : b + 1], None) for b in range(len(lens))])
 
-    model = TreeCostModel(AttentionShape(shape.num_heads, shape.num_kv_heads, shape.head_dim), default)
+    model = TreeCostModel(shape.num_heads, shape.num_kv_heads, shape.head_dim, default)
     sizes = [(len(s.member_rows), s.end - s.start) for s in segments]
     predicted = model.tree_s(sizes) + model.costs.fixed_s + model.plain_s(1, suffix)
     whole = model.plain_s(1, sum(lens))

@@ -146,30 +146,13 @@ class TransformersSystem:
 
     def __init__(self, path: Path, dtype: str) -> None:
         import torch
-        import transformers
 
-        from ramet.runtime.models.load import open_model
+        from ramet.runtime.models.load import open_weights
+        from ramet.runtime.testing.dummy import llama_of_transformers
 
         self.torch = torch
-        files = open_model(path)  # transformers would need accelerate to read the file itself
-        config = files.config
-        self.model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                max_position_embeddings=config.max_position_embeddings,
-                rms_norm_eps=config.rms_norm_eps,
-                rope_theta=config.rope.theta,
-                tie_word_embeddings=config.tie_word_embeddings,
-            )
-        )
-        self.model.load_state_dict(dict(files.weights), strict=False)
-        self.model.tie_weights()
-        self.model.to(getattr(torch, dtype)).eval()
+        # transformers would need accelerate to read the file itself
+        self.model = llama_of_transformers(*open_weights(path)).to(getattr(torch, dtype))
 
     def _generate(self, prompts: list[list[int]], num_tokens: int) -> list[float]:
         """Moments: the start, then each token's logits."""

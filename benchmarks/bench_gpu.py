@@ -42,7 +42,7 @@ from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
-from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.description import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.testing.dummy import dummy_decoder
 from ramet.runtime.text.chat_template import ChatTemplate

@@ -39,7 +39,7 @@ from ramet.grammar import Grammar, Matcher, Vocabulary, compile_constraint
 from ramet.grammar.engines import FollowedGrammar, load_backend
 from ramet.grammar.service.warm_up import warm_up as make_ready
 from ramet.runtime.models.catalog import pull
-from ramet.runtime.models.load import open_model
+from ramet.runtime.models.description import describe_model
 from ramet.runtime.server.link.garbage import postpone_full_collections
 
 Json = Any  # a decoded JSON document
@@ -210,7 +210,7 @@ def read_cases(folder: Path, limit: int | None, every: int) -> Iterator[Case]:
 
 def tokenizer_of(model: str, tokenization: str) -> tuple[Vocabulary, Callable[[str], list[int]]]:
     """The vocabulary and the encoder of a catalogue model, from its file's metadata."""
-    tokenizer = open_model(pull(model)).tokenizer
+    tokenizer = describe_model(pull(model)).tokenizer
     vocabulary = Vocabulary(
         tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer
     )

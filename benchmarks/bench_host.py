@@ -30,7 +30,7 @@ from workloads import MAKERS, Chain, Turn, Workload
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.config import llama_3_1_8b
-from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.description import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.steps.tree_planner import TreePlanner

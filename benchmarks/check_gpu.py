@@ -40,8 +40,8 @@ from ramet.runtime.engine.engine import Engine
 from ramet.runtime.handle import RequestHandle
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import smollm2_135m
-from ramet.runtime.models.generation import GenerationDefaults
-from ramet.runtime.models.load import LoadedModel, load_model, open_model
+from ramet.runtime.models.description import GenerationDefaults, describe_model
+from ramet.runtime.models.load import LoadedModel, load_model
 from ramet.runtime.testing.dummy import dummy_weights
 from ramet.runtime.types import FinishReason, SamplingParams
 
@@ -117,7 +117,7 @@ class Setting:
         """Tokens of prose, for a real model: random ones would leave it nearly undecided at every step."""
         if not self.model:
             return None
-        tokenizer = open_model(Path(self.model)).tokenizer
+        tokenizer = describe_model(Path(self.model)).tokenizer
         return tokenizer.encode((Path(__file__).parents[1] / "README.md").read_text())
 
 

@@ -29,7 +29,6 @@ from attention_cases import label
 from ramet.kernels.attention.plan import (
     PROGRAMS_PER_SM,
     TREE_PROGRAMS_PER_SM,
-    AttentionShape,
     AttentionTiles,
     TileConfig,
     TreeCostModel,
@@ -40,7 +39,7 @@ from ramet.kernels.card_table import CardTable, Product
 from ramet.kernels.layers.gemv import GemvConfig
 
 PRODUCT_GAIN, STACK_GAIN, TILE_GAIN = 0.97, 0.98, 0.01
-SHAPE = AttentionShape(32, 8, 128)
+SHAPE = 32, 8, 128  # H, K, D of the measured cases
 DEFAULT_TREE = tree_config(128, torch.bfloat16, 4)
 Record = dict[str, Any]  # JSON
 
@@ -165,10 +164,10 @@ def fit_costs(cases: list[TreeCase], tile: TileConfig) -> TreeCosts | None:
     if len(cases) < 4:
         return None
     tokens = [sum(n * t for n, t in c.segments) + c.suffix_tokens for c in cases]
-    bandwidth = float(np.median([n * SHAPE.token_bytes / c.plain_s for n, c in zip(tokens, cases, strict=True)]))
+    bandwidth = float(np.median([n * 2 * 8 * 128 * 2 / c.plain_s for n, c in zip(tokens, cases, strict=True)]))
 
     def error(costs: TreeCosts) -> float:
-        model = TreeCostModel(SHAPE, tile, costs)
+        model = TreeCostModel(*SHAPE, tile, costs)
         return sum(abs(np.log(c.predicted(model) / c.tree_s)) for c in cases)
 
     rates = [1.0e14, 1.5e14, 2.0e14, 2.5e14, 3.0e14, 4.0e14, 5.0e14, 6.0e14]
@@ -190,7 +189,7 @@ def fit_costs(cases: list[TreeCase], tile: TileConfig) -> TreeCosts | None:
 
 def is_loss(case: TreeCase, tile: TileConfig, costs: TreeCosts) -> bool:
     """Whether the model takes the tree where it was measured to be slower than 1.02 times plain."""
-    return case.tree_s > 1.02 * case.plain_s and case.takes_tree(TreeCostModel(SHAPE, tile, costs))
+    return case.tree_s > 1.02 * case.plain_s and case.takes_tree(TreeCostModel(*SHAPE, tile, costs))
 
 
 def main() -> None:
@@ -223,7 +222,7 @@ def main() -> None:
     table = CardTable(card, products, folded, frozenset(folded_rows), costs, tiles)
     args.out.write_text(table.to_json())
     for case in cases:
-        model = TreeCostModel(SHAPE, tile, costs)
+        model = TreeCostModel(*SHAPE, tile, costs)
         choice = "tree" if case.takes_tree(model) else "plain"
         print(
             f"{case.segments[:2]} + {case.suffix_tokens}: plain {case.plain_s * 1e6:.1f} us, tree "

@@ -115,7 +115,7 @@ def elementwise(model: Model) -> list[Launch]:
     ]
     outputs = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     bounds = (0, model.num_heads * model.head_dim, outputs - model.num_kv_heads * model.head_dim, outputs)
-    a, b, chosen = tensor(9, 3, 64, hidden), tensor(9, outputs, 64), adapters.TokenAdapters(ints(64), ())
+    a, b, chosen = tensor(9, 3, 64, hidden), tensor(9, outputs, 64), ints(64)
     adapted = adapters.AdapterTable(a, b, bounds, [])
     add = partial(adapters.add_adapters_triton, tensor(64, outputs), x, adapted, chosen)
     launches.append(Launch(f"{name} adapters", add))

@@ -25,7 +25,7 @@ from bench_gpu import ORDER, REFERENCE
 from numpy.typing import NDArray
 from workloads import MAKERS, ROWS, Chain
 
-from ramet.kernels.attention.plan import AttentionShape, TreeCostModel, tree_config
+from ramet.kernels.attention.plan import TreeCostModel, tree_config
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.models.config import llama_3_1_8b
@@ -88,9 +88,8 @@ class Row:
         self.planner = TreePlanner(
             MODEL, PAGE, MAX_RUNNING, mode="auto", num_sms=132, device=device, dtype=torch.bfloat16
         )
-        shape = AttentionShape(MODEL.num_heads, MODEL.num_kv_heads, MODEL.head_dim)
         tile = tree_config(MODEL.head_dim, torch.bfloat16, MODEL.num_heads // MODEL.num_kv_heads)
-        self.costs = TreeCostModel(shape, tile)
+        self.costs = TreeCostModel(MODEL.num_heads, MODEL.num_kv_heads, MODEL.head_dim, tile)
         self.graphs = StepGraphs(
             lambda key, buffers: None, MAX_RUNNING, MAX_RUNNING, device, max_extend=512,
             capture=lambda body: body,

@@ -40,7 +40,7 @@ from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
 from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder
-from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.description import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import Part, Weights, expected_tensors
 from ramet.runtime.parallel.group import Group

@@ -17,7 +17,6 @@ To tune on a card: `choose_num_splits` in plan.py; fused merge against the secon
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,18 +24,9 @@ from torch import Tensor
 from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.attention.plan import LOG2_E, TileConfig, decode_config, dot_precision
 from ramet.kernels.attention.tile_triton import attend_range
+from ramet.kernels.attention.tree import TreePlan
 from ramet.kernels.layers.kv_fp8 import FP8, for_kernel
 from ramet.kernels.triton_support import jit, jit_any_value, next_power_of_two, tl
-
-
-@dataclass(frozen=True, slots=True)
-class SharedParts:
-    """The tree kernel's parts for the merge, one per slot. The slots of row b begin at slot_offsets[b]."""
-
-    part: Tensor  # fp32 [max_slots, H, D]
-    lse: Tensor  # fp32 [max_slots, H], base 2
-    slot_offsets: Tensor  # int32 [B + 1]
-    kv_starts: Tensor  # int32 [B], first key that is not in a shared part; a multiple of the page size
 
 
 def attention_decode_triton(
@@ -48,13 +38,15 @@ def attention_decode_triton(
     window: int | None = None,
     out: Tensor | None = None,
     config: TileConfig | None = None,
-    shared: SharedParts | None = None,
+    plan: TreePlan | None = None,
+    shared: tuple[Tensor, Tensor] | None = None,
     before_merge: Callable[[], None] | None = None,
 ) -> Tensor:
     """Launch `attention_decode` on the device of `q`; `config` overrides the table of the card.
 
-    With `shared` each row starts at its kv_start, and the shared parts are merged in (not possible with a window). If
-    the shared parts are not written yet, `before_merge` is called before the merge, which is then a separate kernel.
+    With `plan` each row starts at its kv_start, and the `shared` parts fp32 [max_slots, H, D] and base-2 log-sum-exps
+    fp32 [max_slots, H] of the tree kernel are merged in (not possible with a window). If they are not written yet,
+    `before_merge` is called before the merge, which is then a separate kernel.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -65,12 +57,13 @@ def attention_decode_triton(
     group, num_splits = num_heads // num_kv_heads, meta.num_splits
     if config is None:
         config = decode_config(head_dim, q.dtype, group, meta.tiles)
-    assert shared is None or window is None
+    assert plan is None or window is None
     to_parts = num_splits > 1 or before_merge is not None
     fused = to_parts and before_merge is None and meta.merge_counters is not None
     part, part_lse = split_buffers(q, num_splits) if to_parts else (q, q)
-    has_tree = shared is not None
-    tree = shared or SharedParts(q, q, meta.kv_lens, meta.kv_lens)  # not read
+    has_tree = plan is not None
+    shared_part, shared_lse = shared or (q, q)  # these four are not read without a plan
+    slot_offsets, kv_starts = (meta.kv_lens,) * 2 if plan is None else (plan.slot_offsets, plan.kv_starts)
     block_d, block_g = max(16, next_power_of_two(head_dim)), next_power_of_two(group)
     _decode_kernel[(num_kv_heads, num_splits, batch)](
         q,
@@ -81,10 +74,10 @@ def attention_decode_triton(
         part_lse,
         meta.merge_counters if fused else meta.kv_lens,
         meta.kv_lens,
-        tree.kv_starts,
-        tree.part,
-        tree.lse,
-        tree.slot_offsets,
+        kv_starts,
+        shared_part,
+        shared_lse,
+        slot_offsets,
         meta.rows,
         meta.page_table,
         scale * LOG2_E,
@@ -120,10 +113,10 @@ def attention_decode_triton(
             part,
             part_lse,
             meta.kv_lens,
-            tree.kv_starts,
-            tree.part,
-            tree.lse,
-            tree.slot_offsets,
+            kv_starts,
+            shared_part,
+            shared_lse,
+            slot_offsets,
             0 if window is None else window,
             num_splits,
             out.stride(0),

@@ -100,21 +100,6 @@ def tree_config(head_dim: int, dtype: torch.dtype, group: int, tiles: AttentionT
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionShape:
-    """The parameters of one layer's cost."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    element_bytes: int = 2
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one position's key and value."""
-        return 2 * self.num_kv_heads * self.head_dim * self.element_bytes
-
-
-@dataclass(frozen=True, slots=True)
 class TreeCosts:
     """Rates that decide between plain and tree attention. The defaults are cautious guesses; measure a card's rates
     with benchmarks/bench_attention.py.
@@ -141,30 +126,40 @@ class TreeCostModel:
     """Predicts one layer's decode attention, plain or with shared segments."""
 
     def __init__(
-        self, shape: AttentionShape, config: TileConfig, costs: TreeCosts | None = None, target_programs: int = 132
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        config: TileConfig,
+        costs: TreeCosts | None = None,
+        *,
+        element_bytes: int = 2,
+        target_programs: int = 132,
     ) -> None:
-        """target_programs: those that a plan of the shared part aims at."""
-        self.shape, self.config = shape, config
+        """element_bytes: of the cache. target_programs: those that a plan of the shared part aims at."""
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.config = config
         self.costs = costs or TreeCosts()
-        self._num_items = max(1, target_programs // shape.num_kv_heads)
-        self._members_per_tile = max(1, config.block_m // (shape.num_heads // shape.num_kv_heads))
+        self._token_bytes = 2 * num_kv_heads * head_dim * element_bytes  # of a position's key and value
+        self._num_items = max(1, target_programs // num_kv_heads)
+        self._members_per_tile = max(1, config.block_m // (num_heads // num_kv_heads))
 
     def plain_s(self, num_members: int, num_tokens: int) -> float:
         """Time if every member reads the segment by itself."""
-        return num_members * num_tokens * self.shape.token_bytes / self.costs.plain_bandwidth
+        return num_members * num_tokens * self._token_bytes / self.costs.plain_bandwidth
 
     def tree_s(self, sizes: Sequence[tuple[int, int]]) -> float:
         """Time of segments (members, tokens) in one tree plan, without the plan's fixed cost."""
-        shape, costs, config = self.shape, self.costs, self.config
+        costs, config = self.costs, self.config
         length = item_length(sizes, self._members_per_tile, self._num_items, config.block_n)
         total_s, part_bytes = 0.0, 0
         for num_members, num_tokens in sizes:
             tiles = -(-num_members // self._members_per_tile)
-            flops = 4.0 * tiles * config.block_m * shape.num_kv_heads * shape.head_dim * num_tokens
-            read = num_tokens * shape.token_bytes
+            flops = 4.0 * tiles * config.block_m * self.num_kv_heads * self.head_dim * num_tokens
+            read = num_tokens * self._token_bytes
             again = costs.tree_bandwidth if costs.l2_bandwidth is None else costs.l2_bandwidth
             total_s += max(flops / costs.tree_rate, read / costs.tree_bandwidth + (tiles - 1) * read / again)
-            part_bytes += num_members * -(-num_tokens // length) * shape.num_heads * (shape.head_dim + 1) * 4
+            part_bytes += num_members * -(-num_tokens // length) * self.num_heads * (self.head_dim + 1) * 4
         rate = costs.part_bandwidth
         if costs.l2_bandwidth is not None and part_bytes <= costs.l2_bytes:
             rate = costs.l2_bandwidth

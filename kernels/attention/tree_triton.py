@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ramet.kernels.attention.decode import DecodeMetadata
-from ramet.kernels.attention.decode_triton import SharedParts, attention_decode_triton
+from ramet.kernels.attention.decode_triton import attention_decode_triton
 from ramet.kernels.attention.plan import LOG2_E, TileConfig, dot_precision
 from ramet.kernels.attention.tile_triton import attend_range
 from ramet.kernels.attention.tree import ITEM_FIELDS, TreePlan
@@ -39,17 +39,16 @@ def attention_tree_triton(
     _, num_heads, head_dim = q.shape
     part = torch.empty(plan.max_slots, num_heads, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(plan.max_slots, num_heads, dtype=torch.float32, device=q.device)
-    shared = SharedParts(part, lse, plan.slot_offsets, plan.kv_starts)
     side = plan.side_stream
     if side is None:
         launch_shared_part(q, k_cache, v_cache, meta, plan, scale, part, lse)
-        return attention_decode_triton(q, k_cache, v_cache, meta, scale, None, out, suffix_config, shared)
+        return attention_decode_triton(q, k_cache, v_cache, meta, scale, None, out, suffix_config, plan, (part, lse))
     current = torch.cuda.current_stream()
     side.wait_stream(current)
     with torch.cuda.stream(side):
         launch_shared_part(q, k_cache, v_cache, meta, plan, scale, part, lse)
     return attention_decode_triton(
-        q, k_cache, v_cache, meta, scale, None, out, suffix_config, shared, lambda: current.wait_stream(side)
+        q, k_cache, v_cache, meta, scale, None, out, suffix_config, plan, (part, lse), lambda: current.wait_stream(side)
     )
 
 

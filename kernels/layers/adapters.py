@@ -42,25 +42,15 @@ class AdapterTable:
         return len(self.bounds) - 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenAdapters:
-    """The adapters of a step's tokens. chosen: int32 [T], entries of the tables; 0: none.
-
-    groups: the adapters in it, each with the indices of its tokens (int64); for the reference alone.
-    """
-
-    chosen: Tensor
-    groups: tuple[tuple[int, Tensor], ...]
+def add_adapters(out: Tensor, x: Tensor, table: AdapterTable, chosen: Tensor) -> Tensor:
+    """Add the adapters' products to out [T, N], in place, for x [T, K] and chosen int32 [T]. Returns out."""
+    return (add_adapters_triton if x.is_cuda else add_adapters_reference)(out, x, table, chosen)
 
 
-def add_adapters(out: Tensor, x: Tensor, table: AdapterTable, tokens: TokenAdapters) -> Tensor:
-    """Add the adapters' products to out [T, N], in place, for x [T, K]. Returns out."""
-    return (add_adapters_triton if x.is_cuda else add_adapters_reference)(out, x, table, tokens)
-
-
-def add_adapters_reference(out: Tensor, x: Tensor, table: AdapterTable, tokens: TokenAdapters) -> Tensor:
+def add_adapters_reference(out: Tensor, x: Tensor, table: AdapterTable, chosen: Tensor) -> Tensor:
     """CPU path, and specification."""
-    for adapter, where in tokens.groups:
+    for adapter in sorted(set(chosen.tolist()) - {0}):
+        where = (chosen == adapter).nonzero()[:, 0]
         rows = x[where].float()
         for part, rank in enumerate(table.ranks[adapter]):
             if not rank:
@@ -72,7 +62,7 @@ def add_adapters_reference(out: Tensor, x: Tensor, table: AdapterTable, tokens: 
     return out
 
 
-def add_adapters_triton(out: Tensor, x: Tensor, table: AdapterTable, tokens: TokenAdapters) -> Tensor:
+def add_adapters_triton(out: Tensor, x: Tensor, table: AdapterTable, chosen: Tensor) -> Tensor:
     """Launch the kernels of `add_adapters`. x and out may have row strides; their last axes are contiguous."""
     num_tokens, width = x.shape
     num_parts, rank, num_outputs = table.num_parts, table.a.shape[2], table.b.shape[1]
@@ -86,7 +76,7 @@ def add_adapters_triton(out: Tensor, x: Tensor, table: AdapterTable, tokens: Tok
         x,
         table.a,
         low,
-        tokens.chosen,
+        chosen,
         x.stride(0),
         width,
         num_parts,
@@ -95,7 +85,7 @@ def add_adapters_triton(out: Tensor, x: Tensor, table: AdapterTable, tokens: Tok
     )
     inner = (*table.bounds[1:-1], num_outputs, num_outputs)
     _expand_kernel[(num_tokens, -(-num_outputs // _BLOCK_N))](
-        out, table.b, low, tokens.chosen, out.stride(0), num_outputs, num_parts, *inner[:2], BLOCK_N=_BLOCK_N, **sizes
+        out, table.b, low, chosen, out.stride(0), num_outputs, num_parts, *inner[:2], BLOCK_N=_BLOCK_N, **sizes
     )
     return out
 

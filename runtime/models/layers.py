@@ -18,7 +18,7 @@ from ramet.kernels.attention.decode import attention_decode_reference
 from ramet.kernels.attention.extend import attention_extend_reference
 from ramet.kernels.ops import Ops
 from ramet.runtime.models.config import Rope
-from ramet.runtime.models.context import ForwardContext
+from ramet.runtime.models.decoder import ForwardContext
 from ramet.runtime.models.linear import Linear
 
 

@@ -7,20 +7,18 @@ are read. Not here: weights in blocks on the CPU (`linear_cpu.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ramet.runtime.models.weights import Weights
 
-class LinearMethod(Protocol):
-    """A way to compute `x @ weight.T`."""
-
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return [T, out_features] for x [T, in_features], in x's dtype."""
+# A way to compute `x @ weight.T + bias`, for x [T, in_features] and bias [out_features] or None, in x's dtype.
+LinearMethod = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(slots=True, eq=False)
@@ -30,7 +28,7 @@ class PlainLinear:
     weight: Tensor
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
 
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.product(x, self.weight, bias)
 
 
@@ -45,53 +43,37 @@ class Linear:
     out_features: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.method.apply(x, self.bias)
+        return self.method(x, self.bias)
 
 
 # Token ids (int [T]) to the decoder's input [T, hidden].
 Embedding = Callable[[Tensor], Tensor]
 
 
-@dataclass(slots=True, eq=False)
-class PlainEmbedding:
-    """Rows of a dense table [V, hidden], times `scale` (rounded to the model's dtype, as Gemma was trained)."""
-
-    weight: Tensor
-    scale: float
-
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        rows = F.embedding(token_ids, self.weight)
-        return rows if self.scale == 1.0 else rows * self.scale
-
-
-class Storage(Protocol):
-    """How a model's weights are held on the device."""
-
-    device: torch.device
-    dtype: torch.dtype  # of activations, norms, biases and the KV cache
-
-    def vector(self, name: str, offset: float = 0.0) -> Tensor:
-        """A norm weight or a bias; `offset` is added before it is rounded to the model's dtype."""
-
-    def matrix(self, names: Sequence[str]) -> LinearMethod:
-        """The product with the matrices `names`, stacked by output rows."""
-
-    def embedding(self, name: str, scale: float) -> tuple[Embedding, LinearMethod]:
-        """The look-up in the token table, and the product with it (for tied output layers), on the same memory."""
+def embed(weight: Tensor, scale: float, token_ids: Tensor) -> Tensor:
+    """Rows of a dense table [V, hidden], times `scale`."""
+    rows = F.embedding(token_ids, weight)
+    return rows if scale == 1.0 else rows * scale
 
 
 @dataclass(slots=True, eq=False)
-class PlainStorage:
-    """Everything in one dtype on one device. Reads one tensor at a time: no second copy of the model on the host."""
+class Storage:
+    """How a model's weights are held on the device: here, everything in one dtype; subclasses hold matrices otherwise.
 
-    weights: Mapping[str, Tensor]
+    dtype: of activations, norms, biases and the KV cache. It reads one tensor at a time, so the host has no second copy
+    of the model.
+    """
+
+    weights: Weights
     device: torch.device
     dtype: torch.dtype
 
     def vector(self, name: str, offset: float = 0.0) -> Tensor:
+        """A norm weight or a bias; `offset` is added before it is rounded to the model's dtype."""
         return (self.weights[name].float() + offset).to(self.device, self.dtype)
 
     def matrix(self, names: Sequence[str]) -> LinearMethod:
+        """The product with the matrices `names`, stacked by output rows."""
         return PlainLinear(self.dense(names))
 
     def dense(self, names: Sequence[str]) -> Tensor:
@@ -99,9 +81,13 @@ class PlainStorage:
         parts = [self._load(name) for name in names]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def embedding(self, name: str, scale: float) -> tuple[PlainEmbedding, PlainLinear]:
+    def embedding(self, name: str, scale: float) -> tuple[Embedding, LinearMethod]:
+        """The look-up in the token table, and the product with it (for tied output layers), on the same memory.
+
+        scale: rounded to the model's dtype, as Gemma was trained.
+        """
         weight = self._load(name)
-        return PlainEmbedding(weight, torch.tensor(scale, dtype=self.dtype).item()), PlainLinear(weight)
+        return partial(embed, weight, torch.tensor(scale, dtype=self.dtype).item()), PlainLinear(weight)
 
     def _load(self, name: str) -> Tensor:
         return self.weights[name].to(self.device, self.dtype).contiguous()

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ramet.kernels.layers.quantize_fp8 import quantize_fp8
-from ramet.runtime.models.linear import LinearMethod, PlainLinear, PlainStorage
-from ramet.runtime.models.weights import Weights
+from ramet.runtime.models.linear import LinearMethod, PlainLinear, Storage
 
 _WHOLE = 16  # rows and columns of a matrix must be multiples of this for torch's scaled product
 _KEPT = (".mlp.gate.weight", ".shared_expert_gate.weight")  # routers: a token's experts hang on small differences
@@ -34,7 +33,7 @@ class Fp8Linear:
     weight: Tensor
     scale: Tensor
 
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         values, scale = quantize_fp8(x)
         if x.is_cuda:
             # By rows and columns, the library has results in bfloat16 alone.
@@ -46,19 +45,18 @@ class Fp8Linear:
 
 
 @dataclass(slots=True, eq=False)
-class Fp8Storage(PlainStorage):
+class Fp8Storage(Storage):
     """Matrices of layers in FP8, everything else in one dtype. What a file holds in FP8 by rows is not rounded again.
 
     In a file with FP8 matrices, those that it holds in 16 bits stay so.
     """
 
     def matrix(self, names: Sequence[str]) -> LinearMethod:
-        weights = self.weights
-        held = weights.fp8_names if isinstance(weights, Weights) else frozenset()
+        held = self.weights.fp8_names
         is_wanted = ".layers." in names[0] and not names[0].endswith(_KEPT)
         if not is_wanted or (held and not held.issuperset(names)):
             return PlainLinear(self.dense(names))
-        stored = [weights.scaled(name) for name in names] if isinstance(weights, Weights) and held else []
+        stored = [self.weights.scaled(name) for name in names] if held else []
         known = [part for part in stored if part is not None]
         if known and len(known) == len(names):
             weight, scale = (torch.cat([part[i] for part in known]).to(self.device) for i in (0, 1))

@@ -27,8 +27,7 @@ from ramet.kernels.layers.gemv import (
     gemv_triton,
 )
 from ramet.kernels.layers.matmul_invariant import matmul_invariant
-from ramet.runtime.models.context import ForwardContext
-from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.decoder import Decoder, ForwardContext
 from ramet.runtime.models.layers import DecoderLayer, FeedForward
 from ramet.runtime.models.linear import Linear, PlainLinear
 

@@ -16,13 +16,13 @@ from ramet.errors import ConfigError, UnsupportedArchitecture
 from ramet.runtime.models.catalog import resolve_model
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.description import (
+    GenerationDefaults,
     ModelDescription,
     describe_folder,
     describe_gguf,
     load_gguf_config,
     load_hf_config,
 )
-from ramet.runtime.models.generation import GenerationDefaults
 from ramet.runtime.models.gguf_file import GgufFile
 from ramet.runtime.models.json_file import read_json
 from ramet.runtime.models.loader_gguf import load_gguf
@@ -37,17 +37,6 @@ logger = logging.getLogger(__name__)
 
 ModelImpl = Literal["auto", "ramet", "transformers"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ModelFiles:
-    """A model's files, opened and checked. Weights are read on access."""
-
-    path: Path
-    config: ModelConfig
-    tokenizer: Tokenizer
-    generation: GenerationDefaults
-    weights: Weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,16 +60,14 @@ def open_weights(path: Path) -> tuple[ModelConfig, Weights]:
     return config, load_gguf(file, config)
 
 
-def open_model(path: Path) -> ModelFiles:
+def open_model(path: Path) -> tuple[ModelDescription, Weights]:
     """Open a GGUF file or a Hugging Face folder. Raises: BrokenModelFile, UnsupportedArchitecture."""
     if path.is_dir():
         described = describe_folder(path, load_hf_config(path))
-        weights = load_safetensors(path, described.config)
-    else:
-        file = GgufFile(path)
-        described = describe_gguf(file)
-        weights = load_gguf(file, described.config)
-    return ModelFiles(path, described.config, described.tokenizer, described.generation, weights)
+        return described, load_safetensors(path, described.config)
+    file = GgufFile(path)
+    described = describe_gguf(file)
+    return described, load_gguf(file, described.config)
 
 
 def load_model(
@@ -104,12 +91,11 @@ def load_model(
     path = resolve_model(name)
     if is_for_transformers(path, model_impl, device):
         return _load_by_transformers(name or path.stem, path, torch.device(device), parse_dtype(dtype), quantization)
-    files = open_model(path)
-    decoder = build_decoder(
-        files.config, files.weights, device=device, dtype=parse_dtype(dtype), quantization=quantization
-    )
-    logger.info("loaded %s from %s in %.1f s", files.config.architecture, files.path, time.monotonic() - start_s)
-    return LoadedModel(name or files.path.stem, decoder, files.tokenizer, files.config, files.generation)
+    described, weights = open_model(path)
+    config = described.config
+    decoder = build_decoder(config, weights, device=device, dtype=parse_dtype(dtype), quantization=quantization)
+    logger.info("loaded %s from %s in %.1f s", config.architecture, path, time.monotonic() - start_s)
+    return LoadedModel(name or path.stem, decoder, described.tokenizer, config, described.generation)
 
 
 def is_for_transformers(path: Path, model_impl: ModelImpl, device: torch.device | str = "cpu") -> bool:

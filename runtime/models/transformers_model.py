@@ -27,8 +27,7 @@ from ramet.kernels.attention.extend import ExtendMetadata, gather_pages
 from ramet.kernels.layers.rope import write_kv_reference
 from ramet.kernels.ops import TRITON, Ops
 from ramet.runtime.models.config import ModelConfig, Rope, token_ids
-from ramet.runtime.models.context import ForwardContext
-from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.decoder import Decoder, ForwardContext
 from ramet.runtime.models.layers import attend_over_cache
 from ramet.runtime.models.linear import Linear, PlainLinear
 

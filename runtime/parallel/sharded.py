@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -29,44 +30,23 @@ class SharedModel(LoadedModel):
     group: Group
 
 
-@dataclass(slots=True, eq=False)
-class SummedLinear:
+def summed_product(part: LinearMethod, group: Group, x: Tensor, bias: Tensor | None) -> Tensor:
     """A product whose input features are divided among the ranks. The bias is added once, after the sum."""
-
-    part: LinearMethod
-    group: Group
-
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        out = self.group.sum(self.part.apply(x, None))
-        return out if bias is None else (out + bias).to(out.dtype)
+    out = group.sum(part(x, None))
+    return out if bias is None else (out + bias).to(out.dtype)
 
 
-@dataclass(slots=True, eq=False)
-class GatheredLinear:
+def gathered_product(part: LinearMethod, group: Group, num_columns: int, x: Tensor, bias: Tensor | None) -> Tensor:
     """A product whose output features are divided among the ranks. `num_columns`: all of them, without padding."""
-
-    part: LinearMethod
-    group: Group
-    num_columns: int
-
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self.group.gather(self.part.apply(x, bias), self.num_columns)
+    return group.gather(part(x, bias), num_columns)
 
 
-@dataclass(slots=True, eq=False)
-class SummedEmbedding:
+def summed_embedding(part: Embedding, group: Group, first: int, num_rows: int, token_ids: Tensor) -> Tensor:
     """Token rows [first, first + num_rows) of the table; a sum adds the other ranks' rows."""
-
-    part: Embedding
-    group: Group
-    first: int
-    num_rows: int
-
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        own = token_ids - self.first
-        is_foreign = (own < 0) | (own >= self.num_rows)
-        rows = self.part(own.clamp(0, self.num_rows - 1))
-        return self.group.sum(rows.masked_fill(is_foreign.unsqueeze(1), 0.0))
+    own = token_ids - first
+    is_foreign = (own < 0) | (own >= num_rows)
+    rows = part(own.clamp(0, num_rows - 1))
+    return group.sum(rows.masked_fill(is_foreign.unsqueeze(1), 0.0))
 
 
 def apply_tensor_parallel(decoder: Decoder, group: Group, vocab_size: int) -> Decoder:
@@ -79,7 +59,7 @@ def apply_tensor_parallel(decoder: Decoder, group: Group, vocab_size: int) -> De
     for linear in inner:
         name = linear.names[0]
         if name.endswith(("o_proj.weight", "mlp.down_proj.weight")):
-            linear.method = SummedLinear(linear.method, group)
+            linear.method = partial(summed_product, linear.method, group)
     num_rows = decoder.config.vocab_size
     ops = dataclasses.replace(decoder.ops, make_record=None)  # collectives are no kernels that can be recorded
     return dataclasses.replace(
@@ -87,8 +67,8 @@ def apply_tensor_parallel(decoder: Decoder, group: Group, vocab_size: int) -> De
         config=dataclasses.replace(decoder.config, vocab_size=vocab_size),
         layers=[_with_summed_experts(layer, group) for layer in decoder.layers],
         ops=ops if group.rank == 0 else dataclasses.replace(ops, sample=_leave_to_the_first_rank),
-        embedding=SummedEmbedding(decoder.embedding, group, group.rank * num_rows, num_rows),
-        output=dataclasses.replace(output, method=GatheredLinear(output.method, group, vocab_size)),
+        embedding=partial(summed_embedding, decoder.embedding, group, group.rank * num_rows, num_rows),
+        output=dataclasses.replace(output, method=partial(gathered_product, output.method, group, vocab_size)),
     )
 
 

@@ -14,7 +14,7 @@ from ramet.kernels.attention.extend import ExtendMetadata
 from ramet.kernels.attention.plan import FIXED_SPLITS, PROGRAMS_PER_SM, AttentionTiles, choose_num_splits
 from ramet.kernels.attention.tree import TreePlan
 from ramet.runtime.models.config import ModelConfig
-from ramet.runtime.models.context import ForwardContext
+from ramet.runtime.models.decoder import ForwardContext
 from ramet.runtime.steps.inputs import ExtendArrays, ExtendInputs
 from ramet.runtime.steps.kv_cache import KVCache
 from ramet.runtime.steps.slots import RunningSlots

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ramet.kernels.ops import NotRecordableError, Record, Recording
 from ramet.kernels.slots.tables import DecodeInputs, prepare_decode
-from ramet.runtime.models.context import ForwardContext
-from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.decoder import Decoder, ForwardContext
 from ramet.runtime.steps.attention_plans import AttentionPlans
 from ramet.runtime.steps.eager import EagerSteps
 from ramet.runtime.steps.inputs import ExtendArrays, Step

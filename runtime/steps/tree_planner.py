@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ramet.kernels.attention.plan import (
     TREE_PROGRAMS_PER_SM,
-    AttentionShape,
     AttentionTiles,
     TreeCostModel,
     TreeCosts,
@@ -49,8 +48,15 @@ class TreePlanner:
         programs = None if tiles is None else tiles.tree_programs
         self._target_programs = (programs or TREE_PROGRAMS_PER_SM) * num_sms
         self._config = tree_config(model.head_dim, dtype, self._group, tiles)
-        shape = AttentionShape(model.num_heads, model.num_kv_heads, model.head_dim, dtype.itemsize)
-        self._costs = TreeCostModel(shape, self._config, costs, self._target_programs)
+        self._costs = TreeCostModel(
+            model.num_heads,
+            model.num_kv_heads,
+            model.head_dim,
+            self._config,
+            costs,
+            element_bytes=dtype.itemsize,
+            target_programs=self._target_programs,
+        )
         # The rows' page lists themselves: a list only grows at its end, and a preempted sequence gets another one.
         self._rows: tuple[list[int], ...] = ()
         # Lists of those rows' pages, and the shared ones as an array: a plan of 256 rows converts only the new rows'.

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.attention.extend import ExtendMetadata
-from ramet.runtime.models.context import ForwardContext
-from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.decoder import Decoder, ForwardContext
 from ramet.runtime.steps.kv_cache import KVCache
 
 

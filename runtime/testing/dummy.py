@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,8 +22,7 @@ from ramet.runtime.models.catalog import TINY_CONTEXT, TINY_MODEL
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder
-from ramet.runtime.models.description import ModelDescription
-from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.description import GenerationDefaults, ModelDescription
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import Part, Weights, expected_tensors
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
@@ -96,6 +96,31 @@ def write_dummy_adapter(
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(shapes), "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return changes
+
+
+def llama_of_transformers(config: ModelConfig, weights: Weights) -> Any:  # Any: a model of transformers
+    """The same Llama as a model of transformers in fp32, to compare with."""
+    import transformers
+
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope.theta,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+    )
+    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
+    assert not unexpected, unexpected
+    assert missing == (["lm_head.weight"] if config.tie_word_embeddings else []), missing
+    model.tie_weights()
+    return model.float().eval()
 
 
 def tiny_model(ops: Ops | None = None) -> LoadedModel:

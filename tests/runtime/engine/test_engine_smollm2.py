@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from ramet.runtime.engine.engine import Engine
-from ramet.runtime.models.load import open_model
+from ramet.runtime.models.load import open_weights
+from ramet.runtime.testing.dummy import llama_of_transformers
 from ramet.runtime.types import SamplingParams
 
 pytestmark = pytest.mark.model
@@ -30,26 +31,8 @@ def engine(smollm2_path: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def oracle(smollm2_path: Path) -> transformers.LlamaForCausalLM:
-    files = open_model(smollm2_path)
-    config = files.config
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope.theta,
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
-    )
-    model.load_state_dict(dict(files.weights), strict=False)
-    model.tie_weights()
-    return model.float().eval()
+def oracle(smollm2_path: Path) -> Any:  # Any: a model of transformers
+    return llama_of_transformers(*open_weights(smollm2_path))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +55,7 @@ def batched(engine: Engine, prompts: list[list[int]]) -> list[tuple[int, ...]]:
 
 
 def test_greedy_texts_are_those_of_transformers(
-    prompts: list[list[int]], batched: list[tuple[int, ...]], oracle: transformers.LlamaForCausalLM
+    prompts: list[list[int]], batched: list[tuple[int, ...]], oracle: Any
 ) -> None:
     """Each token is transformers' choice after the ones before it, so by induction the whole texts are the same."""
     for prompt, output in zip(prompts, batched, strict=True):

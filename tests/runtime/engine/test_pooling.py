@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ramet.errors import BrokenModelFile, InvalidRequest
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.build import build_decoder
-from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.description import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel, open_weights
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.types import Pooling, SamplingParams

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ramet.runtime.models import amx
+from ramet.runtime.models import linear_cpu
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder
@@ -65,7 +65,7 @@ def decoder_of(name: str, quantization: str | None, dtype: torch.dtype = torch.f
     }
     weights = Weights.from_tensors({key: biases.get(key, drawn[key]) for key in expected_tensors(config)})
     with pytest.MonkeyPatch.context() as patch:  # products as on a CPU with tiles, layers as on one without
-        patch.setattr(amx, "has_tiles", lambda: False)
+        patch.setattr(linear_cpu, "has_tiles", lambda: False)
         patch.setattr(CpuFeatures, "detect", lambda: dataclasses.replace(HERE, tiles=HERE.bf16))
         return build_decoder(config, weights, device="cpu", quantization=quantization)
 
@@ -94,15 +94,15 @@ def with_plain_layers(decoder: Decoder) -> Decoder:
 
 
 def test_layers_with_fp32_weights_and_cpus_without_tiles_are_left_alone() -> None:
-    assert limits(amx.round_layers(decoder_of("llama", None))) == {None}
+    assert limits(linear_cpu.round_layers(decoder_of("llama", None))) == {None}
     assert limits(decoder_of("llama", "int8")) == {None}
 
 
 @needs_bf16
 def test_layers_round_where_all_their_products_do() -> None:
     limit = 32 if HERE.int8 else 4
-    assert limits(amx.round_layers(decoder_of("llama", "int8"))) == {limit}
-    assert limits(amx.round_layers(decoder_of("llama", None, torch.bfloat16))) == {4}
+    assert limits(linear_cpu.round_layers(decoder_of("llama", "int8"))) == {limit}
+    assert limits(linear_cpu.round_layers(decoder_of("llama", None, torch.bfloat16))) == {4}
 
 
 @needs_bf16
@@ -111,7 +111,7 @@ def test_layers_round_where_all_their_products_do() -> None:
 def test_logits_are_close_to_those_with_fp32_between_the_products(
     name: str, num_decode: int, chunks: list[int]
 ) -> None:
-    decoder = amx.round_layers(decoder_of(name, "int8"))
+    decoder = linear_cpu.round_layers(decoder_of(name, "int8"))
     rounded = logits_of(decoder, num_decode, chunks)
     exact = logits_of(with_plain_layers(decoder), num_decode, chunks)
     assert rounded.dtype is torch.float32
@@ -122,6 +122,6 @@ def test_logits_are_close_to_those_with_fp32_between_the_products(
 
 @needs_bf16
 def test_steps_of_few_tokens_are_not_touched() -> None:
-    decoder = amx.round_layers(decoder_of("llama", "int8"))
+    decoder = linear_cpu.round_layers(decoder_of("llama", "int8"))
     plain = with_plain_layers(decoder)
     assert torch.equal(logits_of(decoder, 3, [20, 5], prefix=30), logits_of(plain, 3, [20, 5], prefix=30))

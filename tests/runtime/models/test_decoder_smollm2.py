@@ -12,10 +12,13 @@ from torch import Tensor
 from ramet.errors import ConfigError
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.description import ModelDescription
 from ramet.runtime.models.linear import PlainLinear
 from ramet.runtime.models.linear_cpu import BlockLinear, CpuFeatures
-from ramet.runtime.models.load import ModelFiles, open_model
+from ramet.runtime.models.load import open_model
+from ramet.runtime.models.weights import Weights
 from ramet.runtime.testing.bare_cache import BareCache
+from ramet.runtime.testing.dummy import llama_of_transformers
 
 pytestmark = pytest.mark.model
 
@@ -26,57 +29,39 @@ PROMPTS = [
     "def fibonacci(n):\n    ",
     "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
 ]
+Files = tuple[ModelDescription, Weights]
 
 
 @pytest.fixture(scope="module")
-def files(smollm2_path: Path) -> ModelFiles:
+def files(smollm2_path: Path) -> Files:
     return open_model(smollm2_path)
 
 
 @pytest.fixture(scope="module")
-def oracle(files: ModelFiles) -> transformers.LlamaForCausalLM:
-    config = files.config
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope.theta,
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
-    )
-    missing, unexpected = model.load_state_dict(dict(files.weights), strict=False)
-    assert missing == ["lm_head.weight"], missing  # tied
-    assert not unexpected
-    model.tie_weights()
-    return model.float().eval()
+def oracle(files: Files) -> transformers.LlamaForCausalLM:
+    return llama_of_transformers(files[0].config, files[1])
 
 
 @pytest.fixture(scope="module")
-def plain(files: ModelFiles) -> Decoder:
-    return build_decoder(files.config, files.weights, device="cpu", dtype=torch.float32)
+def plain(files: Files) -> Decoder:
+    return build_decoder(files[0].config, files[1], device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def blocks(files: ModelFiles) -> Decoder:
-    return build_decoder(files.config, files.weights, device="cpu", dtype="auto")
+def blocks(files: Files) -> Decoder:
+    return build_decoder(files[0].config, files[1], device="cpu", dtype="auto")
 
 
 @pytest.fixture(scope="module")
-def exact(files: ModelFiles) -> Decoder:
+def exact(files: Files) -> Decoder:
     """What a CPU without products of bytes or bfloat16 gets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False, tiles=False))
-        return build_decoder(files.config, files.weights, device="cpu", dtype="auto")
+        return build_decoder(files[0].config, files[1], device="cpu", dtype="auto")
 
 
-def tokens(files: ModelFiles, prompt: str) -> list[int]:
-    return files.tokenizer.encode(prompt, parse_special=True)
+def tokens(files: Files, prompt: str) -> list[int]:
+    return files[0].tokenizer.encode(prompt, parse_special=True)
 
 
 def expected_logits(oracle: transformers.LlamaForCausalLM, ids: list[int]) -> Tensor:
@@ -101,9 +86,7 @@ def generate(decoder: Decoder, prompt: list[int], chunk: int) -> list[int]:
 
 
 @torch.inference_mode()
-def test_fp32_logits_equal_transformers(
-    files: ModelFiles, oracle: transformers.LlamaForCausalLM, plain: Decoder
-) -> None:
+def test_fp32_logits_equal_transformers(files: Files, oracle: transformers.LlamaForCausalLM, plain: Decoder) -> None:
     ids = tokens(files, PROMPTS[1] + PROMPTS[2])
     cache = BareCache(plain, 1, len(ids))
     logits = torch.cat([cache.step([], [(0, ids[:11])]), *(cache.step([(0, token)], []) for token in ids[11:])])
@@ -112,7 +95,7 @@ def test_fp32_logits_equal_transformers(
 
 @torch.inference_mode()
 def test_logits_from_the_files_own_blocks_equal_transformers(
-    files: ModelFiles, oracle: transformers.LlamaForCausalLM, exact: Decoder
+    files: Files, oracle: transformers.LlamaForCausalLM, exact: Decoder
 ) -> None:
     assert all(isinstance(linear.method, BlockLinear) for linear in exact.linears())
     ids = tokens(files, PROMPTS[1] + PROMPTS[2])
@@ -124,7 +107,7 @@ def test_logits_from_the_files_own_blocks_equal_transformers(
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk", [16, 300])
 def test_rounded_products_stay_close_to_transformers(
-    files: ModelFiles, oracle: transformers.LlamaForCausalLM, blocks: Decoder, chunk: int
+    files: Files, oracle: transformers.LlamaForCausalLM, blocks: Decoder, chunk: int
 ) -> None:
     ids = tokens(files, "".join(PROMPTS) + Path("README.md").read_text())[:300]
     takes_bf16 = CpuFeatures.detect().tiles and chunk > 32
@@ -141,7 +124,7 @@ def test_rounded_products_stay_close_to_transformers(
 @torch.inference_mode()
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_tokens_equal_transformers(
-    prompt: str, files: ModelFiles, oracle: transformers.LlamaForCausalLM, plain: Decoder, exact: Decoder
+    prompt: str, files: Files, oracle: transformers.LlamaForCausalLM, plain: Decoder, exact: Decoder
 ) -> None:
     ids = tokens(files, prompt)
     output = generate(plain, ids, chunk=1000)
@@ -151,8 +134,8 @@ def test_greedy_tokens_equal_transformers(
     assert logits[len(ids) - 1 :].argmax(-1).tolist() == output
 
 
-def test_precision_choices(files: ModelFiles) -> None:
-    config, weights = files.config, files.weights
+def test_precision_choices(files: Files) -> None:
+    config, weights = files[0].config, files[1]
     int8 = build_decoder(config, weights, device="cpu", quantization="int8")
     assert {m.block_format for m in (linear.method for linear in int8.linears()) if isinstance(m, BlockLinear)} == {
         "Q8_0"

@@ -23,7 +23,7 @@ from ramet.lang.recording.state import State
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig
-from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.description import GenerationDefaults
 from ramet.runtime.models.layers import DecoderLayer, SparseFeedForward
 from ramet.runtime.models.load import LoadedModel, is_for_transformers, open_weights
 from ramet.runtime.models.weights import Weights

@@ -36,9 +36,9 @@ def test_the_product_is_that_of_the_rounded_numbers_and_of_torchs_scaled_product
     x, bias = draw(num_tokens, 64, seed=2), draw(48, seed=3)
     values, x_scale = quantize_fp8(x)
     expected = F.linear(values.float() * x_scale, weight.float() * scale, bias)
-    torch.testing.assert_close(method.apply(x, bias), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(method(x, bias), expected, rtol=1e-5, atol=1e-4)
     if num_tokens:  # what a GPU computes, with bfloat16 results
-        ours = method.apply(x.bfloat16(), None)
+        ours = method(x.bfloat16(), None)
         again, again_scale = quantize_fp8(x.bfloat16())
         theirs = torch._scaled_mm(again, weight.t(), again_scale, method.scale.unsqueeze(0), out_dtype=torch.bfloat16)
         assert ours.dtype is torch.bfloat16
@@ -50,7 +50,7 @@ def test_a_tokens_result_does_not_depend_on_the_others() -> None:
     method = Fp8Linear(weight, scale.reshape(-1))
     x = draw(9, 64, seed=1)
     x[4] *= 1000
-    torch.testing.assert_close(method.apply(x[2:3], None), method.apply(x, None)[2:3], rtol=0, atol=1e-5)
+    torch.testing.assert_close(method(x[2:3], None), method(x, None)[2:3], rtol=0, atol=1e-5)
 
 
 def test_table_head_norms_and_routers_keep_their_dtype() -> None:

@@ -89,7 +89,7 @@ def test_an_unknown_model_is_refused_before_anything_is_read() -> None:
 
 @pytest.mark.model
 def test_smollm2_opens_with_everything_that_a_chat_needs(smollm2_path: Path) -> None:
-    files = open_model(smollm2_path)
+    files, _ = open_model(smollm2_path)
     assert files.config.num_layers == 30
     assert files.config.eos_ids == (2,)
     text = files.tokenizer.chat_template.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)

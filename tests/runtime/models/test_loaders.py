@@ -32,8 +32,7 @@ from transformers import (
 from ramet.errors import BrokenModelFile, UnsupportedArchitecture
 from ramet.runtime.models.config import ModelConfig, Rope, RopeScaling, smollm2_135m
 from ramet.runtime.models.config_files import config_from_hf
-from ramet.runtime.models.description import load_gguf_config, load_hf_config
-from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.description import GenerationDefaults, load_gguf_config, load_hf_config
 from ramet.runtime.models.gguf_file import GgufFile
 from ramet.runtime.models.loader_gguf import load_gguf
 from ramet.runtime.models.loader_safetensors import load_safetensors

@@ -10,7 +10,7 @@ import pytest
 
 from ramet import Engine, function, gen
 from ramet.lang.graph.ir import Constraint
-from ramet.runtime.models.generation import GenerationDefaults
+from ramet.runtime.models.description import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.programs.executor import ProgramHost
 from ramet.runtime.programs.path import Path, Piece, PieceEncoder

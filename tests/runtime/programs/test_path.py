@@ -56,9 +56,9 @@ def test_keeping_text_splits_tokens_where_the_text_ends(pieces: list[bytes], cut
 
 @pytest.mark.model
 def test_pieces_of_a_chat_are_tokenised_as_the_whole_rendered_chat(smollm2_path: FilePath) -> None:
-    from ramet.runtime.models.load import open_model
+    from ramet.runtime.models.description import describe_model
 
-    tokenizer: Tokenizer = open_model(smollm2_path).tokenizer
+    tokenizer: Tokenizer = describe_model(smollm2_path).tokenizer
     template = tokenizer.chat_template
     messages = [
         {"role": "system", "content": "Be brief."},

@@ -14,8 +14,7 @@ from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.slots.tables import DecodeInputs
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config_files import config_from_hf
-from ramet.runtime.models.context import ForwardContext
-from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.decoder import Decoder, ForwardContext
 from ramet.runtime.models.linear_cpu import CpuFeatures
 from ramet.runtime.models.weights import Weights, expected_tensors
 from ramet.runtime.steps.recorded import Recordings

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.runtime.models.load import open_model
+from ramet.runtime.models.description import describe_model
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.chat_encoding import encode_marked, render_marked
 from ramet.runtime.text.chat_template import ChatTemplate
@@ -62,7 +62,7 @@ def test_arguments_of_tools_are_text_too() -> None:
 
 @pytest.mark.model
 def test_ordinary_messages_have_the_ids_of_the_parsed_text(smollm2_path: Path) -> None:
-    tokenizer = open_model(smollm2_path).tokenizer
+    tokenizer = describe_model(smollm2_path).tokenizer
     messages = [
         {"role": "system", "content": "Be brief: 12 words."},
         {"role": "user", "content": "Why is  it\n\nblue?"},

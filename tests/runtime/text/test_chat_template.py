@@ -9,7 +9,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ramet.errors import BrokenModelFile, InvalidRequest
-from ramet.runtime.models.load import open_model
+from ramet.runtime.models.description import describe_model
 from ramet.runtime.text.chat_template import ChatTemplate
 
 CHATML = (
@@ -217,7 +217,7 @@ def test_messages_of_a_wrong_form_are_refused(messages: list[Any]) -> None:
 
 @pytest.mark.model
 def test_smollm2_conversation_grown_role_by_role_equals_the_whole(smollm2_path: Path) -> None:
-    chat = open_model(smollm2_path).tokenizer.chat_template
+    chat = describe_model(smollm2_path).tokenizer.chat_template
     for talk in (TALK, TALK[1:]):
         text = ""
         for index, message in enumerate(talk):

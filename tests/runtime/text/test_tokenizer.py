@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from ramet.errors import BrokenModelFile
 from ramet.runtime.models.catalog import CATALOG, cached_path, is_cached
 from ramet.runtime.models.config import ModelConfig, smollm2_135m
-from ramet.runtime.models.load import open_model
+from ramet.runtime.models.description import describe_model
 from ramet.runtime.models.tokenizer_files import tokenizer_from_folder
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.tokenizer import SubwordTokenizer, Tokenizer, byte_alphabet
@@ -28,7 +28,7 @@ TEXTS = [item["text"] for item in REFERENCE]
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_path: Path) -> Tokenizer:
-    return open_model(smollm2_path).tokenizer
+    return describe_model(smollm2_path).tokenizer
 
 
 @pytest.mark.model
@@ -42,7 +42,7 @@ def test_smollm2_ids_equal_those_of_llama_cpp(smollm2: Tokenizer) -> None:
     not is_cached(CATALOG["gemma3-270m"]), reason="gemma3-270m is not in the cache: ramet pull gemma3-270m"
 )
 def test_gemma3_ids_equal_those_of_llama_cpp() -> None:
-    gemma = open_model(cached_path(CATALOG["gemma3-270m"])).tokenizer
+    gemma = describe_model(cached_path(CATALOG["gemma3-270m"])).tokenizer
     for item in REFERENCE:
         assert gemma.encode(item["text"]) == item["gemma3"], item["text"]
         assert gemma.decode(item["gemma3"]) == item["text"]
