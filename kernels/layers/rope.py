@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ramet.kernels.layers.kv_fp8 import FP8, for_kernel, scale_byte, write_heads
+from ramet.kernels.layers.kv_fp8 import FP8, for_kernel, round_halves, write_heads
 from ramet.kernels.layers.norm import rms_norm_reference
 from ramet.kernels.triton_support import cdiv, jit, next_power_of_two, tl
 
@@ -157,12 +157,8 @@ def _store_halves(
 ):
     """Store both halves of a block of heads, in FP8 with a scale for each head."""
     if IS_FP8:
-        first, second = first.to(tl.float32), second.to(tl.float32)
-        byte = scale_byte(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1))
-        tl.store(cache_ptr + scale_cell, byte.to(tl.uint8), mask=is_head)
-        inverse = ((254 - byte) << 23).to(tl.float32, bitcast=True)[:, None]
-        first = (first * inverse).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        second = (second * inverse).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        first, second, byte = round_halves(first.to(tl.float32), second.to(tl.float32))
+        tl.store(cache_ptr + scale_cell, byte, mask=is_head)
     tl.store(cache_ptr + cell, first, mask=inside)
     tl.store(cache_ptr + cell + HALF, second, mask=inside)
 

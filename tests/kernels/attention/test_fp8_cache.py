@@ -16,7 +16,7 @@ from ramet.kernels.attention.extend_triton import attention_extend_triton
 from ramet.kernels.attention.plan import TileConfig
 from ramet.kernels.attention.tree import TreePlan, find_shared_segments, plan_tree
 from ramet.kernels.attention.tree_triton import attention_tree_triton
-from ramet.kernels.layers.kv_fp8 import FP8, cell_bytes, round_heads, scales_of, values_of, write_heads
+from ramet.kernels.layers.kv_fp8 import FP8, cell_bytes, round_heads, scales_from, scales_of, values_of, write_heads
 from ramet.kernels.layers.rope import rope_and_write_kv_reference, rope_and_write_kv_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,20 +45,34 @@ def exact(cache: Tensor) -> Tensor:
     return gather_pages(cache, pages, torch.float32)
 
 
-def test_a_head_keeps_its_largest_value_to_three_bits_at_any_magnitude() -> None:
+def test_a_head_has_the_scale_with_the_least_error_of_an_octave() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 32, generator=generator) * torch.logspace(-30, 30, 200)[:, None]
+    x = torch.randn(200, 32, generator=generator) * torch.logspace(-3, 5, 200)[:, None]
     x[7] = 0
     x[8] = torch.tensor([448.0, -449.0] * 16)
+    x[9, 0] = 500.0 * float(x[9].abs().max())
     values, byte = round_heads(x)
-    scale = torch.ldexp(torch.ones(200), byte.int() - 127)
-    restored = values.view(FP8).float() * scale[:, None]
-    largest = x.abs().amax(1)
-    assert bool((largest <= 448 * scale).all())
-    assert bool((largest > 224 * scale)[largest > 0].all()), "a smaller scale would have done"
+    scale = scales_from(byte)[:, None]
+    restored = values.view(FP8).float() * scale
     # Three bits of mantissa: at most half a step from each value, or from the smallest normal one.
-    assert bool(((restored - x).abs() <= torch.maximum(x.abs() / 16, scale[:, None] * 2**-10)).all())
+    assert bool(((restored - x).abs() <= torch.maximum(x.abs() / 16, scale * 2**-10) * 1.001).all())
     assert not restored[7].any()
+    assert torch.equal(restored.bfloat16().float(), restored), "a value is exact in 16 bits"
+    error = (restored - x).square().sum(1)
+    every = scales_from(torch.arange(256))
+    fits = every >= x.abs().amax(1, keepdim=True) / 448 * (1 - 1e-6)
+    for first_scales in range(8):  # torch's own conversion with each of the scales that a head may have
+        other = every[fits.int().argmax(1) + first_scales][:, None]
+        theirs = (x / other).clamp(-448, 448).to(FP8).float() * other
+        assert bool((error <= (theirs - x).square().sum(1) * (1 + 1e-5)).all())
+
+
+def test_a_head_beyond_all_scales_keeps_what_fits() -> None:
+    values, byte = round_heads(torch.tensor([[1e9, -1.0], [1e-12, 0.0], [float("inf"), 1.0]]))
+    restored = values.view(FP8).float() * scales_from(byte)[:, None]
+    assert torch.equal(restored[0], torch.tensor([448.0 * 1.875 * 2**11, 0.0]))
+    assert not restored[1].any()
+    assert bool(restored.isfinite().all())
 
 
 def test_a_cache_returns_what_was_written_and_nothing_else_changes() -> None:
@@ -93,15 +107,11 @@ def test_the_writer_rounds_as_its_reference_does(has_norm: bool) -> None:
         found.append((rotated, *(exact(cache) for cache in caches), *(scales_of(cache) for cache in caches)))
     expected, ours = found
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-5)
-    for i in (3, 4):
-        assert torch.equal(ours[i], expected[i])
-    for i in (1, 2):
-        if DEVICE == "cpu":  # Triton's interpreter rounds halves away from zero, and loses the carry to a power of two
-            step = expected[i].abs() / 2 + 1e-4
-            assert bool(((ours[i] - expected[i]).abs() <= step).all())
-            assert float((ours[i] == expected[i]).float().mean()) > 0.9
-        else:
-            torch.testing.assert_close(ours[i], expected[i], rtol=1 / 8, atol=1e-4)
+    for i in (1, 2):  # sums of errors may differ in their last bits, and two scales be as good
+        is_same = ours[i + 2] == expected[i + 2]
+        assert float(is_same.float().mean()) > 0.9
+        assert torch.equal(ours[i][is_same], expected[i][is_same])
+        torch.testing.assert_close(ours[i], expected[i], rtol=1 / 7, atol=1e-3)
 
 
 @pytest.mark.parametrize("window", [None, 9])
