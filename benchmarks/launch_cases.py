@@ -116,7 +116,7 @@ def elementwise(model: Model) -> list[Launch]:
     outputs = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     bounds = (0, model.num_heads * model.head_dim, outputs - model.num_kv_heads * model.head_dim, outputs)
     a, b, chosen = tensor(9, 3, 64, hidden), tensor(9, outputs, 64), ints(64)
-    adapted = adapters.AdapterTable(a, b, bounds, [])
+    adapted = adapters.AdapterTable(a, b, bounds, torch.zeros((9, 3), dtype=torch.int32))
     add = partial(adapters.add_adapters_triton, tensor(64, outputs), x, adapted, chosen)
     launches.append(Launch(f"{name} adapters", add))
     qkv = tensor(64, model.num_heads + 2 * model.num_kv_heads, model.head_dim)

@@ -26,6 +26,7 @@ from ramet.kernels.layers.activation import (
     silu_and_mul_reference,
     silu_and_mul_triton,
 )
+from ramet.kernels.layers.adapters import AdapterTable, add_adapters_reference, add_adapters_triton
 from ramet.kernels.layers.norm import (
     fused_add_rms_norm_reference,
     fused_add_rms_norm_triton,
@@ -88,6 +89,7 @@ class Ops:
     ]
     attention_decode: DecodeAttention
     attention_extend: ExtendAttention
+    add_adapters: Callable[[Tensor, Tensor, AdapterTable, Tensor], Tensor]
     sample: Callable[[Tensor, SamplingTables, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
     make_record: Callable[[], Record] | None = None
 
@@ -115,6 +117,7 @@ REFERENCE = Ops(
     rope_and_write_kv_reference,
     attention_decode_reference,
     attention_extend_reference,
+    add_adapters_reference,
     sample_reference,
 )
 TRITON = Ops(
@@ -125,5 +128,6 @@ TRITON = Ops(
     rope_and_write_kv_triton,
     _attention_decode_triton,
     attention_extend_triton,
+    add_adapters_triton,
     sample_triton,
 )

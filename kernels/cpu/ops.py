@@ -12,7 +12,7 @@ from torch import Tensor
 from ramet.kernels.attention.extend import ExtendMetadata, attention_extend_reference
 from ramet.kernels.cpu.attention import attention_decode, attention_extend
 from ramet.kernels.cpu.greedy import sample
-from ramet.kernels.cpu.pointwise import fused_add_rms_norm, gated_activation, rms_norm, rope_and_write_kv
+from ramet.kernels.cpu.pointwise import add_adapters, fused_add_rms_norm, gated_activation, rms_norm, rope_and_write_kv
 from ramet.kernels.cpu.program import KernelStream, Pool, Program
 from ramet.kernels.cpu.vectors import LANES
 from ramet.kernels.ops import REFERENCE, Ops, Record
@@ -39,6 +39,7 @@ def cpu_ops(stream: KernelStream, dtype: torch.dtype, head_dim: int) -> Ops:
         rms_norm=partial(rms_norm, stream),
         fused_add_rms_norm=partial(fused_add_rms_norm, stream),
         rope_and_write_kv=partial(rope_and_write_kv, stream),
+        add_adapters=partial(add_adapters, stream),
         make_record=lambda: _record_into(stream, Pool()),
     )
     if head_dim % LANES:

@@ -1,9 +1,9 @@
-"""Compiled norms, gated activations, and rotary embedding with cache write on the CPU; prompts use torch's threads.
+"""Compiled norms, gated activations, rotary embedding with cache write, and adapters on the CPU.
 
 At batch 1 a torch call costs 2 to 5 us, and each of these ops needs two to ten calls, once or more per layer. Here each
-op is one call of about 2 us and one pass over memory. Results equal the torch references in `norm.py`, `activation.py`
-and `rope.py`. Arithmetic is in fp32. Inputs and outputs of products may be bfloat16; weights, residual and caches are
-fp32. Tensors are contiguous. Not here: other dtypes.
+op is one call of about 2 us and one pass over memory; large batches use torch's threads. Results equal the torch
+references in `norm.py`, `activation.py`, `rope.py` and `adapters.py`. Arithmetic is in fp32. Inputs and outputs of
+products may be bfloat16; weights, residual and caches are fp32. Tensors are contiguous. Not here: other dtypes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ramet.kernels.cpu.bf16 import narrow, uint16_at, widen
 from ramet.kernels.cpu.program import KernelStream
 from ramet.kernels.cpu.threads import (
     Kernel,
+    barrier,
     bits_float,
     float_bits,
     inner,
@@ -27,6 +28,7 @@ from ramet.kernels.cpu.threads import (
     thread_index,
 )
 from ramet.kernels.cpu.vectors import float32_at, int32_at
+from ramet.kernels.layers.adapters import AdapterTable, add_adapters_reference
 
 # Below this many values a second thread costs more than it saves (about 5 us).
 _PARALLEL_VALUES = 65_536
@@ -131,6 +133,35 @@ def rope_and_write_kv(
         float_bits(eps),
         _kinds(q),
         threads=_threads(q),
+    )
+    return out
+
+
+def add_adapters(stream: KernelStream, out: Tensor, x: Tensor, table: AdapterTable, chosen: Tensor) -> Tensor:
+    """As `adapters.add_adapters_reference`, for fp32; other dtypes are the reference's."""
+    if x.dtype is not torch.float32 or table.a.dtype is not torch.float32:
+        return add_adapters_reference(out, x, table, chosen)
+    x = x.contiguous()
+    assert out.is_contiguous(), out.stride()
+    (num_tokens, width), (_, num_outputs, rank) = x.shape, table.b.shape
+    low = stream.empty((num_tokens, table.num_parts, rank))
+    inner_bounds = (*table.bounds[1:-1], num_outputs, num_outputs)[:2]
+    stream.launch(
+        _adapters_kernel,
+        x.data_ptr(),
+        table.a.data_ptr(),
+        table.b.data_ptr(),
+        table.ranks.data_ptr(),
+        chosen.data_ptr(),
+        low.data_ptr(),
+        out.data_ptr(),
+        num_tokens,
+        width,
+        num_outputs,
+        table.num_parts,
+        rank,
+        *inner_bounds,
+        threads=thread_count() if num_tokens * rank * (width + num_outputs) >= _PARALLEL_VALUES else 1,
     )
     return out
 
@@ -341,3 +372,41 @@ def _mask_kernel(pointer: Any) -> None:  # Any: int64*
 def _rope_kernel(pointer: Any) -> None:  # Any: int64*
     low, high = _share(carray(pointer, 22)[15])
     _rope_and_write_kv(carray(pointer, 22), low, high)
+
+
+@Kernel
+def _adapters_kernel(pointer: Any) -> None:  # Any: int64*
+    """Products with A are divided among the threads by their sums, then products with B by outputs."""
+    a = carray(pointer, 14)
+    index, count = thread_index(), num_threads()
+    num_tokens, width, num_outputs, num_parts, size = a[7], a[8], a[9], a[10], a[11]
+    chosen = carray(int32_at(a[4]), (num_tokens,))
+    low = _floats(a[5], num_tokens * num_parts * size)
+    for item in range(len(low) * index // count, len(low) * (index + 1) // count):
+        token, part = item // (num_parts * size), item // size % num_parts
+        pair = chosen[token] * num_parts + part
+        if chosen[token] == 0 or item % size >= carray(int32_at(a[3] + 4 * pair), (1,))[0]:
+            continue
+        row = _floats(a[1] + (pair * size + item % size) * width * 4, width)
+        low[item] = _dot(row, _floats(a[0] + token * width * 4, width))
+    barrier()
+    for token in range(num_tokens):
+        if chosen[token] == 0:
+            continue
+        for part in range(num_parts):
+            rank = carray(int32_at(a[3] + 4 * (chosen[token] * num_parts + part)), (1,))[0]
+            begin, end = 0 if part == 0 else a[11 + part], num_outputs if part == 2 else a[12 + part]
+            first = max(begin, num_outputs * index // count)
+            stop = min(end, num_outputs * (index + 1) // count)
+            inner_sums = low[(token * num_parts + part) * size : (token * num_parts + part) * size + rank]
+            for output in range(first, stop):
+                row = _floats(a[2] + (chosen[token] * num_outputs + output) * size * 4, rank)
+                _floats(a[6] + (token * num_outputs + output) * 4, 1)[0] += _dot(row, inner_sums)
+
+
+@inner
+def _dot(x: Any, y: Any) -> Any:  # Any: float32 arrays of equal length
+    total = np.float32(0.0)
+    for i in range(len(x)):
+        total += x[i] * y[i]
+    return total

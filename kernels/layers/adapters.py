@@ -29,30 +29,26 @@ _BLOCK_N = 64
 class AdapterTable:
     """The adapters of one layer. a: [S, P, R, K]; b: [S, N, R], scaled. Ranks below R are filled up with zeros.
 
-    bounds: part p has the outputs [bounds[p], bounds[p + 1]). ranks[s][p]: rank of adapter s, 0 where it has none.
+    bounds: part p has the outputs [bounds[p], bounds[p + 1]). ranks: int32 [S, P], on the host; 0 where an adapter has
+    none.
     """
 
     a: Tensor
     b: Tensor
     bounds: tuple[int, ...]
-    ranks: list[list[int]]
+    ranks: Tensor
 
     @property
     def num_parts(self) -> int:
         return len(self.bounds) - 1
 
 
-def add_adapters(out: Tensor, x: Tensor, table: AdapterTable, chosen: Tensor) -> Tensor:
-    """Add the adapters' products to out [T, N], in place, for x [T, K] and chosen int32 [T]. Returns out."""
-    return (add_adapters_triton if x.is_cuda else add_adapters_reference)(out, x, table, chosen)
-
-
 def add_adapters_reference(out: Tensor, x: Tensor, table: AdapterTable, chosen: Tensor) -> Tensor:
-    """CPU path, and specification."""
+    """Add the adapters' products to out [T, N], in place, for x [T, K] and chosen int32 [T]. Returns out."""
     for adapter in sorted(set(chosen.tolist()) - {0}):
         where = (chosen == adapter).nonzero()[:, 0]
         rows = x[where].float()
-        for part, rank in enumerate(table.ranks[adapter]):
+        for part, rank in enumerate(table.ranks[adapter].tolist()):
             if not rank:
                 continue
             first, stop = table.bounds[part : part + 2]
@@ -63,7 +59,7 @@ def add_adapters_reference(out: Tensor, x: Tensor, table: AdapterTable, chosen: 
 
 
 def add_adapters_triton(out: Tensor, x: Tensor, table: AdapterTable, chosen: Tensor) -> Tensor:
-    """Launch the kernels of `add_adapters`. x and out may have row strides; their last axes are contiguous."""
+    """Launch the kernels of `add_adapters_reference`. x and out may have row strides; last axes are contiguous."""
     num_tokens, width = x.shape
     num_parts, rank, num_outputs = table.num_parts, table.a.shape[2], table.b.shape[1]
     if not num_tokens:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ramet.errors import BrokenModelFile, ConfigError, InvalidRequest
-from ramet.kernels.layers.adapters import AdapterTable, add_adapters
+from ramet.kernels.layers.adapters import AdapterTable
 from ramet.kernels.slots.tables import upload
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.decoder import Decoder
@@ -42,6 +42,7 @@ _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.(?:default\.)?
 _UNSUPPORTED = ("use_dora", "fan_in_fan_out", "modules_to_save", "lora_bias", "trainable_token_indices", "use_qalora")
 _PLAIN = re.compile(r"[\w.]+")
 _MAX_NAME = 200  # characters
+_MAX_TOKENS = 1 << 22  # of a step
 
 # An adapter's matrices (A [r, K], B [N, r], scaled) by the matrix of the model that they change.
 Matrices = Mapping[str, tuple[Tensor, Tensor]]
@@ -58,7 +59,10 @@ class Adapters:
         """Make room for adapters, in the decoder's memory. Raises ConfigError for layers that take none."""
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self.config = decoder.config
-        self._chosen = torch.zeros(0, dtype=torch.int32)
+        # On a CPU at one address, because recorded steps read it; pages that no step fills take no memory.
+        self._chosen = torch.from_numpy(np.zeros(_MAX_TOKENS, dtype=np.int32))
+        self._num_chosen = 0
+        self._add = decoder.ops.add_adapters
         self._device = decoder.device
         self._dtype = decoder.dtype
         self._loaded: dict[str, Adapter] = {}
@@ -108,7 +112,13 @@ class Adapters:
 
     def choose(self, chosen: NDArray[np.int32]) -> None:
         """Set the adapters of the next step's tokens: int32 [T], 0 for none."""
-        (self._chosen,) = upload([chosen], self._device)
+        if self._device.type != "cpu":
+            (self._chosen,) = upload([chosen], self._device)
+            return
+        assert len(chosen) <= _MAX_TOKENS, len(chosen)
+        self._chosen[: self._num_chosen] = 0  # a recorded step may be larger than this one
+        self._chosen[: len(chosen)] = torch.from_numpy(chosen)
+        self._num_chosen = len(chosen)
 
     # -- loading
 
@@ -147,7 +157,7 @@ class Adapters:
             first, stop, rank = table.bounds[part], table.bounds[part + 1], a.shape[0]
             table.a[index, part, :rank] = a.to(self._device, self._dtype)
             table.b[index, first:stop, :rank] = b.to(self._device, self._dtype)
-            table.ranks[index][part] = rank
+            table.ranks[index, part] = rank
         # Prefixes of another model, or of an adapter that had this name before, have other keys and values.
         adapter = Adapter(name, index, f"\0{secrets.token_hex(16)}\0")
         self._loaded[name] = adapter
@@ -165,7 +175,7 @@ class Adapters:
         for table in {id(table): table for table, _ in self._places.values()}.values():
             table.a[adapter.index] = 0
             table.b[adapter.index] = 0
-            table.ranks[adapter.index] = [0] * table.num_parts
+            table.ranks[adapter.index] = 0
         self._free.append(adapter.index)
 
     # -- the adapted decoder
@@ -192,13 +202,13 @@ class Adapters:
         count, parts = self.max_adapters + 1, len(rows)
         a = self._zeros(count, parts, self.max_rank, linear.in_features)
         b = self._zeros(count, linear.out_features, self.max_rank)
-        table = AdapterTable(a, b, bounds, [[0] * parts for _ in range(count)])
+        table = AdapterTable(a, b, bounds, torch.zeros((count, parts), dtype=torch.int32))
         self._places.update({name: (table, part) for part, name in enumerate(linear.names)})
         return dataclasses.replace(linear, method=partial(self._product, linear.method, table))
 
     def _product(self, method: LinearMethod, table: AdapterTable, x: Tensor, bias: Tensor | None) -> Tensor:
         """A product, and the products of the adapters that the step's tokens chose."""
-        return add_adapters(method(x, bias), x, table, self._chosen)
+        return self._add(method(x, bias), x, table, self._chosen[: x.shape[0]])
 
     def _zeros(self, *shape: int) -> Tensor:
         """Zeros on the device. On a CPU, pages that no adapter fills take no memory."""

@@ -103,7 +103,7 @@ class ModelRunner:
 
         tiles: attention tiles measured on this GPU. num_sms: number of processors among which attention is split; None
         for the GPU's own. With several ranks, `share` overwrites a tensor with the first rank's, in graphs, too. Only
-        the first rank has `peers`, the others, and `arena` and `edits`. adapters: steps with some run op by op.
+        the first rank has `peers`, the others, and `arena` and `edits`. adapters: steps with some are never graphs.
         """
         if device.type == "cuda" and num_sms is None:
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -130,11 +130,16 @@ class ModelRunner:
         self._sampler = Sampler(decoder, slots.tables, arena, edits, share)
         parts = decoder, slots, self._plans, self._sampler
         eager = EagerSteps(*parts)
-        self._adapted = None if adapters is None else EagerSteps(adapters.decoder, slots, self._plans, self._sampler)
         make_record = decoder.ops.make_record
         self.recorded = None if make_record is None else RecordedSteps(*parts, eager, make_record())
         self.graphed: GraphedSteps | None = None
         self._strategies: list[Strategy] = [eager.run] if self.recorded is None else [self.recorded.run, eager.run]
+        self._adapted: list[Strategy] = []  # for steps in which some tokens have adapters
+        if adapters is not None:
+            parts = adapters.decoder, slots, self._plans, self._sampler
+            adapted = EagerSteps(*parts)
+            recorded = [] if make_record is None else [RecordedSteps(*parts, adapted, make_record()).run]
+            self._adapted = [*recorded, adapted.run]
 
     @torch.inference_mode()
     def launch(
@@ -171,11 +176,8 @@ class ModelRunner:
         self._copy_pages(step.page_copies)
         if step.adapters is not None:
             assert self.adapters is not None
-            assert self._adapted is not None
             self.adapters.choose(step.adapters)
-            adapted = self._adapted.run(step)
-            return adapted, StepLogprobs.of(step, adapted)
-        for strategy in self._strategies:
+        for strategy in self._strategies if step.adapters is None else self._adapted:
             sampled = strategy(step)
             if sampled is not None:
                 return sampled, StepLogprobs.of(step, sampled)

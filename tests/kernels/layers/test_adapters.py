@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ramet.kernels.cpu.pointwise import add_adapters
+from ramet.kernels.cpu.program import KernelStream
 from ramet.kernels.layers.adapters import (
     AdapterTable,
     add_adapters_reference,
@@ -25,7 +27,7 @@ def table_of(sizes: list[int], width: int, rank: int, ranks: list[list[int]]) ->
         for part, kept in enumerate(own):
             a[adapter, part, kept:] = 0
             b[adapter, bounds[part] : bounds[part + 1], kept:] = 0
-    return AdapterTable(a.to(DEVICE), b.to(DEVICE), bounds, ranks)
+    return AdapterTable(a.to(DEVICE), b.to(DEVICE), bounds, torch.tensor(ranks, dtype=torch.int32))
 
 
 def tokens_of(chosen: list[int]) -> torch.Tensor:
@@ -48,6 +50,9 @@ def test_each_token_gets_the_products_of_its_own_adapter(chosen: list[int], size
         out = before.clone()[:, : sum(sizes)]  # a row stride
         assert add(out, x, table, tokens_of(chosen)) is out
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    if DEVICE == "cpu":
+        found = add_adapters(KernelStream(), before[:, : sum(sizes)].clone(), x, table, tokens_of(chosen))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_is_added_in_fp32_and_rounded_once() -> None:

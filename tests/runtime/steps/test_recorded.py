@@ -7,11 +7,13 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.slots.tables import DecodeInputs
+from ramet.runtime.models.adapters import Adapters
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder, ForwardContext
@@ -124,6 +126,35 @@ def test_recorded_steps_equal_eager_ones(name: str, quantization: str) -> None:
     for rows in ([0], [1, 4], [0, 1, 2, 3, 4, 5], [5, 3], [2], [3, 1, 0, 2, 4, 5]):
         both.compare(rows)
         both.compare(rows)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_recorded_steps_with_adapters_equal_eager_ones(quantization: str) -> None:
+    plain = decoder_of("llama", quantization)
+    adapters, generator = Adapters(plain, 3, 8), torch.Generator().manual_seed(4)
+    shapes = {name: shape for name, shape in expected_tensors(plain.config).items() if "proj" in name}
+    for rank in (1, 8, 5):
+        matrices = {
+            name: (torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator))
+            for name, (rows, columns) in shapes.items()
+            if rank > 1 or "q_proj" in name or "down_proj" in name
+        }
+        adapters.add(f"rank {rank}", matrices)
+    both = Both(adapters.decoder, 6)
+    for rows, chosen in (
+        ([0], [3]),
+        ([1, 4], [0, 2]),
+        ([0, 1, 2, 3, 4, 5], [1, 2, 3, 0, 2, 1]),
+        ([0], [1]),
+        ([2], [0]),
+    ):
+        adapters.choose(np.array(chosen, dtype=np.int32))
+        both.compare(rows)
+    for chunks in CHUNKS:  # of other numbers of tokens than the programs' sizes
+        adapters.choose(np.array([row % 4 for row, chunk in chunks for _ in chunk], dtype=np.int32))
+        recorded, eager = both.extend(chunks)
+        assert torch.equal(recorded, eager)
 
 
 CHUNKS: list[list[tuple[int, list[int]]]] = [
