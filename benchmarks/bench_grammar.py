@@ -78,13 +78,13 @@ class OtherCursor:
     def __init__(self, grammar: Grammar) -> None:
         if not isinstance(grammar, FollowedGrammar):
             raise SystemExit("only the engines of ramet.grammar.engines have matchers to walk")
-        self.matchers, self.matcher = grammar.matchers, grammar.start
+        self.grammar, self.matcher = grammar, grammar.start
 
     def fill(self, row: NDArray[np.int32]) -> None:
-        self.matchers.fill(self.matcher, row)
+        self.grammar.fill(self.matcher, row)
 
     def accept(self, token: int) -> bool:
-        following = self.matchers.after(self.matcher, token)
+        following = self.grammar.after(self.matcher, token)
         if following is not None:
             self.matcher = following
         return following is not None

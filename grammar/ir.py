@@ -12,7 +12,7 @@ which is a set of byte strings.
     Lookbehind(ranges, at_start)       the character before must be in ranges (regular/lookbehind.py removes it)
     Intersect((a, b)), Complement(a)   of regular languages, inside a Terminal; the complement is within all UTF-8 text
     Terminal(a, name)                  `a` is regular (no Reference to a recursive rule): made into one small automaton
-    Table(transitions, accepting)      a deterministic byte automaton that the source built itself (a suffix automaton)
+    Table(rows, byte_class, accepting)  a deterministic byte automaton, all of whose states are known
     Reference("rule")                  another rule; recursion of any kind is allowed, left recursion included
     JsonSchema(schema, options)        the JSON texts of the values that a JSON schema accepts
     Named(a, name)                     the texts of `a`; what it reads is kept under this name (tools/captures.py)
@@ -122,13 +122,27 @@ class Terminal:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """A deterministic byte automaton with start state 0.
+    """A deterministic byte automaton. State 0 is the start, and every state leads to an accepting one.
 
-    transitions: int32 [num_states, 256], -1 where refused. accepting: bool [num_states].
+    rows: int32 [num_states, num_classes], -1 where refused. byte_class: uint8 [256]. accepting: bool [num_states].
     """
 
-    transitions: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    byte_class: NDArray[np.uint8]
     accepting: NDArray[np.bool_]
+
+    @property
+    def transitions(self) -> NDArray[np.int32]:
+        """The rows over bytes, int32 [num_states, 256]."""
+        return self.rows[:, self.byte_class]
+
+    def accepts(self, text: bytes) -> bool:
+        state = 0
+        for byte in text:
+            state = int(self.rows[state, self.byte_class[byte]])
+            if state < 0:
+                return False
+        return bool(self.accepting[state])
 
 
 @dataclass(frozen=True, slots=True)

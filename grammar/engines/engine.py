@@ -1,49 +1,47 @@
-"""The interface of a grammar engine, and a function that loads an engine by its name."""
+"""Grammar engines by name: Ramet's own, and others to choose from and to compare with."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from ramet.errors import ConfigError
+from ramet.errors import ConfigError, GrammarError
 from ramet.grammar.machine.grammar import Grammar
 from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
 
 
-class GrammarBackend(Protocol):
-    """One engine. kinds: the kinds of constraints that it compiles."""
+@dataclass(frozen=True, slots=True)
+class GrammarBackend:
+    """An engine. kinds: the kinds of constraints that it compiles."""
 
     name: str
     kinds: frozenset[str]
+    _compile: Callable[[str, Any, Vocabulary], Grammar]
 
     def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> Grammar:
         """Compile a constraint. JSON is written without white space.
 
         Raises: GrammarError with the engine's own message.
         """
+        if kind not in self.kinds:
+            raise GrammarError(f"{self.name} does not compile constraints of kind {kind!r}")
+        return self._compile(kind, source, vocabulary)
 
 
-class RametBackend:
-    """Ramet's own engine."""
-
-    name = "ramet"
-    kinds = frozenset(("json_schema", "regex", "cfg", "choice", "substring", "tools"))
-
-    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> Grammar:
-        if kind == "json_schema":
-            return compile_constraint(kind, source, vocabulary, whitespace="compact")
-        return compile_constraint(kind, source, vocabulary)
-
-
-# name -> (module, class, package to install)
-BACKENDS: Mapping[str, tuple[str, str, str]] = {
-    "ramet": ("ramet.grammar.engines.engine", "RametBackend", "ramet"),
-    "llguidance": ("ramet.grammar.engines.llguidance", "LlguidanceBackend", "llguidance"),
-    "xgrammar": ("ramet.grammar.engines.xgrammar", "XgrammarBackend", "xgrammar"),
-    "outlines": ("ramet.grammar.engines.outlines_core", "OutlinesBackend", "outlines-core"),
+BACKENDS: Mapping[str, tuple[str, str, frozenset[str]]] = {
+    "ramet": (__name__, "ramet", frozenset(("json_schema", "regex", "cfg", "choice", "substring", "tools"))),
+    "llguidance": (
+        "ramet.grammar.engines.llguidance",
+        "llguidance",
+        frozenset(("json_schema", "regex", "cfg", "choice", "substring")),
+    ),
+    "xgrammar": ("ramet.grammar.engines.xgrammar", "xgrammar", frozenset(("json_schema", "regex", "choice"))),
+    "outlines": ("ramet.grammar.engines.outlines_core", "outlines-core", frozenset(("json_schema", "regex", "choice"))),
 }
+"""By name: the module with the engine's `compiler`, the package to install, the kinds of constraints."""
 
 
 def load_backend(name: str) -> GrammarBackend:
@@ -53,11 +51,21 @@ def load_backend(name: str) -> GrammarBackend:
     """
     if name not in BACKENDS:
         raise ConfigError(f"grammar_backend is {name!r} but must be one of {', '.join(BACKENDS)}")
-    module, attribute, package = BACKENDS[name]
+    module, package, kinds = BACKENDS[name]
     try:
-        backend: GrammarBackend = getattr(importlib.import_module(module), attribute)()
+        return GrammarBackend(name, kinds, importlib.import_module(module).compiler())
     except ImportError as error:
         raise ConfigError(
             f"grammar_backend {name!r} needs a package that is not installed ({error}): pip install {package}"
         ) from error
-    return backend
+
+
+def compiler() -> Callable[[str, Any, Vocabulary], Grammar]:
+    """Return Ramet's own compiler."""
+
+    def compile_source(kind: str, source: Any, vocabulary: Vocabulary) -> Grammar:
+        if kind == "json_schema":
+            return compile_constraint(kind, source, vocabulary, whitespace="compact")
+        return compile_constraint(kind, source, vocabulary)
+
+    return compile_source

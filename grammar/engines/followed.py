@@ -7,7 +7,8 @@ nearest ancestor whose matcher is kept, so the number of matchers does not grow 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,39 +20,39 @@ from ramet.grammar.machine.vocabulary import Vocabulary
 
 _CLOSING = b'"]},:)tfn0{[1-'  # bytes that are tried first to complete a text, in this order
 _MAX_SEARCHED = 4096
-
-
-class Matchers(Protocol):
-    """The matchers of an engine. A matcher stands at one place in a text, and is never changed once it is known."""
-
-    def after(self, matcher: Any, token: int) -> Any | None:
-        """Return the matcher after a token, None if the token is refused."""
-
-    def fill(self, matcher: Any, row: NDArray[np.int32]) -> None:
-        """Write the mask. It includes the end tokens if the text may end."""
-
-    def forced_tokens(self, matcher: Any) -> list[int]:
-        """Return the tokens that must follow, if the engine knows them."""
+_MAX_KEPT = 128  # matchers
 
 
 class FollowedGrammar:
-    """A grammar with integer states over the matchers of another engine. Not thread-safe."""
+    """A grammar with integer states over the matchers of another engine. Not thread-safe.
+
+    A matcher stands at one place in a text, and is never changed once it is known.
+    """
 
     is_closed = False
     before = b""
 
-    def __init__(self, matchers: Matchers, start: Any, vocabulary: Vocabulary, max_kept: int = 128) -> None:
-        self.vocabulary = vocabulary
-        self.matchers = matchers
-        self.start = start
-        self._max_kept = max_kept
+    def __init__(
+        self,
+        start: Any,  # a matcher
+        vocabulary: Vocabulary,
+        after: Callable[[Any, int], Any | None],
+        fill: Callable[[Any, NDArray[np.int32]], None],
+        forced: Callable[[Any], list[int]] = lambda matcher: [],
+    ) -> None:
+        """start: the matcher at the beginning. after: returns the matcher after a token, None if that is refused.
+
+        fill: writes the mask, with the end tokens if the text may end. forced: the tokens that must follow, if known.
+        """
+        self.start, self.vocabulary = start, vocabulary
+        self.after, self.fill, self._forced = after, fill, forced
         self._parents: list[tuple[int, int]] = [(-1, -1)]  # state -> (state before, token)
         self._after: dict[tuple[int, int], int | None] = {}
         self._kept: OrderedDict[int, Any] = OrderedDict()  # matchers by state
 
     def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
         row[:] = 0
-        self.matchers.fill(self._matcher(state), row)
+        self.fill(self._matcher(state), row)
 
     def advance(self, state: int, token: int) -> int | None:
         vocabulary = self.vocabulary
@@ -59,7 +60,7 @@ class FollowedGrammar:
             return None
         key = (state, token)
         if key not in self._after:
-            matcher = self.matchers.after(self._matcher(state), token)
+            matcher = self.after(self._matcher(state), token)
             self._after[key] = None if matcher is None else len(self._parents)
             if matcher is not None:
                 self._parents.append(key)
@@ -89,7 +90,7 @@ class FollowedGrammar:
         return 0
 
     def forced_tokens(self, state: int) -> list[int]:
-        return self.matchers.forced_tokens(self._matcher(state))
+        return self._forced(self._matcher(state))
 
     def joined_token(self, state: int, token: int) -> int:
         return token
@@ -143,7 +144,7 @@ class FollowedGrammar:
             self._kept.move_to_end(at)
         matcher = self.start if at == 0 else self._kept[at]
         for token in reversed(tokens):
-            matcher = self.matchers.after(matcher, token)
+            matcher = self.after(matcher, token)
             assert matcher is not None, (state, token)
         if tokens:
             self._keep(state, matcher)
@@ -151,5 +152,5 @@ class FollowedGrammar:
 
     def _keep(self, state: int, matcher: Any) -> None:
         self._kept[state] = matcher
-        if len(self._kept) > self._max_kept:
+        if len(self._kept) > _MAX_KEPT:
             self._kept.popitem(last=False)

@@ -6,6 +6,8 @@ If a text is forced, its masks allow only the tokens that the tokenizer would wr
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import llguidance
@@ -20,42 +22,33 @@ from ramet.grammar.machine.vocabulary import Vocabulary
 _COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
 
-class LlguidanceBackend:
-    name = "llguidance"
-    kinds = frozenset(("json_schema", "regex", "cfg", "choice", "substring"))
+def compiler() -> Callable[[str, Any, Vocabulary], FollowedGrammar]:
+    """Return a compiler."""
+    of_vocabulary = lru_cache(maxsize=4)(_tokenizer)
 
-    def __init__(self) -> None:
-        self._tokenizers: dict[str, Any] = {}  # LLTokenizer, untyped across versions
-
-    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> FollowedGrammar:
-        if kind not in self.kinds:
-            raise GrammarError(f"llguidance does not compile constraints of kind {kind!r}")
-        tokenizer = self._tokenizer(vocabulary)
-        matcher = llguidance.LLMatcher(tokenizer, _grammar(kind, source), log_level=0)
+    def compile_source(kind: str, source: Any, vocabulary: Vocabulary) -> FollowedGrammar:
+        matcher = llguidance.LLMatcher(of_vocabulary(vocabulary), _grammar(kind, source), log_level=0)
         if matcher.is_error():
             raise GrammarError(f"llguidance: {matcher.get_error()}")
-        return FollowedGrammar(self, matcher, vocabulary)
+        return FollowedGrammar(matcher, vocabulary, _after, _fill, lambda at: list(at.compute_ff_tokens()))
 
-    def after(self, matcher: Any, token: int) -> Any | None:
-        following = matcher.deep_copy()
-        return following if following.validate_tokens([token]) == 1 and following.consume_token(token) else None
+    return compile_source
 
-    def fill(self, matcher: Any, row: NDArray[np.int32]) -> None:
-        matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if matcher.is_error():
-            raise GrammarError(f"llguidance: {matcher.get_error()}")
 
-    def forced_tokens(self, matcher: Any) -> list[int]:
-        return list(matcher.compute_ff_tokens())
+def _after(matcher: Any, token: int) -> Any | None:
+    following = matcher.deep_copy()
+    return following if following.validate_tokens([token]) == 1 and following.consume_token(token) else None
 
-    def _tokenizer(self, vocabulary: Vocabulary) -> Any:
-        found = self._tokenizers.get(vocabulary.key)
-        if found is None:
-            wrapped = llguidance.TokenizerWrapper(_Tokens(vocabulary))
-            found = self._tokenizers[vocabulary.key] = llguidance.LLTokenizer(
-                wrapped, n_vocab=vocabulary.vocab_size, eos_token=list(vocabulary.eos_ids)
-            )
-        return found
+
+def _fill(matcher: Any, row: NDArray[np.int32]) -> None:
+    matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+    if matcher.is_error():
+        raise GrammarError(f"llguidance: {matcher.get_error()}")
+
+
+def _tokenizer(vocabulary: Vocabulary) -> Any:  # LLTokenizer, untyped across versions
+    wrapped = llguidance.TokenizerWrapper(_Tokens(vocabulary))
+    return llguidance.LLTokenizer(wrapped, n_vocab=vocabulary.vocab_size, eos_token=list(vocabulary.eos_ids))
 
 
 def _grammar(kind: str, source: Any) -> str:

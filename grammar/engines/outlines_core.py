@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,52 +20,47 @@ from ramet.grammar.machine import bitmask
 from ramet.grammar.machine.vocabulary import Vocabulary
 
 
-class OutlinesBackend:
-    name = "outlines"
-    kinds = frozenset(("json_schema", "regex", "choice"))
+def compiler() -> Callable[[str, Any, Vocabulary], FollowedGrammar]:
+    """Return a compiler."""
+    of_vocabulary = lru_cache(maxsize=4)(_vocabulary)
 
-    def __init__(self) -> None:
-        self._vocabularies: dict[str, Any] = {}
-
-    def compile(self, kind: str, source: Any, vocabulary: Vocabulary) -> FollowedGrammar:
+    def compile_source(kind: str, source: Any, vocabulary: Vocabulary) -> FollowedGrammar:
         try:
-            if kind == "json_schema":
-                schema = source if isinstance(source, str) else json.dumps(source)
-                pattern = build_regex_from_schema(schema, whitespace_pattern="")
-            elif kind == "regex":
-                pattern = source
-            elif kind == "choice":
-                texts = json.loads(source) if isinstance(source, str) else source
-                pattern = "|".join(re.escape(t) for t in texts)
-            else:
-                raise GrammarError(f"outlines-core does not compile constraints of kind {kind!r}")
-            index = Index(pattern, self._vocabulary(vocabulary))
+            index = Index(_pattern(kind, source), of_vocabulary(vocabulary))
         except (ValueError, TypeError, BaseException) as error:
-            if isinstance(error, GrammarError) or not isinstance(error, Exception | _panic_type()):
+            if not isinstance(error, Exception | _panic_type()):
                 raise
             raise GrammarError(f"outlines-core: {error}") from error
-        return FollowedGrammar(self, (index, index.get_initial_state()), vocabulary)
+        return FollowedGrammar((index, index.get_initial_state()), vocabulary, _after, _fill)
 
-    def after(self, matcher: tuple[Any, int], token: int) -> tuple[Any, int] | None:
-        index, state = matcher
-        found = index.get_next_state(state, token)
-        return None if found is None else (index, found)
+    return compile_source
 
-    def fill(self, matcher: tuple[Any, int], row: NDArray[np.int32]) -> None:
-        index, state = matcher
-        row[:] = bitmask.pack(index.get_allowed_tokens(state) or [], 32 * len(row))
 
-    def forced_tokens(self, matcher: tuple[Any, int]) -> list[int]:
-        return []
+def _pattern(kind: str, source: Any) -> str:
+    if kind == "json_schema":
+        schema = source if isinstance(source, str) else json.dumps(source)
+        return str(build_regex_from_schema(schema, whitespace_pattern=""))
+    if kind == "regex":
+        return str(source)
+    return "|".join(re.escape(text) for text in (json.loads(source) if isinstance(source, str) else source))
 
-    def _vocabulary(self, vocabulary: Vocabulary) -> Any:
-        found = self._vocabularies.get(vocabulary.key)
-        if found is None:
-            ids: dict[bytes, list[int]] = {}
-            for token in vocabulary.content_tokens:
-                ids.setdefault(vocabulary.token_bytes[token], []).append(token)
-            found = self._vocabularies[vocabulary.key] = OutlinesVocabulary(vocabulary.eos_ids[0], ids)
-        return found
+
+def _after(matcher: tuple[Any, int], token: int) -> tuple[Any, int] | None:
+    index, state = matcher
+    found = index.get_next_state(state, token)
+    return None if found is None else (index, found)
+
+
+def _fill(matcher: tuple[Any, int], row: NDArray[np.int32]) -> None:
+    index, state = matcher
+    row[:] = bitmask.pack(index.get_allowed_tokens(state) or [], 32 * len(row))
+
+
+def _vocabulary(vocabulary: Vocabulary) -> Any:
+    ids: dict[bytes, list[int]] = {}
+    for token in vocabulary.content_tokens:
+        ids.setdefault(vocabulary.token_bytes[token], []).append(token)
+    return OutlinesVocabulary(vocabulary.eos_ids[0], ids)
 
 
 def _panic_type() -> type[BaseException]:

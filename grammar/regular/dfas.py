@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
-from ramet.grammar import deadline
+from ramet.grammar import deadline, ir
 from ramet.grammar.regular.partition import equivalence, reachable_tuples
 
 BYTE_MAX = 255
 MAX_STATES = 20_000
+MAX_BYTES = 1 << 29  # of a table
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,20 +73,46 @@ class Dfa:
         return self._key[0]
 
 
-def byte_table(dfa: Dfa) -> NDArray[np.int32]:
-    """Return the table of a byte automaton, int32 [num_states, 256]."""
+def table(dfa: Dfa) -> ir.Table:
+    """Return an automaton over bytes as a table."""
     assert dfa.max_symbol == BYTE_MAX
-    lengths = np.diff([*dfa.starts, 256])
     rows = np.asarray(dfa.transitions, dtype=np.int32).reshape(len(dfa.transitions), dfa.num_classes)
-    return np.ascontiguousarray(rows[:, np.repeat(np.asarray(dfa.classes), lengths)])
+    byte_class = np.repeat(np.asarray(dfa.classes, dtype=np.uint8), np.diff([*dfa.starts, 256]))
+    return ir.Table(rows, byte_class, np.asarray(dfa.accepting, dtype=np.bool_))
 
 
-def of_table(transitions: NDArray[np.int32], accepting: NDArray[np.bool_]) -> Dfa:
-    columns, inverse = np.unique(transitions, axis=1, return_inverse=True)
-    inverse = inverse.reshape(-1)
-    starts = [b for b in range(256) if b == 0 or inverse[b] != inverse[b - 1]]
-    classes = [int(inverse[b]) for b in starts]
-    return Dfa(BYTE_MAX, starts, classes, columns.shape[1], columns.tolist(), accepting.tolist())
+def byte_table(dfa: Dfa) -> NDArray[np.int32]:
+    """Return the table of a byte automaton over bytes, int32 [num_states, 256]."""
+    return np.ascontiguousarray(table(dfa).transitions)
+
+
+def of_table(table: ir.Table) -> Dfa:
+    byte_class = table.byte_class.tolist()
+    starts = [b for b in range(256) if b == 0 or byte_class[b] != byte_class[b - 1]]
+    classes = [byte_class[b] for b in starts]
+    return Dfa(BYTE_MAX, starts, classes, table.rows.shape[1], table.rows.tolist(), table.accepting.tolist())
+
+
+def table_of_edges(edges: list[dict[int, int]], accepting: list[bool], name: str) -> ir.Table:
+    """Build a table from the edges of each state, byte -> state.
+
+    Raises: GrammarTooLarge naming `name` if the table would take more than 512 MiB.
+    """
+    used = sorted({byte for row in edges for byte in row})
+    byte_class = np.zeros(256, dtype=np.uint8)
+    num_classes = len(used) + (len(used) < 256)  # class 0: all bytes that are on no edge
+    byte_class[used] = np.arange(num_classes - len(used), num_classes)
+    if 4 * len(edges) * num_classes > MAX_BYTES:
+        raise GrammarTooLarge(
+            f"{name} needs {len(edges):,} states of {num_classes} byte classes; the limit is {MAX_BYTES >> 20} MiB"
+        )
+    rows = np.full((len(edges), num_classes), -1, dtype=np.int32)
+    source = np.repeat(np.arange(len(edges)), [len(row) for row in edges])
+    read = np.fromiter((b for row in edges for b in row), dtype=np.int64, count=len(source))
+    rows[source, byte_class[read]] = np.fromiter(
+        (t for row in edges for t in row.values()), dtype=np.int32, count=len(source)
+    )
+    return ir.Table(rows, byte_class, np.asarray(accepting, dtype=np.bool_))
 
 
 def product(

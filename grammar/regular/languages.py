@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from ramet.errors import InvalidGrammar
 from ramet.grammar import deadline, ir
@@ -58,9 +57,13 @@ class RegularCompiler:
         self.closures: dict[int, _Formula] = {}
         self.has_and = False
 
-    def build(self, node: ir.Node) -> Dfa:
-        start = self.compile(node, 0)
-        return self.determinize(start)
+    def build(self, node: ir.Node, *, any_rest: bool = False) -> Dfa:
+        """Return the automaton of a node. any_rest: any symbols of the alphabet may follow."""
+        then = 0
+        if any_rest:
+            then = self._state("or", [0])
+            self.states[then][1].append(self._read(((0, self.max_symbol),), then))
+        return self.determinize(self.compile(node, then))
 
     def _state(self, kind: str, targets: list[int]) -> int:
         self.states.append((kind, targets))
@@ -107,7 +110,7 @@ class RegularCompiler:
                 self.has_and = True
                 condition = self.conditions.get(node)  # equal conditions are one, however often they are asked
                 if condition is None:
-                    starts = self._part(ir.Concatenation((item, ir.Repeat(_AnySymbol()))))  # type: ignore[arg-type]
+                    starts = RegularCompiler(self.max_symbol, self.max_states, self.name).build(item, any_rest=True)
                     condition = self.conditions[node] = complement(starts) if is_negative else starts
                 return self._state("and", [self._run(condition, 0), then])
             case ir.Intersect(parts):
@@ -120,12 +123,10 @@ class RegularCompiler:
                 return self._run(intersect(both, max_states=self.max_states, name=self.name), then)
             case ir.Terminal(item, _):
                 return self._run(self._part(item), then) if has_lookahead(item) else self.compile(item, then)
-            case ir.Table(transitions, accepting):
+            case ir.Table():
                 if self.max_symbol != BYTE_MAX:
                     raise InvalidGrammar("a byte table cannot stand inside a language of code points")
-                return self._run(of_table(transitions, accepting), then)
-            case _AnySymbol():
-                return self._read(((0, self.max_symbol),), then)
+                return self._run(of_table(node), then)
             case _:
                 raise InvalidGrammar(f"{type(node).__name__} cannot stand inside a regular part")
 
@@ -318,11 +319,6 @@ class RegularCompiler:
             rows.append(row)
         accepting = [int(any(all(self._leaf_accepts(leaf) for leaf in c) for c in f)) for f in queue]
         return minimize(Dfa(self.max_symbol, starts, classes, len(symbols), rows, accepting))
-
-
-@dataclass(frozen=True, slots=True)
-class _AnySymbol:
-    """Any one symbol of the alphabet in use. Stands for the text that follows a lookahead."""
 
 
 def _absorb(conjunctions: Iterable[_Conjunction]) -> _Formula:

@@ -61,12 +61,7 @@ Parent = StackNode | int  # a stack node of an earlier step, or the number of a 
 State = tuple[str, int, int, list[int]]  # kind; leaf or rule; state after a rule; alternatives
 
 
-@dataclass(frozen=True, slots=True)
-class Configuration:
-    """All ways to read the text so far. accepts: the text may end here."""
-
-    threads: frozenset[Thread]
-    accepts: bool
+Configuration = tuple[frozenset[Thread], bool]  # all ways to read the text so far; whether the text may end here
 
 
 class Pushdown:
@@ -231,11 +226,10 @@ class Pushdown:
         found = self._closures.get(key)
         if found is None:
             found = self._closures[key] = _Closure(self, entries).result()
-        if not found.threads and not found.accepts and not threads:
+        found = found[0] | threads, found[1]
+        if found == (frozenset(), False):
             return DEAD
-        if threads:
-            found = Configuration(found.threads | threads, found.accepts)
-        if len(found.threads) > MAX_THREADS:
+        if len(found[0]) > MAX_THREADS:
             raise GrammarTooLarge(f"the grammar is too ambiguous: more than {MAX_THREADS:,} ways are open at once")
         instance = self._instances.get(found)
         if instance is None:
@@ -243,7 +237,8 @@ class Pushdown:
         return target(instance)
 
     def reading(self, configuration: Configuration) -> Reading:
-        key = frozenset((leaf, q) for leaf, q, _ in configuration.threads), configuration.accepts
+        threads, accepts = configuration
+        key = frozenset((leaf, q) for leaf, q, _ in threads), accepts
         found = self.readings.get(key)
         if found is None:
             found = self.readings[key] = Reading(self, *key)
@@ -323,7 +318,7 @@ class _Closure:
         for leaf, q, parent in self.local_threads:
             node = parent if isinstance(parent, StackNode) else names[parent]
             self.threads.add((leaf, q, node.number))
-        return Configuration(frozenset(self.threads), self.accepts)
+        return frozenset(self.threads), self.accepts
 
     def _name_nodes(self) -> dict[int, StackNode]:
         """Intern the stack nodes of this step by their content. Nodes on a cycle are interned together."""
@@ -403,7 +398,7 @@ class ConfigurationFrame(Frame):
         self.owner = owner
         self.reading = owner.reading(configuration)
         self.table = self.reading.table
-        self.threads = sorted(configuration.threads)
+        self.threads = sorted(configuration[0])
 
     def resolve(self, exit_index: int) -> int:
         owner = self.owner

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
 from ramet.grammar import deadline, ir
+from ramet.grammar.machine.frame import compress_rows
 from ramet.grammar.regular.dfas import MAX_STATES, Dfa
 from ramet.grammar.regular.languages import compile_chars
 
@@ -148,7 +149,7 @@ def utf8_table(dfa: Dfa, *, max_states: int = 1_000_000, name: str = "") -> ir.T
         table[len(rows) :, _CONTINUATION] = inner
     accepting = np.zeros(len(table), dtype=np.bool_)
     accepting[: len(rows)] = dfa.accepting
-    return ir.Table(table, accepting)
+    return ir.Table(*compress_rows(table), accepting)
 
 
 class _ClassTree:

@@ -40,7 +40,6 @@ from ramet.grammar.json_schema.schema.document import SchemaNode
 from ramet.grammar.machine.automaton import Limits
 from ramet.grammar.machine.compiled_grammar import CompiledGrammar
 from ramet.grammar.machine.vocabulary import Vocabulary
-from ramet.grammar.regular.byte_language import ByteAutomaton
 from ramet.grammar.regular.languages import RegularCompiler
 from ramet.grammar.service.cost import expected_s
 from ramet.grammar.service.disk_cache import DiskCache, default_cache_dir
@@ -395,7 +394,7 @@ class CompileService:
     def _take(self, attempt: _Attempt, parsed: Parsed | None, result: CompiledGrammar | BaseException) -> list[_Answer]:
         """Take the result of an attempt from a worker."""
         job = attempt.job
-        if parsed is not None and not isinstance(parsed, ByteAutomaton):  # it is as large as its grammar, and on disk
+        if parsed is not None and not isinstance(parsed, ir.Table):  # it is as large as its grammar, and on disk
             self._parsed[job.key[0]] = parsed
             while len(self._parsed) > self.config.max_grammars:
                 self._parsed.popitem(last=False)
@@ -682,7 +681,7 @@ class _Worker:
         begin = time.thread_time()
         parsed = parse_source(job.kind, job.source, limits=self.limits, **job.options)
         is_worth_it = time.thread_time() - begin >= self.min_disk_time_s
-        if on_disk is not None and is_worth_it and isinstance(parsed, ByteAutomaton):
+        if on_disk is not None and is_worth_it and isinstance(parsed, ir.Table):
             on_disk.put(job.key[0], parsed)
         return parsed
 

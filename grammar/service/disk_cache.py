@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from platformdirs import user_cache_dir
 
-from ramet.grammar.regular.byte_language import ByteAutomaton
+from ramet.grammar import ir
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,11 @@ class DiskCache:
         self.folder = folder
         self.max_bytes = max_bytes
 
-    def get(self, key: str) -> ByteAutomaton | None:
+    def get(self, key: str) -> ir.Table | None:
         path = self._path(key)
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                automaton = ByteAutomaton(stored["rows"], stored["byte_class"], stored["accepting"])
+                automaton = ir.Table(stored["rows"], stored["byte_class"], stored["accepting"])
             _check(automaton)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -51,7 +51,7 @@ class DiskCache:
             return None
         return automaton
 
-    def put(self, key: str, automaton: ByteAutomaton) -> None:
+    def put(self, key: str, automaton: ir.Table) -> None:
         temporary: str | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class DiskCache:
             total -= size
 
 
-def _check(automaton: ByteAutomaton) -> None:
+def _check(automaton: ir.Table) -> None:
     """Raise ValueError if the arrays are not an automaton."""
     rows, byte_class, accepting = automaton.rows, automaton.byte_class, automaton.accepting
     if rows.dtype != np.int32 or rows.ndim != 2 or len(rows) == 0:

@@ -10,7 +10,7 @@
     structural_tag  free text with values in it (tools/structural_tag.py): JSON text or a dict
     grammar         a grammar composed of the others (tools/composed.py): JSON text or a dict
 
-A source is parsed without a vocabulary. The result is a `ByteAutomaton` (regular, every state known), a
+A source is parsed without a vocabulary. The result is an `ir.Table` (regular, every state known), a
 `TextWithValues` (text with JSON values in it) or an `ir.NamedRules`. Then it is compiled for a vocabulary.
 """
 
@@ -29,10 +29,10 @@ from ramet.grammar.deadline import time_limit
 from ramet.grammar.json_schema.compile import place_schema
 from ramet.grammar.machine.automaton import Limits, Machine
 from ramet.grammar.machine.compiled_grammar import CompiledGrammar
+from ramet.grammar.machine.frame import DEAD, OneWayFrame, target
 from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.regular import dfas
 from ramet.grammar.regular import languages as regular
-from ramet.grammar.regular.byte_language import ByteAutomaton, compile_automaton
 from ramet.grammar.regular.pushdown import Pushdown
 from ramet.grammar.regular.utf8 import compile_text
 from ramet.grammar.text.cfg import parse_cfg
@@ -45,7 +45,7 @@ from ramet.grammar.tools.text_with_values import TextWithValues, compile_with_va
 from ramet.grammar.tools.tool_set import ToolSet, tools_text
 
 Kind = Literal["json_schema", "regex", "cfg", "choice", "substring", "tools", "structural_tag", "grammar"]
-Parsed = ByteAutomaton | TextWithValues | ir.NamedRules
+Parsed = ir.Table | TextWithValues | ir.NamedRules
 
 MAX_SOURCE_BYTES = 16 << 20
 
@@ -66,11 +66,19 @@ def compile_parsed(parsed: Parsed, vocabulary: Vocabulary, *, limits: Limits | N
     """Compile what `parse_source` returned."""
     limits = limits or Limits()
     with time_limit(limits.max_time_s):
-        if isinstance(parsed, ByteAutomaton):
-            return compile_automaton(parsed, vocabulary, limits)
+        if isinstance(parsed, ir.Table):
+            return _compile_table(parsed, vocabulary, limits)
         if isinstance(parsed, TextWithValues):
             return compile_with_values(parsed, vocabulary, limits)
         return compile_grammar(parsed, vocabulary, limits=limits)
+
+
+def _compile_table(table: ir.Table, vocabulary: Vocabulary, limits: Limits) -> CompiledGrammar:
+    """Compile a table as one frame, so that all states are known from the start and no Python runs per state."""
+    machine = Machine(vocabulary, limits)
+    ends = np.where(table.accepting, 0, -1).astype(np.int32)
+    frame = OneWayFrame(machine.table(table.rows, table.byte_class, 1, ends), target(machine.done))
+    return CompiledGrammar(machine, target(machine.add(frame)) if table.accepting.any() else DEAD)
 
 
 def compile_grammar(
@@ -131,8 +139,7 @@ def _json_schema(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed
 
 def _regex(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     terminal = parse_regex(source, **options)
-    table = compile_text(terminal.item, max_states=limits.max_regular_states, name=terminal.name)
-    return ByteAutomaton.of_table(table)
+    return compile_text(terminal.item, max_states=limits.max_regular_states, name=terminal.name)
 
 
 def _cfg(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
@@ -140,8 +147,7 @@ def _cfg(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:
     if len(grammar.rules) > 1:
         return grammar
     whole = grammar.rules[grammar.start]
-    dfa = regular.compile_bytes(whole, max_states=limits.max_regular_states, name="the grammar")
-    return ByteAutomaton.of_table(ir.Table(dfas.byte_table(dfa), np.asarray(dfa.accepting, dtype=np.bool_)))
+    return dfas.table(regular.compile_bytes(whole, max_states=limits.max_regular_states, name="the grammar"))
 
 
 def _choice(source: Any, limits: Limits, options: dict[str, Any]) -> Parsed:

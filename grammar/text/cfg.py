@@ -19,7 +19,6 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import lark
-import numpy as np
 from lark.grammar import NonTerminal, Terminal
 from lark.lexer import Pattern, PatternStr, Token
 from lark.load_grammar import PrepareLiterals, TerminalTreeToPattern, load_grammar, nr_deepcopy_tree, stdlib_loader
@@ -214,7 +213,7 @@ class _Reader:
 
     def _table(self, node: ir.Node, name: str) -> ir.Table:
         dfa = regular.compile_bytes(node, max_states=self.max_regular_states, name=name)
-        return ir.Table(dfas.byte_table(dfa), np.asarray(dfa.accepting, dtype=np.bool_))
+        return dfas.table(dfa)
 
     # --- errors
 

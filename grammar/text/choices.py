@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ramet.errors import InvalidGrammar
-from ramet.grammar.regular.byte_language import ByteAutomaton
+from ramet.grammar import ir
+from ramet.grammar.regular.dfas import table_of_edges
 
 
-def choices(texts: Iterable[str]) -> ByteAutomaton:
+def choices(texts: Iterable[str]) -> ir.Table:
     """Return the automaton of exactly these texts. Equal texts count once.
 
     Equal endings are shared, so long lists stay small.
@@ -32,7 +33,7 @@ def choices(texts: Iterable[str]) -> ByteAutomaton:
                 ends.append(False)
             node = found
         ends[node] = True
-    return ByteAutomaton.of_edges(*_share_endings(children, ends), name=f"a list of {len(given):,} choices")
+    return table_of_edges(*_share_endings(children, ends), name=f"a list of {len(given):,} choices")
 
 
 def _share_endings(children: list[dict[int, int]], ends: list[bool]) -> tuple[list[dict[int, int]], list[bool]]:

@@ -10,12 +10,13 @@ from collections.abc import Hashable, Sequence
 from typing import Literal
 
 from ramet.errors import InvalidGrammar
-from ramet.grammar.regular.byte_language import ByteAutomaton
+from ramet.grammar import ir
+from ramet.grammar.regular.dfas import table_of_edges
 
 Unit = Literal["characters", "words"]
 
 
-def substring_of(text: str, *, unit: Unit = "characters", allow_empty: bool = False) -> ByteAutomaton:
+def substring_of(text: str, *, unit: Unit = "characters", allow_empty: bool = False) -> ir.Table:
     """Return the automaton of the passages of `text`.
 
     unit: with "characters", a passage begins and ends between any two characters. With "words", it begins at the
@@ -81,7 +82,7 @@ def _suffix_automaton(symbols: Sequence[str]) -> list[dict[str, int]]:
     return edges
 
 
-def _over_bytes(symbol_edges: list[dict[str, int]], is_end: list[bool], name: str) -> ByteAutomaton:
+def _over_bytes(symbol_edges: list[dict[str, int]], is_end: list[bool], name: str) -> ir.Table:
     """Spell the symbols in bytes.
 
     A place is (the state reached or None, the symbols being read with the rest of each). Both parts are present only if
@@ -118,4 +119,4 @@ def _over_bytes(symbol_edges: list[dict[str, int]], is_end: list[bool], name: st
         edges.append(row)
         at += 1
     accepting = [arrived is not None and is_end[arrived] for arrived, _ in places]
-    return ByteAutomaton.of_edges(edges, accepting, name)
+    return table_of_edges(edges, accepting, name)

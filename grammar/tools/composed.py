@@ -38,7 +38,6 @@ from ramet.errors import GrammarTooLarge, InvalidGrammar
 from ramet.grammar import ir
 from ramet.grammar.regular import dfas, numbers
 from ramet.grammar.regular import languages as regular
-from ramet.grammar.regular.byte_language import ByteAutomaton
 from ramet.grammar.regular.references import inline, recursive_rules
 from ramet.grammar.regular.utf8 import compile_text
 from ramet.grammar.text.cfg import parse_cfg
@@ -79,7 +78,7 @@ class Composed:
         """
         return _Reader(options or ir.JsonOptions()).read(source)
 
-    def parsed(self, max_regular_states: int) -> ByteAutomaton | TextWithValues | ir.NamedRules:
+    def parsed(self, max_regular_states: int) -> ir.Table | TextWithValues | ir.NamedRules:
         """Return the grammar in the simplest form that can hold it. Raises GrammarTooLarge, InvalidGrammar."""
         schemas: list[ir.JsonSchema] = []
         rules = ir.NamedRules(
@@ -89,7 +88,7 @@ class Composed:
         if rules.start not in recursive:
             whole = inline(rules.rules[rules.start], rules)
             table = table_of(whole, max_regular_states)
-            return _with_values(table, schemas) if schemas else ByteAutomaton.of_table(table)
+            return _with_values(table, schemas) if schemas else table
         if schemas:
             names = ", ".join(sorted(name.removeprefix("rule ") for name in recursive - {rules.start}))
             raise InvalidGrammar(
@@ -159,7 +158,7 @@ class _Reader:
         return ir.Choice(tuple(ir.Bytes(self.utf8(text)) for text in texts))
 
     def read_substring_of(self, source: Mapping[str, Any]) -> ir.Node:
-        return substring_of(self.text(source, "substring_of")).table
+        return substring_of(self.text(source, "substring_of"))
 
     def read_json_schema(self, source: Mapping[str, Any]) -> ir.Node:
         schema = source["json_schema"]
@@ -326,7 +325,7 @@ def _digits(low: Fraction, high: Fraction | None) -> ir.Node | None:
     if found is None:
         return None
     dfa = dfas.intersect([numbers.automaton(found), regular.compile_bytes(_UNSIGNED)])
-    return ir.Table(dfas.byte_table(dfa), np.asarray(dfa.accepting, dtype=np.bool_))
+    return dfas.table(dfa)
 
 
 _UNSIGNED = ir.Concatenation((ir.Chars(((48, 57),)), ir.ANY_TEXT))
@@ -386,7 +385,7 @@ def table_of(node: ir.Node, max_states: int = dfas.MAX_STATES) -> ir.Table:
         return compile_text(node, max_states=max_states, name="the grammar")
     whole = _changed(node, lambda one: table_of(one, max_states) if _is_text(one) else None)
     dfa = regular.compile_bytes(whole, max_states=10 * max_states, name="the grammar")
-    return ir.Table(dfas.byte_table(dfa), np.asarray(dfa.accepting, dtype=np.bool_))
+    return dfas.table(dfa)
 
 
 def _changed(node: ir.Node, change: Callable[[ir.Node], ir.Node | None]) -> ir.Node:

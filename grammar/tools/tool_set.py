@@ -39,18 +39,13 @@ MAX_CALLS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ToolSignature:
-    """A tool's name and the JSON schema of its arguments, which are an object."""
-
-    name: str
-    parameters: Any  # a JSON schema: dict or bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class ToolSet:
-    """The tools that may be called, the format of calls, and what else may be written. only: the tool to be called."""
+    """The tools that may be called, the format of calls, and what else may be written.
 
-    tools: tuple[ToolSignature, ...]
+    tools: by name, the JSON schema of the tool's arguments, which are an object. only: the tool to be called.
+    """
+
+    tools: Mapping[str, Any]  # JSON schemas: dict or bool
     format: ToolFormat
     choice: Literal["auto", "required", "none"] = "auto"
     only: str | None = None
@@ -203,12 +198,12 @@ def _argument_schemas(tool_set: ToolSet) -> dict[str, ir.JsonSchema]:
     """Return the schema of each tool's arguments, by the tool's name. Equal schemas are one object."""
     found: dict[str, ir.JsonSchema] = {}
     out: dict[str, ir.JsonSchema] = {}
-    for tool in tool_set.tools:
-        if tool_set.only is None or tool.name == tool_set.only:
-            key = json.dumps(tool.parameters, sort_keys=True)
+    for name, parameters in tool_set.tools.items():
+        if tool_set.only is None or name == tool_set.only:
+            key = json.dumps(parameters, sort_keys=True)
             if key not in found:
-                found[key] = ir.JsonSchema(_of_object(tool.parameters), tool_set.json_options)
-            out[tool.name] = found[key]
+                found[key] = ir.JsonSchema(_of_object(parameters), tool_set.json_options)
+            out[name] = found[key]
     return out
 
 
@@ -221,12 +216,12 @@ def _of_object(schema: Any) -> Any:
     return schema
 
 
-def _tools(source: Any) -> tuple[ToolSignature, ...]:
+def _tools(source: Any) -> dict[str, Any]:
     if not isinstance(source, list | tuple) or not source:
         raise InvalidGrammar("the field 'tools' must be a list of at least one tool")
     if len(source) > MAX_TOOLS:
         raise InvalidGrammar(f"there are {len(source):,} tools; the limit is {MAX_TOOLS:,}")
-    tools: dict[str, ToolSignature] = {}
+    tools: dict[str, Any] = {}
     for i, given in enumerate(source):
         fields = _mapping(given, f"tools[{i}]")
         if "function" in fields:
@@ -239,17 +234,17 @@ def _tools(source: Any) -> tuple[ToolSignature, ...]:
         parameters = fields.get("parameters", {"type": "object", "properties": {}, "additionalProperties": False})
         if not isinstance(parameters, dict | bool):
             raise InvalidGrammar(f"the parameters of tool {name!r} must be a JSON schema, not {parameters!r}")
-        tools[name] = ToolSignature(name, parameters)
-    return tuple(tools.values())
+        tools[name] = parameters
+    return tools
 
 
-def _choice(source: Any, tools: tuple[ToolSignature, ...]) -> tuple[Literal["auto", "required", "none"], str | None]:
+def _choice(source: Any, tools: Mapping[str, Any]) -> tuple[Literal["auto", "required", "none"], str | None]:
     if source in ("auto", "required", "none"):
         return source, None
     if isinstance(source, dict):
         name = source.get("name", source.get("function", {}).get("name"))
-        if name not in [t.name for t in tools]:
-            raise InvalidGrammar(f"the choice asks for tool {name!r}; tools are {', '.join(t.name for t in tools)}")
+        if name not in tools:
+            raise InvalidGrammar(f"the choice asks for tool {name!r}; tools are {', '.join(tools)}")
         return "required", name
     raise InvalidGrammar(f'the choice is {source!r} but must be "auto", "required", "none" or {{"name": ...}}')
 

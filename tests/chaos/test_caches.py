@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from ramet.errors import DownloadFailed
-from ramet.grammar import Vocabulary, compile_constraint
-from ramet.grammar.regular.byte_language import ByteAutomaton
+from ramet.grammar import Vocabulary, compile_constraint, ir
 from ramet.grammar.service.compile_service import CompileService, ServiceConfig
 from ramet.grammar.service.disk_cache import DiskCache
 from ramet.grammar.service.sources import parse_source
@@ -37,9 +36,9 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def automaton(pattern: str) -> ByteAutomaton:
+def automaton(pattern: str) -> ir.Table:
     parsed = parse_source("regex", pattern)
-    assert isinstance(parsed, ByteAutomaton)
+    assert isinstance(parsed, ir.Table)
     return parsed
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn
 
 from ramet.errors import GrammarTooLarge, InvalidSchema
 from ramet.grammar import deadline
@@ -30,28 +30,19 @@ from ramet.grammar.regular import numbers as numeric
 MAX_SPECS = 1000
 
 
-class SchemaReader(Protocol):
-    """Reads the meaning of schemas."""
-
-    def interpret(self, node: SchemaNode) -> Values:
-        """Return the values that a schema object accepts."""
-
-    def interpret_not(self, node: SchemaNode) -> Values:
-        """Return the values that a schema object refuses."""
-
-    def is_scalar(self, node: SchemaNode) -> bool:
-        """Tell from the keywords whether `interpret` is cheap.
-
-        If so, it reads no other schema and compares no objects or arrays.
-        """
-
-    def surely_has_values(self, node: SchemaNode) -> bool:
-        """Tell whether the keywords show at once that the schema accepts some value."""
-
-
 class Operations(NamedTuple):
-    """The functions that look into specs. They ask the expressions about the parts of a spec."""
+    """What expressions are told: the meaning of schemas, and the functions that look into specs.
 
+    The latter ask the expressions about the parts of a spec. interpret, interpret_not: the values that a schema object
+    accepts, and those that it refuses. is_scalar: whether `interpret` is cheap, by the keywords: it then reads no other
+    schema and compares no objects or arrays. surely_has_values: whether the keywords show at once that the schema
+    accepts some value.
+    """
+
+    interpret: Callable[[SchemaNode], Values]
+    interpret_not: Callable[[SchemaNode], Values]
+    is_scalar: Callable[[SchemaNode], bool]
+    surely_has_values: Callable[[SchemaNode], bool]
     both_objects: Callable[[Expressions, Objects, Objects], Objects | None]
     both_arrays: Callable[[Expressions, Arrays, Arrays], Arrays | None]
     not_objects: Callable[[Expressions, Objects], list[Objects]]
@@ -79,13 +70,10 @@ class Expressions:
     lenient: a set that cannot be described is replaced by the set of all values.
     """
 
-    def __init__(
-        self, languages: Languages, reader: SchemaReader, operations: Operations, *, lenient: bool = False
-    ) -> None:
+    def __init__(self, languages: Languages, operations: Operations, *, lenient: bool = False) -> None:
         self.languages = languages
         self.lenient = lenient
         self.constants = Constants(self.of_values, self.both)
-        self._reader = reader
         self._operations = operations
         self._both_objects = partial(operations.both_objects, self)
         self._both_arrays = partial(operations.both_arrays, self)
@@ -216,7 +204,7 @@ class Expressions:
     def _is_scalar_atom(self, index: int) -> bool:
         atom = self._atoms[index]
         if isinstance(atom, SchemaNode):
-            return self._reader.is_scalar(atom)
+            return self._operations.is_scalar(atom)
         if isinstance(atom, _Not):
             return self.is_scalar(atom.expr)
         return all(s is v.ANY_OBJECTS for s in atom.objects) and all(s is v.ANY_ARRAYS for s in atom.arrays)
@@ -247,7 +235,7 @@ class Expressions:
             self._open.append(index)
             try:
                 if isinstance(atom, SchemaNode):
-                    found = self._reader.interpret(atom)
+                    found = self._operations.interpret(atom)
                 else:
                     found = self._values_of_not(atom.expr) if isinstance(atom, _Not) else atom
             except GrammarTooLarge as error:
@@ -275,7 +263,7 @@ class Expressions:
         for index in self._contents[expr]:
             atom = self._atoms[index]
             if isinstance(atom, SchemaNode):
-                parts.append(self._reader.interpret_not(atom))
+                parts.append(self._operations.interpret_not(atom))
             else:
                 parts.append(self.values(atom.expr) if isinstance(atom, _Not) else self.complement(atom))
         return v.unite(parts)
@@ -379,7 +367,7 @@ class Expressions:
         if len(atoms) != 1:
             return False
         atom = self._atoms[atoms[0]]
-        return isinstance(atom, SchemaNode) and self._reader.surely_has_values(atom)
+        return isinstance(atom, SchemaNode) and self._operations.surely_has_values(atom)
 
     def values_are_empty(self, a: Values) -> bool:
         """Do as `is_empty`, for a set given by its values."""

@@ -24,9 +24,6 @@ from ramet.grammar.json_schema.schema.pattern import UnsupportedPattern
 from ramet.grammar.regular import numbers as numeric
 
 _Spec = TypeVar("_Spec")
-_OPERATIONS = Operations(
-    specs.both_objects, specs.both_arrays, specs.not_objects, specs.not_arrays, costs.of_values, distinct.all_of
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +147,19 @@ class Interpreter:
         self.closes_objects = closes_objects
         self.lenient = lenient
         self.languages = Languages(max_states)
-        self.expressions = Expressions(self.languages, self, _OPERATIONS, lenient=lenient)
+        operations = Operations(
+            self.interpret,
+            self.interpret_not,
+            self._is_scalar,
+            self._surely_has_values,
+            specs.both_objects,
+            specs.both_arrays,
+            specs.not_objects,
+            specs.not_arrays,
+            costs.of_values,
+            distinct.all_of,
+        )
+        self.expressions = Expressions(self.languages, operations, lenient=lenient)
 
     # --- schemas and their parts
 
@@ -265,8 +274,7 @@ class Interpreter:
             return v.ANY_STRINGS
         return None if self.languages.is_empty(s) else s
 
-    def is_scalar(self, node: SchemaNode) -> bool:
-        """See SchemaReader in expressions.py."""
+    def _is_scalar(self, node: SchemaNode) -> bool:
         schema = node.schema
         if not isinstance(schema, dict) or not self.table.reading_others.isdisjoint(schema):
             return False
@@ -276,8 +284,7 @@ class Interpreter:
             return not any(isinstance(x, dict | list) for x in schema["enum"])
         return isinstance(schema.get("type"), str) and schema["type"] not in ("object", "array")
 
-    def surely_has_values(self, node: SchemaNode) -> bool:
-        """See SchemaReader in expressions.py."""
+    def _surely_has_values(self, node: SchemaNode) -> bool:
         return isinstance(node.schema, dict) and self.table.may_empty.isdisjoint(node.schema)
 
     # --- which parts of a value were evaluated

@@ -120,7 +120,7 @@ def test_what_an_engine_refuses_is_a_grammar_error(backend: Any) -> None:
 
 @pytest.mark.parametrize("name", [n for n in BACKENDS if n != "ramet"])
 def test_a_missing_package_is_named_with_its_pip_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, _, package = BACKENDS[name]
+    module, package, _ = BACKENDS[name]
     monkeypatch.delitem(sys.modules, module, raising=False)
     real = builtins.__import__
 

@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramet.errors import GrammarTooLarge, InvalidRegex
+from ramet.grammar import ir
 from ramet.grammar.deadline import time_limit
 from ramet.grammar.json_schema.schema.pattern import search
 from ramet.grammar.regular import char_classes
 from ramet.grammar.regular import languages as regular
-from ramet.grammar.regular.byte_language import ByteAutomaton
 from ramet.grammar.regular.utf8 import compile_text, text_dfa
 from ramet.grammar.text.regex import parse_regex
 
 
-def automaton(pattern: str, flags: int = 0) -> ByteAutomaton:
-    return ByteAutomaton.of_table(compile_text(parse_regex(pattern, flags)))
+def automaton(pattern: str, flags: int = 0) -> ir.Table:
+    return compile_text(parse_regex(pattern, flags))
 
 
 def all_texts(alphabet: str, longest: int) -> list[str]:
@@ -185,7 +185,7 @@ def test_a_lexeme_may_not_look_beyond_itself(pattern: str) -> None:
     ],
 )
 def test_a_lexeme_with_a_lazy_repeat_is_what_a_lexer_finds(pattern: str, text: str) -> None:
-    found = ByteAutomaton.of_table(compile_text(parse_regex(pattern, is_lexeme=True)))
+    found = compile_text(parse_regex(pattern, is_lexeme=True))
     lexed = re.match(pattern, text)
     assert lexed is not None
     whole = [text[:i] for i in range(len(text) + 1) if found.accepts(text[:i].encode())]

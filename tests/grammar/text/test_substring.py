@@ -44,7 +44,7 @@ def test_the_empty_passage_is_an_option(allow_empty: bool) -> None:
 
 def test_states_grow_with_the_text_and_not_with_its_square() -> None:
     text = "abc" * 500 + "cba" * 500
-    assert substring_of(text).num_states <= 2 * len(text)
+    assert len(substring_of(text).rows) <= 2 * len(text)
 
 
 def test_a_text_without_passages_is_refused() -> None:

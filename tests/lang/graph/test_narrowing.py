@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ramet import MockBackend, State, between, contains, ends_with, function, gen, is_in, length, starts_with
 from ramet.errors import GrammarError, ProgramError
-from ramet.grammar.regular.byte_language import ByteAutomaton
+from ramet.grammar.ir import Table
 from ramet.grammar.service.check import byte_vocabulary
 from ramet.grammar.service.sources import compile_constraint, parse_source
 from ramet.lang.graph import ir
@@ -59,11 +59,11 @@ def ranges(draw: st.DrawFn) -> Check:
 NUMBER_CHECKS = combined(ranges() | st.lists(st.integers(-9, 99), min_size=1, max_size=3).map(lambda v: is_in(*v)))
 
 
-def automaton(node: ir.Generate) -> ByteAutomaton:
+def automaton(node: ir.Generate) -> Table:
     constraint = node.narrowed().constraint
     assert constraint is not None
     found = parse_source(constraint.kind, constraint.source)
-    assert isinstance(found, ByteAutomaton)
+    assert isinstance(found, Table)
     return found
 
 
