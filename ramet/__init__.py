@@ -14,6 +14,7 @@
 Importing the package loads no model code; the names of `__init__.pyi` are loaded when they are first used.
 """
 
+import gc as _gc
 import os as _os
 from importlib import metadata as _metadata
 
@@ -32,7 +33,14 @@ _load, __dir__, __all__ = _lazy_loader.attach_stub(__name__, __file__)
 def __getattr__(name: str) -> object:
     if name == "__version__":
         return _metadata.version("ramet")
+    collects = _gc.isenabled()
+    _gc.disable()  # torch and numba make half a million objects that stay: looking through them takes 0.3 s
     try:
         return _load(name)
     except ModuleNotFoundError as error:
         raise _explained(error) from error
+    finally:
+        if collects:
+            _gc.freeze()
+            _gc.unfreeze()  # they are old now
+            _gc.enable()

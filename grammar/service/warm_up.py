@@ -21,14 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from ramet.grammar import ir
-from ramet.grammar.json_schema.algebra.values import Strings
-from ramet.grammar.json_schema.frames.tables import number_rows, string_rows
-from ramet.grammar.json_schema.schema import formats
 from ramet.grammar.machine import walker
 from ramet.grammar.machine.automaton import Limits
 from ramet.grammar.machine.vocabulary import Vocabulary
-from ramet.grammar.regular.numbers import Numbers
-from ramet.grammar.service.sources import compile_grammar, compile_parsed, parse_source
 from ramet.loops import compiler, folder_of
 
 logger = logging.getLogger(__name__)
@@ -86,6 +81,8 @@ class _Bytes:
 
 
 def _run_samples() -> None:
+    from ramet.grammar.service.sources import compile_parsed, parse_source  # 0.2 s: a warm start only looks at the mark
+
     tokens = [bytes((i,)) for i in range(256)]
     vocabulary = Vocabulary(tokens, frozenset({0}), frozenset({0}), 256, _Bytes())
     for kind, source, text in SAMPLES:
@@ -119,6 +116,12 @@ def warm_up(vocabulary: Vocabulary) -> None:
     These are compiled loops (seconds in a fresh environment, else milliseconds), slices of the vocabulary, and the
     tables of string formats and of common numbers.
     """
+    from ramet.grammar.json_schema.algebra.values import Strings
+    from ramet.grammar.json_schema.frames.tables import number_rows, string_rows
+    from ramet.grammar.json_schema.schema import formats
+    from ramet.grammar.regular.numbers import Numbers
+    from ramet.grammar.service.sources import compile_grammar
+
     load_loops()
     vocabulary.warm_up()
     for name in sorted(formats.KNOWN):

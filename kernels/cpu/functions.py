@@ -25,11 +25,15 @@ _TYPES = {
 }
 
 
-def load_functions(on_compile: Callable[[], None]) -> None:
-    """Load all functions. Compile those that are not on disk, and call `on_compile` after each of these."""
-    for function in functions():
+def load_functions(on_compile: Callable[[int, int], None]) -> None:
+    """Load all functions, and compile those that are not on disk.
+
+    `on_compile` is called after each of these, with the number of functions that are loaded, and that of all.
+    """
+    every = list(functions())
+    for number, function in enumerate(every, 1):
         if load(function):
-            on_compile()
+            on_compile(number, len(every))
 
 
 def functions() -> Iterator[Any]:  # Any: kernels, and what `compiled` returned

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -131,6 +132,36 @@ def run_pull(arguments: Arguments) -> int:
     return 0
 
 
+# ---- warm ----
+
+
+def add_warm(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compile what the first start on this machine would compile: after an install, or while an image is built, by "
+        "the user and on the kind of CPU that will run it. With a MODEL, start that once, too, and write a token."
+    )
+    parser.add_argument("model", nargs="?", help="a catalogue name, a directory, a .gguf file or a hub id")
+
+
+def run_warm(arguments: Arguments) -> int:
+    """Compile, with a line of progress, and print how long it took."""
+    import torch
+
+    from ramet.runtime.engine.engine import Engine
+    from ramet.runtime.engine.loading import prepare_compiled_code
+    from ramet.runtime.types import SamplingParams
+
+    start_s = time.monotonic()
+    with Console(stderr=True).status("looking for compiled code") as status:
+        prepare_compiled_code(torch.device("cpu"), status.update)
+        if arguments.model is not None:
+            status.update(f"starting {arguments.model}")
+            with Engine(arguments.model, on_stage=status.update) as engine:
+                engine.generate("1", SamplingParams(max_tokens=1))
+    print(f"warm after {time.monotonic() - start_s:.1f} s")
+    return 0
+
+
 # ---- completion ----
 
 
@@ -153,6 +184,7 @@ def run_completion(arguments: Arguments) -> int:
 # By name: a summary, the function that declares its arguments, and the one that does it.
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Arguments], int]]] = {
     "pull": ("Fetch a model into the cache.", add_pull, run_pull),
+    "warm": ("Compile what the first start would compile.", add_warm, run_warm),
     "serve": ("Serve a model over HTTP.", add_serve, run_serve),
     "scale": ("Change the number of a server's engines.", add_scale, run_scale),
     "keys": ("Keep a server's file of API keys.", add_keys, run_keys),

@@ -90,7 +90,8 @@ def backend_of(
     if arguments.model is not None:
         from ramet.runtime.engine.engine import Engine
 
-        return Engine(arguments.model)
+        with Console(stderr=True).status("loading the model") as status:
+            return Engine(arguments.model, on_stage=status.update)
     return None
 
 

@@ -220,18 +220,20 @@ def carry_out(message: RankMessage, runner: ModelRunner) -> None:
 def prepare_compiled_code(device: torch.device, on_stage: OnStage | None) -> None:
     """Load the CPU kernels and the grammars' loops, and compile those that are not on this machine's disk yet.
 
-    Compiling takes about 15 s. `on_stage` is called when it begins; without one, a log line is written.
+    Compiling takes about 15 s. `on_stage` is told how far it is; without one, a log line is written once.
     """
     from ramet.grammar.service import warm_up  # it brings numba and Lark: importing the engine's class does without
 
     start_s = time.monotonic()
     is_told = False
 
-    def tell() -> None:
+    def tell(num_done: int = 0, num_all: int = 0) -> None:
         nonlocal is_told
-        if not is_told:
-            is_told = True
-            (on_stage or logger.warning)(STAGE)
+        if on_stage is not None:
+            on_stage(f"{STAGE}: {num_done} of {num_all}" if num_all else STAGE)
+        elif not is_told:
+            logger.warning(STAGE)
+        is_told = True
 
     if device.type == "cpu":
         from ramet.kernels.cpu.functions import load_functions  # an engine on a GPU runs none of them

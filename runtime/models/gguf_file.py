@@ -23,6 +23,7 @@ from ramet.errors import BrokenModelFile
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 _SCALARS: dict[int, str] = {
     0: "<u1",
     1: "<i1",
@@ -171,14 +172,15 @@ class GgufFile:
         return self._mapped
 
     def _string(self) -> str:
-        (length,) = struct.unpack_from("<Q", self._bytes, self._position)
+        mapped = self._bytes
+        (length,) = _LENGTH.unpack_from(mapped, self._position)
         start = self._position + 8
         end = start + length
-        if end > len(self._bytes):
+        if end > len(mapped):
             raise ValueError(f"a string of {length} bytes passes the end of the file")
         self._advance(end - self._position)
         # A vocabulary may hold broken UTF-8; the bytes must survive.
-        return self._bytes[start:end].decode("utf-8", errors="surrogateescape")
+        return mapped[start:end].decode("utf-8", "surrogateescape")
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -191,7 +193,8 @@ class GgufFile:
             if item_kind == _ARRAY:
                 raise ValueError("an array holds arrays, which no model's metadata do")
             self._count(length, 8)
-            return [self._value(item_kind) for _ in range(length)]
+            read = self._string if item_kind == _STRING else lambda: self._value(item_kind)
+            return [read() for _ in range(length)]
         if kind in _SCALARS:
             return self._scalars(kind, 1)[0].item()
         raise ValueError(f"unknown metadata type {kind}")

@@ -96,7 +96,8 @@ class SubwordTokenizer:
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
-        spec: dict[str, Any] = json.loads(backend.to_str())  # the `tokenizer.json` format
+        self._written = backend.to_str()  # the `tokenizer.json` format
+        spec: dict[str, Any] = json.loads(self._written)
         added = {item["id"]: item for item in spec.get("added_tokens") or ()}
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         num_tokens = max(vocabulary.values(), default=-1) + 1
@@ -117,7 +118,6 @@ class SubwordTokenizer:
         self._vocabulary = vocabulary
         self.special_tokens = {spelling: token for spelling, token in vocabulary.items() if token in special}
         self._add_bos = add_bos and bos_id is not None
-        self._spec = spec
         self._has_prefix_space = _has_prefix_space(spec)
         # Parsing special tokens and adding a prefix space are fixed in a backend, so each combination has its own.
         self._backends: dict[tuple[bool, bool], tokenizers.Tokenizer] = {(False, False): backend}
@@ -182,8 +182,10 @@ class SubwordTokenizer:
             return found
         with self._backends_lock:
             if key not in self._backends:
-                spec = _without_prefix_space(self._spec) if continues else self._spec
-                backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+                written = self._written
+                if continues:
+                    written = json.dumps(_without_prefix_space(json.loads(written)))
+                backend = tokenizers.Tokenizer.from_str(written)
                 backend.encode_special_tokens = not parse_special
                 self._backends[key] = backend
             return self._backends[key]

@@ -45,6 +45,12 @@ def test_doctor_names_device_versions_memory_and_models(
     assert "repairs" in lines["gemma3-270m"]
 
 
+def test_warm_compiles_tells_how_long_it_took_and_starts_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["warm", "tiny-random"]) == 0
+    assert capsys.readouterr().out.startswith("warm after ")
+    assert main(["warm", "no-such-model"]) == 1
+
+
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["pull", "a", "b"]])
 def test_wrong_arguments_exit_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
