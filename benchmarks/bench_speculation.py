@@ -3,13 +3,14 @@
     python benchmarks/bench_speculation.py [--batches 1,4,16] [--rounds 3] [--threads 2] [--tokens 160]
     python benchmarks/bench_speculation.py --kinds edits,free --out benchmarks/results/speculation.jsonl
     python benchmarks/bench_speculation.py --clock cpu --threads 1      tokens a second of CPU time, on a busy machine
-    python benchmarks/bench_speculation.py --draft smollm2-135m         with a draft model
+    python benchmarks/bench_speculation.py --draft smollm2-135m         with a draft model, asked as if it took no time
     python benchmarks/bench_speculation.py --sources      the drafts alone: time and memory with a large cache
 
 Both engines run in this process, one after the other in each round, on the same prompts, which are cached before the
 clock starts. Every round has other documents, so that nothing is drafted from a round before; only the agent's loop is
 run again and again, as it would be. A row is the median over rounds of tokens a second, and their ratio within rounds.
-The answers of both engines are compared. Accepted: of drafted tokens, by source.
+The answers of both engines are compared. Accepted: of drafted tokens, by source. With a draft model, its part of the
+engine's time is shown, too.
 
     extraction   JSON under a schema from a document      chat    three turns of a conversation
     quotes       sentences quoted from a passage          agent   the same four steps, run `--runs` times
@@ -39,7 +40,7 @@ from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.engine.engine import Engine
-from ramet.runtime.speculation.speculation import Speculation
+from ramet.runtime.speculation.speculation import Speculation, StepTimes
 from ramet.runtime.types import FinishReason, Grammar, Request, SamplingParams, Sequence, Status
 
 Job = dict[str, Any]  # Any: the arguments of Engine.submit
@@ -185,7 +186,8 @@ def measure_sources(num_sequences: int, num_cached: int) -> dict[str, float]:
     """Drafts of many live sequences, whose prompts were answered before: CPU time of a sequence and step, and memory.
 
     The tree has `num_cached` tokens, in 1,000 prompts with four answers each; as many answers are kept as runs. In each
-    step every sequence has one new token. Half of the sequences repeat an answer, the others write something new.
+    step every sequence has one new token. Half of the sequences repeat an answer, the others write something new. Steps
+    of more rows than that get no drafts: drafts are asked for 16 sequences at a time.
     """
     rng = np.random.default_rng(0)
     length = num_cached // 5_000
@@ -221,7 +223,8 @@ def measure_sources(num_sequences: int, num_cached: int) -> dict[str, float]:
             new = answers[i % 1_000][step] if i % 2 else rng.integers(0, 49_000)
             sequence.output_ids.append(int(new))
         begin = time.process_time()
-        speculation.propose(live)
+        for first in range(0, num_sequences, 16):
+            speculation.propose(live[first : first + 16])
         seconds.append(time.process_time() - begin)
     return {
         "cached_tokens": num_cached,
@@ -230,6 +233,16 @@ def measure_sources(num_sequences: int, num_cached: int) -> dict[str, float]:
         "step_us": round(1e6 * statistics.median(seconds[1:]) / num_sequences, 1),
         "bytes_a_sequence": round((memory() - before) / num_sequences),
     }
+
+
+class NoTime(StepTimes):
+    """The times of a draft model that costs nothing: it is always asked, whatever it costs."""
+
+    def knows(self, num_tokens: int, kv_len: float) -> bool:
+        return True
+
+    def seconds(self, num_tokens: int, kv_len: float) -> float:
+        return 0.0
 
 
 def memory() -> int:
@@ -272,6 +285,11 @@ def main() -> None:
         work = works[mode]
         run_one_turn(engine, work, "free", 4, 0)
         run_one_turn(engine, work, "extraction", 1, 0)
+        run_one_turn(engine, work, "edits", 1, 0)
+    speculation = engines["auto"]._core.speculation
+    assert speculation is not None
+    if arguments.draft:
+        speculation._model_times = NoTime()
     table = Table("work", "batch", "off tok/s", "auto tok/s", "auto / off", "tokens a step", "same", "accepted")
     rows = []
     for kind in arguments.kinds.split(","):
@@ -279,6 +297,7 @@ def main() -> None:
             rates: dict[str, list[float]] = {mode: [] for mode in engines}
             num_same = num_answers = num_tokens = 0
             before, steps = drafted(engines["auto"]), engines["auto"].stats()["num_steps"]
+            model_s, auto_s = speculation.model_s, 0.0
             for round_ in range(1, arguments.rounds + 1):
                 texts = {}
                 for mode in ("off", "auto") if round_ % 2 else ("auto", "off"):
@@ -294,6 +313,7 @@ def main() -> None:
                     rates[mode].append(count / seconds)
                     texts[mode] = [result.text for result in results]
                     num_tokens += count if mode == "auto" else 0
+                    auto_s += seconds if mode == "auto" else 0.0
                 num_same += sum(a == b for a, b in zip(texts["off"], texts["auto"], strict=True))
                 num_answers += len(texts["off"])
             changes = {name: value - before[name] for name, value in drafted(engines["auto"]).items()}
@@ -314,6 +334,8 @@ def main() -> None:
                 "same": f"{num_same}/{num_answers}",
                 "accepted": accepted,
             }
+            if arguments.draft:
+                row["share_of_draft_model"] = round((speculation.model_s - model_s) / auto_s, 3)
             rows.append(row)
             shown = ", ".join(f"{name} {a:.0f}/{d:.0f}" for name, (a, d) in accepted.items() if d)
             table.add_row(

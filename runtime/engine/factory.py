@@ -125,7 +125,8 @@ def load_draft_model(model: LoadedModel, config: EngineConfig, context_length: i
     check_vocabulary(draft, model)
     longest = draft.decoder.config.max_position_embeddings
     small: dict[str, object] = {"context_length": min(context_length, longest), "num_kv_tokens": DRAFT_KV_TOKENS}
-    return DraftModel(build_runner(draft.decoder, config.changed(small)))
+    none: dict[str, object] = {"lora": (), "max_loras": None}  # adapters belong to the larger model
+    return DraftModel(build_runner(draft.decoder, config.changed(small | none)))
 
 
 def use_device(device: torch.device) -> None:

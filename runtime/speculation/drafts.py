@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ramet.runtime.cache.probe import following
 from ramet.runtime.cache.radix_cache import RadixCache
@@ -172,13 +173,22 @@ class TextDrafts:
             self._num_in_vain += 1
             self._num_to_skip = min(self._num_in_vain, 8)
             return
-        length = _SHORTEST
-        while length < _LONGEST and length < last:
-            longer = found[found >= length]
-            longer = longer[text[longer - length] == text[last - length]]
-            if not len(longer):
-                break
-            found, length = longer, length + 1
-        self._place, self._length, self._num_in_vain = int(found[-1]) + 1, length, 0
+        place, length = _longest(text, found)
+        self._place, self._length, self._num_in_vain = place + 1, length, 0
         if changed is not None and length < _PASSAGE:
             self._place, self._length = changed, 1
+
+
+def _longest(text: TokenIds, found: NDArray[np.intp]) -> tuple[int, int]:
+    """Return the place where the longest occurrence of the text's end ends, of several the last, and its length.
+
+    found: the places where occurrences end, in order. Lengths up to `_LONGEST` are told apart.
+    """
+    most = min(_LONGEST, len(text) - 1)
+    back = np.arange(most)
+    places = found[:, None] - back
+    same = text[places.clip(0)] == text[len(text) - 1 - back]
+    same &= places >= 0
+    lengths = np.where(same.all(axis=1), most, same.argmin(axis=1))
+    best = len(lengths) - 1 - int(lengths[::-1].argmax())
+    return int(found[best]), int(lengths[best])

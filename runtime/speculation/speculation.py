@@ -34,7 +34,7 @@ _MOST_IN_STEP = 32  # tokens of a step with drafts: larger ones are no recorded 
 _MARGIN = 1.05  # by which a step with drafts must be better, as far as is known
 _NUM_TIMES = 9  # steps of one size whose median counts
 _LEAST_TIMES = 3  # steps without drafts, before there are some
-_STALE = 500  # steps after which a size that did not occur is measured anew
+_STALE, _LOOK = 500, 64  # steps after which a size that did not occur is measured anew, looked for every so many
 _FIRST_SLOPE = 0.15  # of a step's time, for each further token, until steps are measured
 _LEAST_GAIN = 0.05  # of a drafted token that is looked at
 _FIRST_SUCCESS, _FIRST_WEIGHT = 0.3, 4.0  # of a kind of drafts, as if so many tokens had been compared
@@ -58,7 +58,9 @@ class StepTimes:
     def __init__(self) -> None:
         self._times: dict[tuple[int, int], deque[float]] = {}  # by length and size
         self._last: dict[tuple[int, int], int] = {}  # when they occurred last, in steps
-        self._medians: dict[int, list[tuple[int, float]]] = {}  # by length: sizes and medians, in order
+        self._medians: dict[
+            int, list[tuple[int, float]]
+        ] = {}  # by length: sizes and medians, in order; made when asked
         self._num_steps = 0
 
     def note(self, num_tokens: int, kv_len: float, seconds: float) -> None:
@@ -68,12 +70,11 @@ class StepTimes:
         self._num_steps += 1
         self._last[key] = self._num_steps
         self._times.setdefault(key, deque(maxlen=_NUM_TIMES)).append(seconds)
-        for stale in [other for other, last in self._last.items() if last < self._num_steps - _STALE]:
-            del self._last[stale], self._times[stale]
-            self._medians.pop(stale[0], None)
-        for known in {length, *(other for other, _ in self._times if other not in self._medians)}:
-            sizes = ((size, median(times)) for (other, size), times in self._times.items() if other == known)
-            self._medians[known] = sorted(sizes)
+        self._medians.pop(length, None)
+        if self._num_steps % _LOOK == 0:
+            for stale in [other for other, last in self._last.items() if last < self._num_steps - _STALE]:
+                del self._last[stale], self._times[stale]
+                self._medians.pop(stale[0], None)
 
     def knows(self, num_tokens: int, kv_len: float) -> bool:
         """True if steps of this size were measured often enough to be compared with others."""
@@ -81,7 +82,11 @@ class StepTimes:
 
     def seconds(self, num_tokens: int, kv_len: float) -> float:
         """Predict the time of a step. Without any measurement, only ratios of these times mean something."""
-        size, medians = _size(num_tokens), self._medians.get(_length(kv_len), ())
+        size, length = _size(num_tokens), _length(kv_len)
+        medians = self._medians.get(length)
+        if medians is None:
+            sizes = ((known, median(times)) for (other, known), times in self._times.items() if other == length)
+            medians = self._medians[length] = sorted(sizes)
         below = max((known for known in medians if known[0] <= size), default=None)
         above = min((known for known in medians if known[0] > size), default=None)
         if below is None or above is None:
@@ -155,6 +160,8 @@ class Speculation:
         gains: list[tuple[float, int, Sequence]] = []
         rows = list(sequences)
         num_rows, num_known = len(rows), 0
+        if num_rows >= _MOST_IN_STEP:
+            return {}  # nothing is looked for; later, a sequence is followed from where it was left
         for sequence in rows:
             num_known += sequence.num_tokens
             found = self._live.get(sequence)
@@ -193,14 +200,14 @@ class Speculation:
             self._times.note(batch.num_tokens, num_known / len(batch.items), seconds)
 
     def release(self, sequence: Sequence) -> None:
-        """Remove a sequence that has ended, and keep its answer. Does nothing if it is unknown."""
+        """Remove a sequence that has ended, and keep its answer. Doing it again changes nothing."""
         found = self._live.pop(sequence, None)
         if self._model is not None:
             self._model.release(sequence)
         if found is not None:
             self._read(sequence, found)
-            if sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-                self._runs.add(sequence)
+        if sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._runs.add(sequence)
 
     def stats(self) -> dict[str, float]:
         """Drafted and accepted tokens by source."""

@@ -230,6 +230,25 @@ def test_the_answer_of_a_sequence_that_ended_is_drafted_for_the_next_one() -> No
     assert stats["num_drafted_tokens_text"] == 0
 
 
+def test_nothing_is_looked_for_in_a_full_step_and_what_it_wrote_is_followed_later() -> None:
+    quoted, times = list(range(100, 160)), StepTimes()
+    prompts = [[index, *quoted, 600, *quoted[:4]] for index in range(40)]
+    sequences = [make_sequence(prompt, []) for prompt in prompts]
+    for size in (1, 4, 8, 16) * 3:
+        times.note(size, 70.0, 0.01 + 0.001 * size)
+    speculation = Speculation(times)
+    for place in range(4, 34):
+        assert speculation.propose(sequences) == {}
+        for sequence in sequences:
+            sequence.output_ids.append(quoted[place])
+    found = speculation.propose(sequences[:1])[sequences[0]]
+    assert found == quoted[34 : 34 + len(found)] != []
+    sequences[1].finish_reason = FinishReason.LENGTH
+    speculation.release(sequences[1])  # its answer is kept like any other
+    draft = TextDrafts(make_sequence(prompts[2], []), speculation._runs).propose(3)
+    assert draft == (quoted[4:7], SOURCES.index("runs"), 8)
+
+
 def test_times_are_interpolated_between_the_sizes_that_were_measured() -> None:
     times = StepTimes()
     assert times.seconds(8, 300.0) > times.seconds(4, 300.0) > times.seconds(1, 300.0)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from ramet.errors import ConfigError, InvalidRequest, ModelNotFound, RequestCancelled
 from ramet.grammar import Vocabulary
@@ -182,6 +183,58 @@ def test_random_requests_have_the_answers_that_they_have_without_drafts(
         assert guesses.num_drafted > 40
 
 
+def bits_of(words: NDArray[np.int32]) -> set[int]:
+    return set(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist())
+
+
+def test_the_mask_of_each_drafted_position_is_that_of_brute_force(
+    tiny_model: LoadedModel, plain: Engine, grammars: list[Grammar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token of the vocabulary is tried after the text and the drafted tokens before the position."""
+    rng, tokens = random.Random(3), range(tiny_model.tokenizer.vocab_size)
+    requests: list[dict[str, Any]] = [
+        {"prompt": f"{i} ", "sampling": SamplingParams(max_tokens=40, seed=i), "grammar": grammar}
+        for i, grammar in enumerate(grammars)
+    ]
+    expected = answers_of(plain, requests)
+    own, num_drafted = grammars_of(tiny_model), 0  # compiled again: nothing that the engine has found is used
+    with Engine(tiny_model, **SETTINGS) as engine:
+        draft_by(engine, Guesses(by_prompt(expected, requests, engine), rng, 12))
+        states = engine._core.grammars
+        make = states.masks
+
+        def compared(batch: Batch) -> Any:
+            nonlocal num_drafted
+            masks, row = make(batch), 0
+            for item in batch.items:
+                sequence = item.sequence
+                grammar = own[int(sequence.request.request_id.split("-")[-1])]
+                text = [*sequence.output_ids, *sequence.draft_ids]
+                for place in range(len(text) - item.num_samples + 1, len(text) + 1) if item.num_samples else ():
+                    row += 1
+                    if sequence.request.stop_ids & set(text[:place]):
+                        continue  # nothing is taken behind the end
+                    state: int | None = 0
+                    for token in text[:place]:
+                        assert state is not None
+                        state = grammar.advance(state, token)
+                    assert state is not None
+                    right = {token for token in tokens if grammar.advance(state, token) is not None}
+                    if grammar.is_accepting(state):
+                        right |= sequence.request.stop_ids
+                    ends = grammar.ends(state)  # tokens that mean an end
+                    right |= set() if ends is None else bits_of(ends)
+                    assert masks is not None
+                    assert bits_of(masks.words[row - 1]) == right, text[:place]
+                    num_drafted += place < len(text)
+            return masks
+
+        monkeypatch.setattr(states, "masks", compared)
+        for index, (request, wanted) in enumerate(zip(requests, expected, strict=True)):
+            assert_same(engine.submit(**request, request_id=f"r-{index}").result(), wanted, request)
+    assert num_drafted > 20
+
+
 def test_right_drafts_save_steps_and_wrong_ones_cost_none(tiny_model: LoadedModel, plain: Engine) -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, seed=1)
     request: dict[str, Any] = {"prompt": "as many steps as tokens", "sampling": sampling}
@@ -310,6 +363,17 @@ def test_a_model_that_drafts_for_itself_is_always_right(
         assert stats["num_accepted_tokens_model"] == stats["num_drafted_tokens_model"] > 100
         assert stats["num_steps"] < 40
         draft_model_of(engine).check_integrity()
+
+
+def test_a_draft_model_has_no_room_for_adapters_of_the_larger_one(
+    tiny_model: LoadedModel, plain: Engine, with_draft_model: Callable[..., Engine]
+) -> None:
+    request: dict[str, Any] = {"prompt": "one", "sampling": SamplingParams(temperature=0.0, max_tokens=30, seed=1)}
+    (wanted,) = answers_of(plain, [request])
+    with with_draft_model(tiny_model, max_loras=2) as engine:
+        assert draft_model_of(engine)._runner.adapters is None
+        assert_same(answers_of(engine, [request])[0], wanted, request)
+        assert engine.stats()["num_drafted_tokens_model"] > 0
 
 
 @pytest.mark.parametrize("num_kv_tokens", [8192, 512])
