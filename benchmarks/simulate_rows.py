@@ -17,11 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from bench_gpu import ORDER, REFERENCE
+from json_line import commit, print_record
 from numpy.typing import NDArray
 from workloads import MAKERS, ROWS, Chain
 
@@ -251,6 +253,7 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], help="a field of SchedulerConfig, as min_mixed_tokens=256"
     )
+    parser.add_argument("--out", type=Path, help="append the result to this file")
     args = parser.parse_args()
     config = {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.set)}
     wanted, found = [name for name in args.rows.split(",") if name], []
@@ -269,7 +272,9 @@ def main() -> None:
         for step, mean in {} if args.brief else row["steps"].items():
             print(f"    {step:14} " + "  ".join(f"{fact} {value:g}" for fact, value in mean.items()))
     drafts = {"drafted": args.drafted, "acceptance": args.acceptance} if args.drafted else {}
-    print(json.dumps({"benchmark": "simulated rows", "config": config, **drafts, "rows": found}))
+    print_record(
+        {"benchmark": "simulated rows", "commit": commit(), "config": config, **drafts, "rows": found}, args.out
+    )
 
 
 if __name__ == "__main__":
