@@ -19,7 +19,7 @@ import httptools
 import msgspec
 from workloads import Chain
 
-from ramet.lang.backends.sse import DONE, EventReader
+from ramet.lang.backends.sse import DONE, complete_events
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.types import RequestOutput, SamplingParams
 
@@ -116,7 +116,7 @@ class _Connection(asyncio.Protocol):
         self._parser: Any = None  # Any: httptools has no types
         self._sample: Sample | None = None
         self._done: asyncio.Future[None] | None = None
-        self._events = EventReader()
+        self._rest = b""  # of the body, not read yet
         self._error_body = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -131,7 +131,7 @@ class _Connection(asyncio.Protocol):
 
     async def send(self, request: bytes, sample: Sample) -> None:
         self._parser = httptools.HttpResponseParser(self)
-        self._sample, self._events, self._error_body = sample, EventReader(), b""
+        self._sample, self._rest, self._error_body = sample, b"", b""
         self._done = asyncio.get_running_loop().create_future()
         assert self._transport is not None
         sample.sent_s = time.perf_counter()
@@ -150,7 +150,8 @@ class _Connection(asyncio.Protocol):
             self._error_body += body
             return
         now_s, has_text = time.perf_counter(), False
-        for event in self._events.push(body):
+        events, self._rest = complete_events(self._rest + body)
+        for event in events:
             if event.data != DONE:
                 has_text |= self._take(_decoder.decode(event.data))
         if has_text:

@@ -31,7 +31,7 @@ from ramet.errors import (
     RequestCancelled,
     from_name,
 )
-from ramet.lang.backends.sse import EventReader, ServerSentEvent
+from ramet.lang.backends.sse import ServerSentEvent, complete_events
 from ramet.lang.graph.options import Deadline
 
 _PAUSES_S = (0.1, 0.3, 1.0, 3.0, 5.0)  # before the n-th retry, if the server names no time
@@ -291,7 +291,8 @@ def _seconds(text: str | None) -> float | None:
 
 
 async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[ServerSentEvent]:
-    reader = EventReader()
+    rest = b""
     async for piece in pieces:
-        for event in reader.push(piece):
+        events, rest = complete_events(rest + piece)
+        for event in events:
             yield event

@@ -11,7 +11,7 @@ from ramet.lang.graph.options import ProgramOptions
 
 if TYPE_CHECKING:
     from ramet.runtime.programs.engine import ProgramEngine
-    from ramet.runtime.programs.target import TokenizerTarget
+    from ramet.runtime.programs.model import ProgramModel
     from ramet.runtime.testing.scripted_model import Script, ScriptedEngine, ScriptedStats
 
 
@@ -28,14 +28,9 @@ class EngineBackend(BlockBackend):
     def start(self, options: ProgramOptions, on_event: OnEvent) -> Session:
         return self._host.start(options, on_event)
 
-    def target(self) -> TokenizerTarget:
+    def target(self) -> ProgramModel:
         """The engine's tokenizer and limits, which passes use before a run."""
-        from ramet.runtime.programs.target import TokenizerTarget  # as above
-
-        engine = self.engine
-        return TokenizerTarget(
-            engine.tokenizer, context_length=engine.context_length, page_size=engine.page_size, form=engine.json_form
-        )
+        return self._host.model
 
 
 class MockBackend(EngineBackend):

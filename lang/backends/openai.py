@@ -81,7 +81,7 @@ class OpenAI(BlockBackend):
         self._gate: asyncio.Semaphore | None = None  # made on the loop
 
     def start(self, options: ProgramOptions, on_event: OnEvent) -> TextSession:
-        return TextSession(self.http, self, options, on_event)
+        return TextSession(self.http, self.write, self.choose, options, on_event)
 
     def close(self) -> None:
         """End the connections and abandon running requests. The backend may be used again."""
@@ -277,13 +277,14 @@ class OpenAI(BlockBackend):
         answer = await self.http.request("POST", path, body, deadline=deadline)
         try:
             choice = answer["choices"][0]
-            text = choice["message"]["content"] or "" if "message" in choice else choice["text"]
-            refusal = (choice.get("message") or {}).get("refusal")
-            if refusal:
-                raise RemoteError(f"the endpoint refused: {refusal}")
-            reason = choice.get("finish_reason") or "stop"
-            return NodeResult(text, usage=_usage(answer), finish_reason=reason, meta=_logprobs(choice))
-        except (LookupError, TypeError) as error:
+            if "message" in choice:
+                refusal = choice["message"].get("refusal")
+                if refusal:
+                    raise RemoteError(f"the endpoint refused: {refusal}")
+            written = _written(choice)
+            reason = written.finish_reason or "stop"
+            return msgspec.structs.replace(written, usage=_usage(answer), finish_reason=reason)
+        except (AttributeError, LookupError, TypeError) as error:
             raise RemoteError(f"{self.http.url}{path} answered {str(answer)[:200]}") from error
 
     async def _stream(
@@ -293,19 +294,30 @@ class OpenAI(BlockBackend):
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         attempt = 0
         while True:
-            reader = _Chunks(on_text)
+            pieces, usage, first_s = list[NodeResult](), ir.Usage(), None
             try:
                 async with asyncio.timeout(deadline.left_s()), self.http.stream("POST", path, asked) as events:
                     async for event in events:
                         if event.data == DONE:
                             break
-                        reader.take(json.loads(event.data))
-                return reader.written()
+                        chunk = json.loads(event.data)
+                        usage = _usage(chunk) if chunk.get("usage") else usage
+                        for piece in _pieces(chunk):
+                            pieces.append(piece)
+                            if piece.text:
+                                first_s = first_s or time.monotonic()
+                                on_text(piece.text)
+                return _whole(pieces, usage, first_s)
             except TimeoutError as error:
                 raise Deadline.error() from error
             except RametError as error:
                 pause_s = retry_pause(error, attempt)
-                if pause_s is None or reader.texts or attempt == self.http.max_retries or not deadline.allows(pause_s):
+                if (
+                    pause_s is None
+                    or first_s is not None
+                    or attempt == self.http.max_retries
+                    or not deadline.allows(pause_s)
+                ):
                     raise
                 attempt += 1
                 await asyncio.sleep(pause_s)
@@ -349,39 +361,30 @@ class _Form:
         return msgspec.structs.replace(written, text=text)
 
 
-class _Chunks:
-    """Collects a streamed answer."""
+def _written(choice: Mapping[str, Any]) -> NodeResult:
+    """Return what one choice of an answer, or of a piece of a streamed one, has written. Raises LookupError."""
+    message = choice.get("message") or choice.get("delta")
+    text = choice["text"] if message is None else message.get("content")
+    return NodeResult(text or "", finish_reason=choice.get("finish_reason"), meta=_logprobs(choice))
 
-    def __init__(self, on_text: Callable[[str], None]) -> None:
-        self.texts: list[str] = []
-        self._on_text = on_text
-        self._reason: str | None = None
-        self._usage = ir.Usage()
-        self._logprobs: list[float] = []
-        self._first_s: float | None = None
 
-    def take(self, chunk: Mapping[str, Any]) -> None:
-        if "error" in chunk:
-            error = chunk["error"]
-            raise RemoteError(str(error.get("message", error)) if isinstance(error, dict) else str(error))
-        if chunk.get("usage"):
-            self._usage = _usage(chunk)
-        for choice in chunk.get("choices", ())[:1]:
-            delta = choice.get("delta")
-            text = (delta.get("content") if delta is not None else choice.get("text")) or ""
-            self._reason = choice.get("finish_reason") or self._reason
-            self._logprobs += (_logprobs(choice) or {}).get("logprobs", [])
-            if text:
-                self._first_s = self._first_s or time.monotonic()
-                self.texts.append(text)
-                self._on_text(text)
+def _pieces(chunk: Mapping[str, Any]) -> list[NodeResult]:
+    """Return the pieces in one event of a streamed answer. Raises RemoteError for the message of an error."""
+    if "error" in chunk:
+        error = chunk["error"]
+        raise RemoteError(str(error.get("message", error)) if isinstance(error, dict) else str(error))
+    return [_written({"text": "", **choice}) for choice in chunk.get("choices", ())[:1]]
 
-    def written(self) -> NodeResult:
-        if self._reason is None:
-            raise RemoteError("the answer ended before its last event")
-        meta = {"logprobs": self._logprobs} if self._logprobs else None
-        text = "".join(self.texts)
-        return NodeResult(text, usage=self._usage, finish_reason=self._reason, meta=meta, first_token_s=self._first_s)
+
+def _whole(pieces: Sequence[NodeResult], usage: ir.Usage, first_s: float | None) -> NodeResult:
+    """Return a streamed answer. Raises RemoteError if its end did not come."""
+    reasons = [piece.finish_reason for piece in pieces if piece.finish_reason]
+    if not reasons:
+        raise RemoteError("the answer ended before its last event")
+    logprobs = [value for piece in pieces for value in (piece.meta or {}).get("logprobs", ())]
+    meta = {"logprobs": logprobs} if logprobs else None
+    text = "".join(piece.text for piece in pieces)
+    return NodeResult(text, usage=usage, finish_reason=reasons[-1], meta=meta, first_token_s=first_s)
 
 
 def _usage(answer: Mapping[str, Any]) -> ir.Usage:

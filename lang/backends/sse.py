@@ -20,28 +20,21 @@ class ServerSentEvent:
     id: str | None = None
 
 
-class EventReader:
-    """Turns the pieces of one body into events. The pieces may be cut anywhere.
+def complete_events(body: bytes) -> tuple[list[ServerSentEvent], bytes]:
+    """Return the events that are complete in a body that is cut anywhere, and its rest, which the next piece follows.
 
     Lines are split in bytes, because JSON may contain characters that `str.splitlines` takes as line ends.
     """
-
-    __slots__ = ("_rest",)
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def push(self, piece: bytes) -> list[ServerSentEvent]:
-        """Take the next piece of the body; return the events that it completes."""
-        *blocks, self._rest = (self._rest + piece).replace(b"\r\n", b"\n").split(b"\n\n")
-        return [event for block in blocks if (event := _event(block)) is not None]
+    *blocks, rest = body.replace(b"\r\n", b"\n").split(b"\n\n")
+    return [event for block in blocks if (event := _event(block)) is not None], rest
 
 
 def events_of(pieces: Iterable[bytes]) -> Iterator[ServerSentEvent]:
     """Yield the events of a body that comes in pieces."""
-    reader = EventReader()
+    rest = b""
     for piece in pieces:
-        yield from reader.push(piece)
+        events, rest = complete_events(rest + piece)
+        yield from events
 
 
 def _event(block: bytes) -> ServerSentEvent | None:

@@ -7,10 +7,10 @@ which nodes are ready, and handles failures and the token budget.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -35,64 +35,54 @@ class Prompt:
         return bool(self.messages)
 
 
-class Writer(Protocol):
-    """An endpoint that writes text."""
-
-    async def write(
-        self, prompt: Prompt, node: ir.Generate, deadline: Deadline, on_text: Callable[[str], None] | None
-    ) -> NodeResult:
-        """The text of a generation, with its reason to end. `on_text` wants it as it comes."""
-        ...
-
-    async def choose(self, prompt: Prompt, node: ir.Select, choices: Sequence[str], deadline: Deadline) -> NodeResult:
-        """One of the choices; `meta["index"]` says which."""
-        ...
+# The text of a generation, with its reason to end; the last argument wants it as it comes.
+Write: TypeAlias = Callable[
+    [Prompt, ir.Generate, Deadline, Callable[[str], None] | None], Coroutine[Any, Any, NodeResult]
+]
+# One of the choices; `meta["index"]` says which.
+Choose: TypeAlias = Callable[[Prompt, ir.Select, Sequence[str], Deadline], Coroutine[Any, Any, NodeResult]]
 
 
 class TextSession:
-    """One running program. Any thread may call. Everything runs on the loop, in the order of the calls."""
+    """One running program. Any thread may call its methods; the rest runs on the loop, in the order of the calls."""
 
-    def __init__(self, http: HttpLoop, writer: Writer, options: ProgramOptions, on_event: OnEvent) -> None:
-        self._http = http
+    def __init__(
+        self, http: HttpLoop, write: Write, choose: Choose, options: ProgramOptions, on_event: OnEvent
+    ) -> None:
+        self._http, self._write, self._choose, self._adapter = http, write, choose, options.adapter
         self._index = ir.GraphIndex()
-        self._program = _TextProgram(http, writer, options, on_event)
+        self._graph = GraphRun(options, on_event, mark=_mark)
+        self._tasks: dict[int, asyncio.Task[Any]] = {}  # of nodes that run
 
     def extend(self, graph: ir.Graph, *, is_last: bool = False) -> None:
         if graph.arguments:
             graph.to_json()  # a wrong part raises here, in the caller
         self._index.add(graph, is_bound=True)
-        self._http.call(self._program.extend, graph)
+        self._on_loop(self._graph.extend, graph)
 
     def cancel(self, nodes: Sequence[int] | None = None) -> None:
-        self._http.call(self._program.cancel, None if nodes is None else list(nodes))
+        self._on_loop(self._graph.cancel, None if nodes is None else list(nodes))
 
     def provide(self, node: int, value: Any = None, error: Exception | None = None) -> None:
-        self._http.call(self._program.provide, node, value, error)
+        def take() -> None:
+            self._graph.provide(node, value, error)
+            self._end_task(self._graph.nodes[node])
+
+        self._on_loop(take)
 
     def finish(self) -> None:
         """Do nothing: no resources are held for later parts."""
 
+    def _on_loop(self, change: Callable[..., object], *args: object) -> None:
+        """Change the run on the loop, and start what is ready then."""
 
-class _TextProgram:
-    """The state of a running program. Used on the loop only."""
+        def work() -> None:
+            change(*args)
+            self._pump()
 
-    def __init__(self, http: HttpLoop, writer: Writer, options: ProgramOptions, on_event: OnEvent) -> None:
-        self._http, self._writer, self._adapter = http, writer, options.adapter
-        self._graph = GraphRun(options, on_event, mark=_mark)
-        self._tasks: dict[int, asyncio.Task[Any]] = {}  # of nodes that run
+        self._http.call(work)
 
-    def extend(self, graph: ir.Graph) -> None:
-        self._graph.extend(graph)
-        self._pump()
-
-    def cancel(self, nodes: list[int] | None) -> None:
-        self._graph.cancel(nodes)
-        self._pump()
-
-    def provide(self, node: int, value: Any, error: Exception | None) -> None:
-        self._graph.provide(node, value, error)
-        self._end_task(self._graph.nodes[node])
-        self._pump()
+    # On the loop.
 
     def _pump(self) -> None:
         """Start ready nodes, and end the tasks of stopped ones."""
@@ -155,7 +145,7 @@ class _TextProgram:
             return
         asked = msgspec.structs.replace(node, sampling=sampling)
         on_text = partial(self._take_in, run) if self._graph.wants_text(run) else None
-        written = await self._writer.write(prompt, asked, self._graph.deadline, on_text)
+        written = await self._write(prompt, asked, self._graph.deadline, on_text)
         judged = self._graph.judge(run, written)
         if judged is not None:
             self._graph.done(run, judged)
@@ -167,7 +157,7 @@ class _TextProgram:
 
     async def _select(self, run: NodeRun, node: ir.Select) -> None:
         choices = [self._graph.render(choice) for choice in node.choices]
-        chosen = await self._writer.choose(self._prompt(node), node, choices, self._graph.deadline)
+        chosen = await self._choose(self._prompt(node), node, choices, self._graph.deadline)
         self._graph.done(run, msgspec.structs.replace(chosen, value=chosen.text, finish_reason=None))
 
     def _prompt(self, node: ir.AnyNode) -> Prompt:

@@ -1,7 +1,7 @@
 """The cards of a drawing: their contents and their places.
 
 Text and the generation after it are one card. Branches are lanes; time goes from left to right. A hue marks a shared
-prefix. Not here: the look of a card (svg.py, html.py, mermaid.py).
+prefix. Not here: the look of a card (drawing.py, svg.py, html.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`graph()`: a drawing of a program, with planned costs before a run and measurements after it.
 
-Not here: the cards and their places (cards.py), and the three output formats (mermaid.py, svg.py, html.py).
+Not here: the cards and their places (cards.py), images (svg.py) and pages (html.py).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from ramet.lang.backends.protocol import Backend
 from ramet.lang.explain.cards import Card, cards_of
 from ramet.lang.explain.explanation import Explanation
 from ramet.lang.explain.html import to_html
-from ramet.lang.explain.mermaid import to_mermaid
 from ramet.lang.explain.svg import to_svg
 from ramet.lang.graph import ir
 from ramet.lang.graph.operations import path_text
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.passes.paths import Paths, interpret
 from ramet.lang.passes.target import Target, target_of
+
+_FILLS = ("#dbe7ff", "#ffe3d1", "#d6f2e3", "#f3ddf7", "#fff0bf", "#d3f0f5", "#ffdbe2", "#e5ecd0")  # Mermaid, by hue
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,20 @@ class Drawing:
 
     def mermaid(self) -> str:
         """Return the text of a Mermaid flowchart."""
-        return to_mermaid(self.cards)
+        lines = ["flowchart LR"]
+        for card in self.cards:
+            title = " ".join(part for part in (card.kind, card.name) if part)
+            rest = [card.written_text or card.prompt, card.label]
+            label = "<br/>".join(_escaped(part) for part in (title, *rest) if part)
+            lines.append(f'    n{card.id}["{label}"]:::hue{card.hue}')
+        for card in self.cards:
+            if card.parent is not None:
+                lines.append(f"    n{card.parent} --> n{card.id}")
+            lines += [f"    n{source} -.- n{card.id}" for source in card.joins]
+            lines += [f"    n{source} -.-> n{card.id}" for source in card.uses]
+        for hue in sorted({card.hue for card in self.cards}):
+            lines.append(f"    classDef hue{hue} fill:{_FILLS[hue]},stroke:#667,color:#112")
+        return "\n".join(lines) + "\n"
 
     def svg(self) -> str:
         """Return an SVG image, light or dark by the reader's preference, without scripts or external resources."""
@@ -113,3 +127,12 @@ def _texts(record: RunRecord) -> list[str]:
         return event.text if event is not None else ""
 
     return [_border(node) if isinstance(node, ir.Role) else text(node) for node in record.graph.nodes]
+
+
+def _escaped(text: str) -> str:
+    """Return a short text for the label of a Mermaid node."""
+    short = " ".join(text.split())
+    short = short if len(short) <= 60 else short[:59] + "…"
+    for char, code in (("&", "#amp;"), ('"', "#quot;"), ("<", "#lt;"), (">", "#gt;"), ("`", "#96;")):
+        short = short.replace(char, code)
+    return short

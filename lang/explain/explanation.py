@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ramet.lang.graph import ir
 from ramet.lang.graph.run_record import RunRecord, Stage
-from ramet.lang.passes.kv_bound import KvBound
 from ramet.lang.passes.paths import NO_LIMIT, ZERO, Count
+from ramet.lang.passes.requests import KvBound
 
 if TYPE_CHECKING:  # rich's tables are loaded when a table is printed
     from rich.console import RenderableType

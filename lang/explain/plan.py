@@ -22,15 +22,13 @@ from ramet.lang.passes.argument_motion import (
     shared_by_calls,
     unfinished,
 )
-from ramet.lang.passes.fold import Folded, fold_constants
-from ramet.lang.passes.forced_tokens import appended_tokens, tokens_at_start
+from ramet.lang.passes.constraints import masked_checks, tokens_at_start
+from ramet.lang.passes.fold import fold_constants
 from ramet.lang.passes.fork_groups import fork_groups
-from ramet.lang.passes.kv_bound import KvBound, kv_bound, most_pages
 from ramet.lang.passes.liveness import liveness
-from ramet.lang.passes.masked_checks import masked_checks
 from ramet.lang.passes.paths import ZERO, Count, Paths, interpret
 from ramet.lang.passes.prefixes import BatchPrefixes, batch_prefixes, static_prefixes
-from ramet.lang.passes.requests import RequestPlan, plan_requests
+from ramet.lang.passes.requests import KvBound, RequestPlan, kv_bound, most_pages, plan_requests
 from ramet.lang.passes.target import Target
 
 
@@ -44,7 +42,7 @@ def explain_plan(traced: RunRecord, target: Target, unbound: ir.Graph | None = N
     is_complete = not traced.stages
     kv = kv_bound(plan, context_length=target.context_length, page_size=target.page_size, is_complete=is_complete)
     reports = [
-        _fold_report(fold_constants(traced.graph), paths, plan),
+        _fold_report(paths, plan),
         _prefix_report(paths, plan),
         _identical_report(paths),
         _liveness_report(paths),
@@ -190,15 +188,16 @@ def _any_of(costs: Sequence[NodeCost], *, may_be_absent: bool) -> NodeCost:
 # One line for each pass.
 
 
-def _fold_report(folded: Folded, paths: Paths, plan: RequestPlan) -> PassReport:
-    texts = sum(isinstance(node, ir.Text) for node in paths.graph.nodes)
-    left = sum(isinstance(node, ir.Text) for node in folded.graph.nodes)
-    known = plan.kv.at_least
-    bound = f"{_some(folded.num_bound, 'argument')} became text; " if folded.num_bound else ""
-    text = f"{bound}{_some(texts, 'text')} folded to {left:,}, {known:,} tokens known before the run"
-    return PassReport(
-        "fold constants", text, {"arguments": folded.num_bound, "texts": texts, "folded": left, "tokens": known}
+def _fold_report(paths: Paths, plan: RequestPlan) -> PassReport:
+    folded = fold_constants(paths.graph)
+    (texts, arguments), (left, open_ones) = (
+        [sum(isinstance(node, kind) for node in graph.nodes) for kind in (ir.Text, ir.Argument)]
+        for graph in (paths.graph, folded)
     )
+    known, num_bound = plan.kv.at_least, arguments - open_ones
+    bound = f"{_some(num_bound, 'argument')} became text; " if num_bound else ""
+    text = f"{bound}{_some(texts, 'text')} folded to {left:,}, {known:,} tokens known before the run"
+    return PassReport("fold constants", text, {"arguments": num_bound, "texts": texts, "folded": left, "tokens": known})
 
 
 def _prefix_report(paths: Paths, plan: RequestPlan) -> PassReport:
@@ -258,10 +257,10 @@ def _fork_report(paths: Paths) -> PassReport:
 
 def _forced_report(paths: Paths, plan: RequestPlan, target: Target) -> PassReport:
     try:
-        start = sum(tokens_at_start(paths, target).values())
+        start = sum(tokens_at_start(paths.graph, target).values())
     except GrammarError as error:
         return PassReport("forced tokens", f"a constraint doesn't compile: {error}", {"appended": 0, "at_start": 0})
-    appended = appended_tokens(plan)
+    appended = plan.appended
     text = f"{appended:,} tokens of text between generations are appended, not decoded"
     constrained = sum(isinstance(n, ir.Generate) and n.narrowed().constraint is not None for n in paths.graph.nodes)
     if constrained:

@@ -16,7 +16,7 @@ from ramet.errors import InvalidProgram
 from ramet.lang.graph import ir
 
 MAX_BYTES = 64  # of the following text that the engine looks at
-_WITHOUT_TEXT = (ir.Capture, ir.Join, ir.ToolCall, ir.Written)
+_WITHOUT_TEXT = (ir.Capture, ir.Join, ir.ToolCall)
 _AFTER_NUMBER: ir.Template = (". ",)
 
 

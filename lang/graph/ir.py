@@ -366,10 +366,15 @@ class ToolCall(Node, frozen=True, tag="tool_call"):
 
 
 class Capture(Node, frozen=True, tag="capture"):
-    """The text of this branch after node `start` (None: from the branch's beginning), as a value."""
+    """What is written on this branch, as a value.
+
+    `of` "text": its text after node `start` (None: from the branch's beginning). `of` "tokens": its token path up to
+    here (WrittenPath); null on an endpoint that takes text.
+    """
 
     name: str | None = None
     start: int | None = None
+    of: Literal["text", "tokens"] = "text"
 
     has_value = True
 
@@ -377,6 +382,8 @@ class Capture(Node, frozen=True, tag="capture"):
         return self if self.start is None else msgspec.structs.replace(self, start=node(self.start))
 
     def problem(self, before: GraphIndex) -> str | None:
+        if self.of == "tokens" and self.start is not None:
+            return f"captures tokens from node {self.start}, but a token path begins with the branch"
         above = self.parent
         while self.start is not None and above is not None and above > self.start:
             above = before.nodes[above].parent
@@ -385,6 +392,8 @@ class Capture(Node, frozen=True, tag="capture"):
         return f"captures from node {self.start}, which is not on its branch"
 
     def evaluate(self, scope: Scope) -> NodeResult:
+        if self.of == "tokens":
+            return NodeResult(value=scope.tokens(self.parent))
         text = scope.text_after(self.start, self.parent)
         return NodeResult(value=text, value_text=text)
 
@@ -401,15 +410,6 @@ class WrittenPath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: str
 
 
-class Written(Node, frozen=True, tag="written"):
-    """The token path of the branch up to here, as a value (WrittenPath). It is null on an endpoint that takes text."""
-
-    has_value = True
-
-    def evaluate(self, scope: Scope) -> NodeResult:
-        return NodeResult(value=scope.tokens(self.parent))
-
-
 class Recalled(Node, frozen=True, tag="recalled"):
     """The token path that the branch had, when it was written up to here.
 
@@ -422,19 +422,7 @@ class Recalled(Node, frozen=True, tag="recalled"):
 
 Marked: TypeAlias = Role | Tools | Thinking  # nodes whose text a chat template writes
 AnyNode: TypeAlias = (
-    Text
-    | Argument
-    | Generate
-    | Select
-    | Fork
-    | Join
-    | Role
-    | Tools
-    | Thinking
-    | ToolCall
-    | Capture
-    | Written
-    | Recalled
+    Text | Argument | Generate | Select | Fork | Join | Role | Tools | Thinking | ToolCall | Capture | Recalled
 )
 ROLES = ("system", "user", "assistant", "tool")
 SCORERS = ("calibrated", "likelihood", "token_normalized", "greedy", "unconditional")

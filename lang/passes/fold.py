@@ -1,43 +1,24 @@
 """Constant folding: bound arguments become text, and adjoining texts become one.
 
-The new graph has the same text and the same tokens. `Folded` maps each of its nodes to the old nodes it represents.
+The new graph has the same text and the same tokens.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import msgspec
 
 from ramet.lang.graph import ir
 
 
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """A folded graph.
-
-    `origin[i]`: ids of the old nodes that node i of `graph` represents. `num_bound`: arguments that became text.
-    """
-
-    graph: ir.Graph
-    origin: tuple[tuple[int, ...], ...]
-    num_bound: int
-
-    @property
-    def num_merged(self) -> int:
-        """The number of texts that became part of the text before them."""
-        return sum(len(ids) - 1 for ids in self.origin)
-
-
-def fold_constants(graph: ir.Graph) -> Folded:
+def fold_constants(graph: ir.Graph) -> ir.Graph:
     """Bind `graph.arguments` and merge adjoining texts. O(nodes)."""
     arguments = [n for n in graph.nodes if isinstance(n, ir.Argument)]
     bound = {n.id: graph.arguments[n.name] for n in arguments if n.name in graph.arguments}
     pinned = _pinned(graph)
     children = Counter(node.parent for node in graph.nodes)
     nodes: list[ir.AnyNode] = []
-    origin: list[list[int]] = []
     new_id: dict[int, int] = {}
     # Arguments come first: a merged text may use the arguments of a later text.
     for old in sorted(graph.nodes, key=lambda node: (not isinstance(node, ir.Argument), node.id)):
@@ -52,14 +33,12 @@ def fold_constants(graph: ir.Graph) -> Folded:
             if isinstance(before, ir.Text) and is_plain and all(new_id[ref.node] < above for ref in ir.refs(node)):
                 parts = _moved(node.parts, new_id)
                 nodes[above] = msgspec.structs.replace(before, parts=_merged((*before.parts, *parts)))
-                origin[above].append(old.id)
                 new_id[old.id] = above
                 continue
         new_id[old.id] = len(nodes)
         nodes.append(_renumbered(node, new_id))
-        origin.append([old.id])
     left = {name: value for name, value in graph.arguments.items() if any(_declares(n, name) for n in nodes)}
-    return Folded(ir.Graph(tuple(nodes), left), tuple(map(tuple, origin)), len(bound))
+    return ir.Graph(tuple(nodes), left)
 
 
 def _declares(node: ir.AnyNode, name: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -18,9 +17,9 @@ import msgspec
 
 from ramet.lang.graph import choice_scores, ir
 from ramet.lang.graph.following import beginning, children_of, following, is_ended_by_following
-from ramet.lang.graph.healing import Healing
 from ramet.lang.graph.operations import Operation
-from ramet.lang.passes.masked_checks import masked_checks
+from ramet.lang.graph.prompt_tokens import healing, special_border, tokenised
+from ramet.lang.passes.constraints import masked_checks
 from ramet.lang.passes.target import Target
 
 NO_LIMIT = 1 << 20  # tokens; stands for no limit
@@ -89,17 +88,9 @@ class Pending:
     node: int
 
 
-class Trie:
-    """Positions of token paths: equal prefixes have equal positions. Owner: whoever compares paths."""
-
-    def __init__(self) -> None:
-        self._edges: dict[tuple[int, Item], int] = {}
-
-    def step(self, position: int, item: Item) -> int:
-        return self._edges.setdefault((position, item), len(self._edges) + 1)
-
-    def __len__(self) -> int:
-        return len(self._edges)
+# Positions of token paths, by (position before an item, item): equal prefixes have equal positions. Owner: whoever
+# compares paths.
+Trie: TypeAlias = dict[tuple[int, Item], int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,9 +152,9 @@ class Paths:
     `points[i]`: the point after node i. `prompts`: the prompts of Generate nodes. `selections`: the prompts of Select
     nodes. `twins`: a Generate node that always writes the text of an earlier one -> that earlier node. `unordered`:
     nodes with twins of which the run decides the first to run. `joined`: joins, and the nodes after one on its branch.
-    `given_back`: the last token of a generation's prompt, if the model writes it again (`lang/graph/healing.py`): then
-    `prompts` and the request are without it. None: that depends on the run. `unseeded`: generations whose prompt equals
-    an earlier one's, but which sample without a seed, so that each runs.
+    `given_back`: the last token of a generation's prompt, if the model writes it again (`lang/graph/prompt_tokens.py`):
+    then `prompts` and the request are without it. None: that depends on the run. `unseeded`: generations whose prompt
+    equals an earlier one's, but which sample without a seed, so that each runs.
     """
 
     graph: ir.Graph
@@ -186,7 +177,7 @@ def interpret(graph: ir.Graph, target: Target, trie: Trie | None = None, row: in
 
     O(tokens of the graph's own text), not of its prompts: shared prefixes are tokenised once.
     """
-    return _Interpreter(graph, target, trie if trie is not None else Trie(), row).run()
+    return _Interpreter(graph, target, trie if trie is not None else {}, row).run()
 
 
 class _Interpreter:
@@ -198,7 +189,7 @@ class _Interpreter:
         self._classes: dict[Hashable, int] = {}
         self._children = children_of(graph.nodes)
         self._spanned: dict[str, bool] = {}
-        self._healing = Healing(target.token_bytes)
+        self._healing = healing(target.token_bytes)
         self._flushed: dict[int, tuple[Point, Point]] = {}  # id of a point -> the flushed point, and the point itself
 
     def run(self) -> Paths:
@@ -228,7 +219,7 @@ class _Interpreter:
             return self._append(point, node.id, (node.path.rest,)), ()
         if isinstance(node, ir.Argument):
             self._argument(node)
-        elif isinstance(node, ir.Capture):
+        elif isinstance(node, ir.Capture) and node.of == "text":
             self._capture(node)
         elif node.has_value:
             self._value_parts[node.id] = Unknown(("value", self._row, node.id), None)
@@ -340,7 +331,7 @@ class _Interpreter:
         last = prompt.items[-1] if prompt.items else None
         if not isinstance(last, int) or prompt.count.at_most < 2:
             return b""
-        again = self._healing.given_back(last, prompt.num_literal)
+        again = self._healing(last, prompt.num_literal)
         if again and not self._target.goes_on(masked_checks(node, self._target).constraint, again):
             return b""
         return again
@@ -408,9 +399,9 @@ class _Interpreter:
     # Tokens.
 
     def _extend(self, before: Point, items: Sequence[Item], node: int) -> Point:
-        position, positions = before.position, []
+        position, positions, trie = before.position, [], self._found.trie
         for item in items:
-            position = self._found.trie.step(position, item)
+            position = trie.setdefault((position, item), len(trie) + 1)
             positions.append(position)
         return Point(before, tuple(items), tuple(positions), position, before.count + _count(items), (), node)
 
@@ -436,33 +427,12 @@ def _num_literal(pieces: Sequence[Pending], items: Sequence[Item]) -> int | None
 
 def tokenise(target: Target, pieces: Sequence[Pending], *, is_start: bool) -> list[Item]:
     """Tokenise adjoining pieces as the executor does: special tokens in markup only, all other text in long runs."""
-    names = [re.escape(name) for name in sorted(target.special_tokens, key=len, reverse=True)]
-    border = re.compile(f"({'|'.join(names)})") if names else None
-    runs: list[int | list[TextPart]] = []
 
-    def add(text: TextPart) -> None:
-        if runs and isinstance(runs[-1], list):
-            runs[-1].append(text)
-        elif text != "":
-            runs.append([text])
+    def encoded(run: list[TextPart], add_special: bool, continues: bool) -> list[Item]:
+        return _encode(target, run, add_special, continues)
 
-    for piece in pieces:
-        if isinstance(piece.text, Unknown) or not piece.is_markup or border is None:
-            add(piece.text)
-            continue
-        for i, part in enumerate(border.split(piece.text)):
-            if i % 2:
-                runs.append(target.special_tokens[part])
-            else:
-                add(part)
-    opening = is_start and bool(runs) and isinstance(runs[0], list) and not pieces[0].is_markup
-    items: list[Item] = []
-    for i, run in enumerate(runs):
-        if isinstance(run, int):
-            items.append(run)
-        else:
-            items.extend(_encode(target, run, opening and i == 0, not is_start or i > 0))
-    return items
+    parts = [(piece.text, piece.is_markup) for piece in pieces]
+    return tokenised(parts, encoded, special_border(target.special_tokens), target.special_tokens, is_start=is_start)
 
 
 def _encode(target: Target, run: list[TextPart], add_special: bool, continues: bool) -> list[Item]:

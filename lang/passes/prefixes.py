@@ -57,7 +57,7 @@ def static_prefixes(paths: Paths) -> list[StaticPrefix]:
 
 def batch_prefixes(graphs: Sequence[ir.Graph], target: Target) -> BatchPrefixes:
     """Find the prefixes of several graphs, one for each row. O(tokens of all rows)."""
-    trie = Trie()
+    trie: Trie = {}
     rows = [interpret(graph, target, trie, row) for row, graph in enumerate(graphs)]
     firsts = [_first_prompt(row) for row in rows]
     common = 0

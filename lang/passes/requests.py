@@ -4,7 +4,8 @@
 start, a generation makes one request, and a selection makes one for each choice. A token is shared if an earlier
 request of the run has read or written it. Two requests that may run at the same time always share a page or more of
 equal tokens. For fewer tokens, the engine makes neither wait for the other, so both may compute them. If the model
-happens to write the same text on two branches, the plan does not count it as shared.
+happens to write the same text on two branches, the plan does not count it as shared. The plan also bounds the KV cache
+that a run needs (`kv_bound`).
 """
 
 from __future__ import annotations
@@ -75,6 +76,11 @@ class RequestPlan:
         return [request for request in self.requests if request.node == node]
 
     @property
+    def appended(self) -> int:
+        """The known tokens of text after generations, which is always appended in one forward pass."""
+        return sum(one.added for one in self.requests if one.unread.at_most and one.added is not None)
+
+    @property
     def prompt(self) -> Count:
         return _sum(request.prompt for request in self.requests)
 
@@ -89,6 +95,28 @@ class RequestPlan:
     @property
     def written(self) -> Count:
         return _sum(request.written for request in self.requests)
+
+
+@dataclass(frozen=True, slots=True)
+class KvBound:
+    """The most KV cache that a program can need, whatever its generations write.
+
+    Every part of every path counts once, even if it is shared, and all branches may be alive together, so no run
+    exceeds the bound. A runtime with pages shares only whole pages: a branch that leaves another within a page has its
+    own copy of that page. There the bound is a number of pages, and its tokens are those that fit into them. The bound
+    in bytes is the number of tokens times the model's bytes per token.
+
+    `tokens`: the bound. `pages`: the bound in the runtime's pages; None if these are unknown.
+
+    `known`: tokens that every run needs. `longest`: tokens of the longest request with its text. `is_complete` False:
+    the graph is the first part of a program, and the bound holds for that part only.
+    """
+
+    tokens: int
+    pages: int | None
+    known: int
+    longest: int
+    is_complete: bool
 
 
 def plan_requests(paths: Paths, *, share_nodes: bool = True) -> RequestPlan:
@@ -115,6 +143,19 @@ def plan_requests(paths: Paths, *, share_nodes: bool = True) -> RequestPlan:
         found = {(r.node, r.choice, r.part): r for r in other.requests if only is None or r.node == only}
         plan.requests = [_either(one, found.get((one.node, one.choice, one.part), one)) for one in plan.requests]
     return plan
+
+
+def kv_bound(plan: RequestPlan, *, context_length: int, page_size: int = 1, is_complete: bool = True) -> KvBound:
+    """Return the bound of one graph. O(requests)."""
+    longest = max((request.prompt.at_most + request.written.at_most for request in plan.requests), default=0)
+    tokens = plan.kv.at_most if page_size == 1 else most_pages([plan], page_size) * page_size
+    return KvBound(tokens, tokens // page_size, plan.kv.at_least, min(longest, context_length), is_complete)
+
+
+def most_pages(plans: Sequence[RequestPlan], page_size: int, num_common: int = 0) -> int:
+    """Return the most pages of several programs whose prompts share their first `num_common` tokens."""
+    pages = sum(request.pages(page_size) for plan in plans for request in plan.requests)
+    return pages - num_common // page_size * (len(plans) - 1)
 
 
 def _alone_order(graph: ir.Graph, node: int) -> list[ir.AnyNode]:

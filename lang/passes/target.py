@@ -1,6 +1,6 @@
 """The passes' interface to a runtime: its tokenizer, and a few limits.
 
-Not here: running anything, and a runtime's target (runtime/programs/target.py).
+Not here: running anything, and a runtime's target (runtime/programs/model.py).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from ramet.errors import InvalidRequest
@@ -19,7 +19,7 @@ from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
 from ramet.lang.graph.narrowing import narrowing
 from ramet.lang.recording.generations import Gen, SelectExpr
 from ramet.lang.recording.recorder import Appendable, Chain, Expr, Recorder
-from ramet.lang.running.output_types import TEXT, CapturedType, OutputType, captures_type
+from ramet.lang.running.output_types import TEXT, OutputType, captured, captures_type
 from ramet.lang.running.run import current_run
 from ramet.lang.running.values import NodeSource, Value
 
@@ -100,7 +100,7 @@ def sequence(*parts: Part) -> Composition:
     return Composition("sequence", parts)
 
 
-def lower(grammar: Composition) -> tuple[Json, dict[str, CapturedType]]:
+def lower(grammar: Composition) -> tuple[Json, dict[str, OutputType]]:
     """Return a grammar as JSON, and its captures by name. Reads generated values in texts. Raises InvalidRequest."""
     lowering = _Lowering()
     try:
@@ -115,9 +115,10 @@ def lower(grammar: Composition) -> tuple[Json, dict[str, CapturedType]]:
             param="type",
         ) from error
     often = _counts({"": start, **lowering.rules})[""]
-    captures = {name: replace(one, is_list=often.get(name, 0) > 1) for name, one in lowering.captures.items()}
+    lists = {name for name in lowering.captures if often.get(name, 0) > 1}
+    captures = {name: captured(one, is_list=name in lists) for name, one in lowering.captures.items()}
     for node in lowering.capture_nodes:
-        if captures[node["capture"]].is_list:
+        if node["capture"] in lists:
             node["list"] = True
     whole = {"start": start, "rules": lowering.rules} if lowering.rules else start
     return whole, captures
@@ -138,7 +139,7 @@ class _Lowering:
     rules: dict[str, Json] = field(default_factory=dict)
     names: dict[Any, str] = field(default_factory=dict)  # Any: functions and other callables that can be hashed
     pending: list[tuple[str, Callable[[], Part]]] = field(default_factory=list)
-    captures: dict[str, CapturedType] = field(default_factory=dict)
+    captures: dict[str, OutputType] = field(default_factory=dict)
     capture_nodes: list[dict[str, Any]] = field(default_factory=list)
 
     def node(self, part: object) -> Json:
@@ -156,7 +157,7 @@ class _Lowering:
                 return {part.how: parts}
             counts = {"at_least": part.at_least, "at_most": part.at_most}
             return {"repeat": parts[0], **{name: n for name, n in counts.items() if n is not None}}
-        if isinstance(part, Chain):
+        if isinstance(part, Chain) and part.role is None:
             return {"sequence": [self.node(one) for one in part.parts]}
         if isinstance(part, Sequence) and not isinstance(part, bytes | bytearray):
             return {"sequence": [self.node(one) for one in part]}
@@ -205,15 +206,14 @@ class _Lowering:
             raise InvalidRequest(
                 f"a variable is named {name!r}; use a text that isn't empty and has no '#'", param="name"
             )
-        found = CapturedType(output)
-        before = self.captures.setdefault(name, found)
-        if (before.output.wire, before.output.constraint) != (output.wire, output.constraint):
+        before = self.captures.setdefault(name, output)
+        if (before.wire, before.constraint) != (output.wire, output.constraint):
             raise InvalidRequest(f"{name!r} stands in the grammar with two types; give each its own name", param="name")
-        captured: dict[str, Any] = {"capture": name, "of": node}
+        found: dict[str, Any] = {"capture": name, "of": node}
         if output.wire != "str":
-            captured["type"] = output.wire
-        self.capture_nodes.append(captured)
-        return captured
+            found["type"] = output.wire
+        self.capture_nodes.append(found)
+        return found
 
 
 def _generated(gen: Gen) -> Json:

@@ -16,7 +16,7 @@ import msgspec
 from ramet.errors import CheckFailed
 from ramet.lang.graph import ir
 from ramet.lang.recording.recorder import Expr, Recorder
-from ramet.lang.running.output_types import SELECTED, TEXT, CapturedType, OutputType
+from ramet.lang.running.output_types import SELECTED, TEXT, OutputType
 from ramet.lang.running.values import NodeSource, Value
 
 
@@ -37,7 +37,7 @@ class Gen(Expr):
     retries: int = 3
     thinking: int | None = None  # the most tokens of the model's thinking before the value; None: it does not think
     grammar: Expr | None = None
-    captures: Mapping[str, CapturedType] = field(default_factory=dict)
+    captures: Mapping[str, OutputType] = field(default_factory=dict)
     draft: str = ""
     adapter: str = ""
 

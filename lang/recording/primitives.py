@@ -16,7 +16,7 @@ from ramet.lang.graph.json_form import AS_CONFIGURED, AdditionalProperties, Orde
 from ramet.lang.graph.sampling import FIELDS, to_sampling
 from ramet.lang.recording.composition import Composition, Part, composed_gen, holds_description
 from ramet.lang.recording.generations import Gen, SelectExpr
-from ramet.lang.recording.recorder import Appendable, RoleExpr
+from ramet.lang.recording.recorder import Appendable, Chain
 from ramet.lang.running.output_types import TEXT, Kind, choice, json_schema, output_type
 from ramet.lang.running.values import Value, plain
 
@@ -219,25 +219,25 @@ def select(
     return Composition("select", choices)
 
 
-def system(*content: Appendable) -> RoleExpr:
+def system(*content: Appendable) -> Chain:
     """Return a system message."""
     return _message("system", content)
 
 
-def user(*content: Appendable) -> RoleExpr:
+def user(*content: Appendable) -> Chain:
     """Return a user message."""
     return _message("user", content)
 
 
-def assistant(*content: Appendable) -> RoleExpr:
+def assistant(*content: Appendable) -> Chain:
     """Return an assistant message, which usually contains a `gen`."""
     return _message("assistant", content)
 
 
-def _message(role: str, content: tuple[Appendable, ...]) -> RoleExpr:
+def _message(role: str, content: tuple[Appendable, ...]) -> Chain:
     if not content:
         raise InvalidRequest(f'{role}() has no content; for a message without text, write {role}("")', param="content")
-    return RoleExpr(role, content)
+    return Chain(content, role)
 
 
 def _constraint(

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
@@ -53,25 +53,14 @@ Appendable: TypeAlias = "Expr | str | Value | list[Expr | str | Value]"
 
 @dataclass(frozen=True, slots=True)
 class Chain(Expr):
-    """Several parts, appended in order."""
+    """Several parts, appended in order. With a `role`, they are one whole message."""
 
     parts: tuple[Appendable, ...]
+    role: str | None = None
 
     def record(self, recorder: Recorder) -> None:
-        for part in self.parts:
-            recorder.append(part)
-
-
-@dataclass(frozen=True, slots=True)
-class RoleExpr(Expr):
-    """One whole message."""
-
-    role: str
-    content: tuple[Appendable, ...] = field(default=())
-
-    def record(self, recorder: Recorder) -> None:
-        with recorder.message(self.role):
-            for part in self.content:
+        with nullcontext() if self.role is None else recorder.message(self.role):
+            for part in self.parts:
                 recorder.append(part)
 
 

@@ -23,7 +23,7 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.recording.continuing import loaded, saved
 from ramet.lang.recording.primitives import gen
-from ramet.lang.recording.recorder import Appendable, Recorder, RoleExpr
+from ramet.lang.recording.recorder import Appendable, Chain, Recorder
 from ramet.lang.recording.tool_loop import adrive, drive, tool_loop
 from ramet.lang.running.output_types import Kind
 from ramet.lang.running.run import Run
@@ -73,8 +73,8 @@ class State(Generic[R]):
 
     def say(self, text: Appendable, name: str = "answer", type: Kind | None = None, **options: Any) -> Any:
         """Append a user message and an answer of the model, and return the answer. `options`: as `gen` takes them."""
-        self.recorder.append(RoleExpr("user", (text,)))
-        self.recorder.append(RoleExpr("assistant", (gen(name, type, **options),)))
+        self.recorder.append(Chain((text,), "user"))
+        self.recorder.append(Chain((gen(name, type, **options),), "assistant"))
         return self[name]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -111,7 +111,7 @@ class State(Generic[R]):
 
     def _message(self, role: str, content: tuple[Appendable, ...]) -> RoleBlock:
         if content:
-            self.recorder.append(RoleExpr(role, content))
+            self.recorder.append(Chain(content, role))
         return RoleBlock(self, role, is_used=bool(content))
 
     # Tools.

@@ -14,7 +14,7 @@ import enum
 import json
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin
 
 from ramet.errors import InvalidRequest, InvalidSchema
@@ -101,28 +101,20 @@ class CapturedText(str):
     captures: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class CapturedType:
-    """How the texts of a named part of a grammar become its value. `is_list`: it may stand there several times."""
+def captured(output: OutputType, *, is_list: bool) -> OutputType:
+    """Return the type of a named part of a grammar, whose texts have type `output`.
 
-    output: OutputType
-    is_list: bool = False
-
-    @property
-    def shape(self) -> Shape | None:
-        """The declared fields of the value, if it is one JSON value or one text."""
-        if self.is_list:
-            return None
-        return Shape({"type": "string"}, {}) if self.output is TEXT else self.output.shape
-
-    def convert(self, value: Any) -> Any:
-        """Return the value of a part's JSON value. A part that is not in the text has the value None."""
-        if self.is_list:
-            return [self.output.convert(one) for one in value]
-        return None if value is None else self.output.convert(value)
+    `is_list`: it may stand there several times. A part that is not in the text has the value None.
+    """
+    if is_list:
+        return replace(output, kind=None, convert=lambda value: [output.convert(one) for one in value], shape=None)
+    shape = Shape({"type": "string"}, {}) if output is TEXT else output.shape
+    return replace(
+        output, convert=lambda value: None if value is None else output.convert(value), kind=None, shape=shape
+    )
 
 
-def captures_type(constraint: Constraint, captures: Mapping[str, CapturedType]) -> OutputType:
+def captures_type(constraint: Constraint, captures: Mapping[str, OutputType]) -> OutputType:
     """Return the type of the texts of a grammar: text, with the values of its named parts."""
 
     def convert(value: Any) -> CapturedText:

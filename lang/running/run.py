@@ -545,7 +545,8 @@ class Run:
         self.text_of(tip)
         path, nodes = self.path(tip), list[ir.AnyNode]()
         last = _last_border(path)
-        asked = next((one for one in reversed(self.nodes) if isinstance(one, ir.Written) and one.parent == last), None)
+        paths = (one for one in reversed(self.nodes) if isinstance(one, ir.Capture) and one.of == "tokens")
+        asked = next((one for one in paths if one.parent == last), None)
 
         def add(node: ir.AnyNode) -> None:
             parent = len(nodes) - 1 if nodes else None
@@ -569,7 +570,7 @@ class Run:
         """Ask for the token path of the branch that ends at `tip`, up to the text that is not tokenised yet."""
         last = _last_border(self.path(tip))
         if last is not None:
-            self.record(ir.Written, last)
+            self.record(ir.Capture, last, of="tokens")
 
     def path(self, tip: int | None) -> list[ir.AnyNode]:
         """Return the nodes of the branch that ends at `tip`, root first."""

@@ -50,18 +50,18 @@ def _draw(program: Function, given: dict[str, Any], target: Target, path: Path) 
 
 
 def _target(model: str | None) -> Target:
-    from ramet.runtime.programs.target import TokenizerTarget
+    from ramet.runtime.programs.model import ProgramModel
 
     if model is None:
         from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
-        return TokenizerTarget(ByteTokenizer(), name="bytes")
+        return ProgramModel(ByteTokenizer(), name="bytes")
     from ramet.runtime.engine.config import EngineConfig
     from ramet.runtime.models.catalog import resolve_model
     from ramet.runtime.models.description import describe_model
 
     described = describe_model(resolve_model(model))
-    return TokenizerTarget(
+    return ProgramModel(
         described.tokenizer,
         name=model,
         context_length=described.config.max_position_embeddings,

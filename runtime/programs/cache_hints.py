@@ -41,7 +41,7 @@ class CacheHints:
 
     def added(self, node: ir.AnyNode) -> None:
         """Note a new node of the program."""
-        if node.parent is not None and not isinstance(node, ir.Join | ir.Capture | ir.Written):
+        if node.parent is not None and not isinstance(node, ir.Join | ir.Capture):
             self._children.setdefault(node.parent, []).append(node.id)
 
     def ended(self, node: int) -> None:

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ramet.lang.graph import ir
-from ramet.lang.graph.healing import Healing
 from ramet.lang.graph.json_form import JsonForm
 from ramet.runtime.cache.probe import Difference
-from ramet.runtime.programs.path import Path, PieceEncoder
-from ramet.runtime.text.role_marks import RoleMarks
-from ramet.runtime.text.tokenizer import Tokenizer
+from ramet.runtime.programs.path import Path
 from ramet.runtime.types import Grammar, RequestOptions, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -61,17 +58,6 @@ class ProgramEngine(Protocol):
     def mark_dead(self, tokens: list[int], cache_salt: str = "", num_live: int = 0) -> None: ...
 
     def differences(self, tokens: list[int], cache_salt: str = "") -> list[Difference]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ProgramModel:
-    """The model properties that nodes need. `marks`: the text that its chat template writes around messages."""
-
-    tokenizer: Tokenizer
-    encoder: PieceEncoder
-    healing: Healing
-    marks: RoleMarks
-    context_length: int
 
 
 @dataclass(frozen=True, slots=True)

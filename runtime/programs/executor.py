@@ -26,18 +26,15 @@ from ramet.errors import InvalidProgram, RametError, RequestCancelled
 from ramet.lang.graph import ir
 from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.following import children_of, following, is_ended_by_following, known_start
-from ramet.lang.graph.healing import Healing
 from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.runtime.programs.cache_hints import CacheHints
-from ramet.runtime.programs.engine import EngineRequest, Handle, ProgramEngine, ProgramModel, Work
+from ramet.runtime.programs.engine import EngineRequest, Handle, ProgramEngine, Work
 from ramet.runtime.programs.generation import Generation, with_one_more
-from ramet.runtime.programs.grammars import ProgramGrammars
-from ramet.runtime.programs.path import Path, PieceEncoder
+from ramet.runtime.programs.model import ProgramModel
+from ramet.runtime.programs.path import Path
 from ramet.runtime.programs.selection import Selection
 from ramet.runtime.programs.shared_nodes import SharedRequests
-from ramet.runtime.text.bounded_tokenizer import BoundedTokenizer
-from ramet.runtime.text.role_marks import RoleMarks
 from ramet.runtime.types import MAX_INT32, FinishReason, Grammar, RequestOptions, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -47,7 +44,7 @@ _EMPTY = Path()
 
 
 class ProgramHost:
-    """Runs programs in one engine, and keeps their shared data: compiled grammars, the template's marks.
+    """Runs programs in one engine. `model`: what they share: compiled grammars, the template's marks.
 
     `share_nodes`: generations of a program that always write the same text are run once.
     """
@@ -56,12 +53,13 @@ class ProgramHost:
         self.engine = engine
         self.share_nodes = share_nodes
         self.num_ended = 0  # requests of all programs: their clock
-        tokenizer = BoundedTokenizer(engine.tokenizer, engine.context_length)
-        marks = RoleMarks(tokenizer.chat_template)
         self.model = ProgramModel(
-            tokenizer, PieceEncoder(tokenizer), Healing(tokenizer.token_bytes), marks, engine.context_length
+            engine.tokenizer,
+            context_length=engine.context_length,
+            page_size=engine.page_size,
+            form=engine.json_form,
+            device=engine.device_grammars,
         )
-        self.grammars = ProgramGrammars(tokenizer, marks, engine.device_grammars, engine.json_form)
         self._numbers = itertools.count()
 
     def start(
@@ -84,19 +82,19 @@ class ProgramHost:
     @cached_property
     def vocabulary(self) -> str:
         """What tells the tokens of this tokenizer from those of another."""
-        return hashlib.blake2b(b"\0".join(self.model.tokenizer.token_bytes), digest_size=16).hexdigest()
+        return hashlib.blake2b(b"\0".join(self.model.token_bytes), digest_size=16).hexdigest()
 
     def healed(
         self, prompt: list[int], sampling: SamplingParams, grammar: CompiledGrammar | None
     ) -> tuple[list[int], SamplingParams, Grammar | None]:
-        """Give the last token of a text back to the model, where something is gained: see lang/graph/healing.py.
+        """Give the last token of a text back to the model, where something is gained: see lang/graph/prompt_tokens.py.
 
         Returns what the request is made of.
         """
-        again = self.model.healing.given_back(prompt[-1], MAX_INT32) if len(prompt) > 1 else b""
+        again = self.model.given_back(prompt[-1], MAX_INT32) if len(prompt) > 1 else b""
         if not again or (grammar is not None and not grammar.goes_on(again)):
             return prompt, sampling, grammar
-        return prompt[:-1], with_one_more(sampling), self.grammars.between(grammar, again, b"")
+        return prompt[:-1], with_one_more(sampling), self.model.grammars.between(grammar, again, b"")
 
     def count_ended(self) -> None:
         """Count an ended request of a program."""
@@ -222,7 +220,7 @@ class ProgramExecutor:
                 path = self._path_before(run).append(result.text, is_markup=run.node.is_markup)
                 if isinstance(run.node, ir.Recalled):
                     path = self._recalled(run.node, path)
-                self._done(run, result, path.flush(self._model.encoder) if run.node.is_border else path)
+                self._done(run, result, path.flush(self._model.encode_pieces) if run.node.is_border else path)
             elif run.node.run_by == "model":
                 self._start_requests(run)
         except Exception as error:
@@ -254,7 +252,7 @@ class ProgramExecutor:
         found, is_text = node.path, node.path.digest == ir.text_digest(self._graph.text_after(None, node.parent))
         if not is_text or found.vocabulary != self._host.vocabulary:
             return path
-        num_tokens = len(self._model.tokenizer.token_bytes)
+        num_tokens = len(self._model.token_bytes)
         if any(not 0 <= token < num_tokens for token in found.tokens):
             raise InvalidProgram(f"the recalled path has a token outside of the vocabulary of {num_tokens:,}")
         return _EMPTY.extend(found.tokens, found.rest)
@@ -274,12 +272,12 @@ class ProgramExecutor:
             return
         assert isinstance(node, ir.Generate)
         grammar = self._grammars.get(node.id)
-        before = before.flush(self._model.encoder)
-        again = before.given_back(self._model.healing)
+        before = before.flush(self._model.encode_pieces)
+        again = before.given_back(self._model.given_back)
         if again and grammar is not None:
             goes_on = grammar.goes_on(again) if may_wait else grammar.known_to_go_on(again)
             if goes_on is None:
-                self._host.grammars.run_aside(lambda: self._start_aside(run))
+                self._model.grammars.run_aside(lambda: self._start_aside(run))
                 return
             again = again if goes_on else b""
         # A grammar that allows the space itself needs no lead.
@@ -371,7 +369,7 @@ class ProgramExecutor:
 
     def _grammar(self, run: NodeRun, request: EngineRequest) -> Grammar | None:
         grammar = self._grammars.get(run.node.id)
-        return self._host.grammars.between(grammar, request.before, request.after, request.lead)
+        return self._model.grammars.between(grammar, request.before, request.after, request.lead)
 
     def _take_in(self, run: NodeRun, at: _AtEngine, index: int, output: RequestOutput) -> None:
         """Take an output on the engine's thread, which no error of a program may end."""
@@ -399,7 +397,7 @@ class ProgramExecutor:
         if error is not None:
             self._failed(run, error)
         elif is_last and isinstance(run.node, ir.Generate) and run.node.type == "captures":
-            self._host.grammars.run_aside(lambda: self._end_aside(run, at.work))
+            self._model.grammars.run_aside(lambda: self._end_aside(run, at.work))
         elif is_last:
             self._end(run, at.work)
 
@@ -454,7 +452,7 @@ class ProgramExecutor:
                     self._graph.failed(run, error if isinstance(error, Exception) else RametError(repr(error)))
             self._pump()
 
-        self._host.grammars.get_narrowed(run.node, self._client).add_done_callback(on_grammar)
+        self._model.grammars.get_narrowed(run.node, self._client).add_done_callback(on_grammar)
 
 
 def _has_grammar(node: ir.AnyNode) -> bool:

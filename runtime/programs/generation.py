@@ -7,7 +7,8 @@ import time
 import msgspec
 
 from ramet.lang.graph import ir
-from ramet.runtime.programs.engine import EngineRequest, ProgramModel
+from ramet.runtime.programs.engine import EngineRequest
+from ramet.runtime.programs.model import ProgramModel
 from ramet.runtime.programs.path import Path, keep_text
 from ramet.runtime.text.captures import captured_values
 from ramet.runtime.types import RequestOutput, SamplingParams, TopTokens
@@ -51,7 +52,7 @@ class Generation:
         self._logprobs: list[float] = []
         self._tops: list[TopTokens] = []
         self._last: RequestOutput | None = None
-        prompt = before.flush(model.encoder)
+        prompt = before.flush(model.encode_pieces)
         if prompt.length == 0 and model.tokenizer.bos_id is not None:
             prompt = prompt.extend([model.tokenizer.bos_id])
         if again:
@@ -105,7 +106,7 @@ class Generation:
 
     def _kept(self) -> tuple[list[int], str]:
         """Return the tokens that lie in the prompt's end and the text, and what the next token holds of the text."""
-        token_bytes, text = self._model.tokenizer.token_bytes, self._again.decode() + "".join(self._texts)
+        token_bytes, text = self._model.token_bytes, self._again.decode() + "".join(self._texts)
         is_cut = self._last is not None and isinstance(self._last.stop_match, str)
         if self.requests[0].after:
             whole = b"".join(token_bytes[token] for token in self._tokens)
@@ -114,7 +115,7 @@ class Generation:
 
     def _likelihoods(self, own: slice) -> dict[str, object]:
         """Return the tokens of the text with their log-probabilities, and the likeliest at each place, if asked for."""
-        texts = self._model.tokenizer.token_bytes
+        texts = self._model.token_bytes
 
         def shown(token: int) -> str:
             return texts[token].decode("utf-8", "replace")
@@ -131,7 +132,7 @@ class Generation:
 
     def _own_tokens(self) -> slice:
         """Return which tokens hold a part of the text: neither the prompt's end alone, nor what follows the text."""
-        first = self._again and self._tokens and self._model.tokenizer.token_bytes[self._tokens[0]] == self._again
+        first = self._again and self._tokens and self._model.token_bytes[self._tokens[0]] == self._again
         if not self.requests[0].after:
             return slice(int(bool(first)), None)
         tokens, rest = self._kept()

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import codecs
 import itertools
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
-from ramet.lang.graph.healing import Healing
+from ramet.lang.graph.prompt_tokens import GivenBack
 from ramet.runtime.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A piece of text. With `is_markup` (a chat template's text), spellings of special tokens become these tokens."""
 
     text: str
     is_markup: bool = False
+
+
+Encode: TypeAlias = Callable[[Sequence[Piece], bool], list[int]]  # pieces, and whether nothing stands before them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,19 +52,19 @@ class Path:
         assert not self.pending
         return Path(self, tuple(tokens), self.length + len(tokens), (Piece(rest),) if rest else ())
 
-    def flush(self, encoder: PieceEncoder) -> Path:
+    def flush(self, encode: Encode) -> Path:
         """Tokenise the pending text."""
         if not self.pending:
             return self
-        tokens = encoder.encode(self.pending, is_start=self.length == 0)
+        tokens = encode(self.pending, self.length == 0)
         literal = itertools.takewhile(lambda piece: not piece.is_markup, reversed(self.pending))
         num_literal = sum(len(piece.text.encode()) for piece in literal)
         return Path(self, tuple(tokens), self.length + len(tokens), num_literal=num_literal)
 
-    def given_back(self, healing: Healing) -> bytes:
+    def given_back(self, rule: GivenBack) -> bytes:
         """Return the last token if the model should write it again, else b"". No text may be pending."""
         assert not self.pending
-        return healing.given_back(self.tokens[-1], self.num_literal) if self.tokens and self.length > 1 else b""
+        return rule(self.tokens[-1], self.num_literal) if self.tokens and self.length > 1 else b""
 
     def takes_space(self, tokenizer: Tokenizer) -> bool:
         """Return whether a space may stand between the author's text at the end and a value. No text may be pending.
@@ -87,48 +89,6 @@ class Path:
                 chunks.append(at.tokens)
             at = at.parent
         return [token for chunk in reversed(chunks) for token in chunk]
-
-
-class PieceEncoder:
-    """Tokenises adjoining pieces as one text, but with special tokens in markup only. Thread-safe."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._specials = tokenizer.special_tokens
-        names = [re.escape(name) for name in sorted(self._specials, key=len, reverse=True)]
-        self._border = re.compile(f"({'|'.join(names)})") if names else None
-
-    def encode(self, pieces: Sequence[Piece], *, is_start: bool) -> list[int]:
-        """Return the token ids of the pieces.
-
-        `is_start`: nothing precedes them. Then the tokenizer's opening token is added, unless markup comes first, which
-        has its own.
-        """
-        tokens: list[int] = []
-        opening = is_start and bool(pieces) and not pieces[0].is_markup
-        for i, run in enumerate(self._runs(pieces)):
-            if isinstance(run, int):
-                tokens.append(run)
-                continue
-            is_first = is_start and i == 0
-            tokens.extend(self._tokenizer.encode(run, add_special=opening and is_first, continues=not is_first))
-        return tokens
-
-    def _runs(self, pieces: Sequence[Piece]) -> list[str | int]:
-        """Return the special tokens, and the texts between them."""
-        runs: list[str | int] = []
-        for piece in pieces:
-            parts = [piece.text]
-            if piece.is_markup and self._border is not None:
-                parts = self._border.split(piece.text)
-            for i, part in enumerate(parts):
-                if i % 2:
-                    runs.append(self._specials[part])
-                elif part and runs and isinstance(runs[-1], str):
-                    runs[-1] += part
-                elif part:
-                    runs.append(part)
-        return runs
 
 
 def keep_text(token_bytes: Sequence[bytes], tokens: Sequence[int], text: str) -> tuple[list[int], str]:

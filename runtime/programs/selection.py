@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from ramet.errors import InvalidProgram, InvalidRequest
 from ramet.lang.graph import choice_scores, ir
-from ramet.runtime.programs.engine import EngineRequest, ProgramModel
+from ramet.runtime.programs.engine import EngineRequest
+from ramet.runtime.programs.model import ProgramModel
 from ramet.runtime.programs.path import Path, Piece
 from ramet.runtime.types import RequestOutput, SamplingParams
 
@@ -24,10 +25,10 @@ class Selection:
             raise InvalidProgram(f"the choices of a select must differ and not be empty: {texts!r}")
         self._node, self._texts, self._before = node, texts, before
         is_start = before.length == 0
-        self._tokens = [model.encoder.encode((*before.pending, Piece(text)), is_start=is_start) for text in texts]
+        self._tokens = [model.encode_pieces((*before.pending, Piece(text)), is_start) for text in texts]
         shared = choice_scores.num_shared(self._tokens)
         self._tails = [tokens[shared:] for tokens in self._tokens]
-        self._token_bytes = model.tokenizer.token_bytes
+        self._token_bytes = model.token_bytes
         self._rows: list[list[float]] = [[] for _ in range(2 * len(texts))]  # log-probabilities of tails: see _requests
         self._usages: list[ir.Usage] = []
         self._chosen = 0

@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from ramet.errors import ContextOverflow
 from ramet.lang.graph.ir import Graph
-from ramet.runtime.programs.target import TokenizerTarget
+from ramet.runtime.programs.model import ProgramModel
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.proxy import EngineProxy
@@ -28,7 +28,7 @@ LITTLE_BYTES = 1024  # a conversation of this size is rendered and tokenised in 
 
 # The plan of a graph as JSON: (graph, the program's name, tokenizer and limits). Only the language can make it, so the
 # caller that starts the server passes the function.
-Explain = Callable[[Graph, str, TokenizerTarget], dict[str, Any]]  # Any: JSON
+Explain = Callable[[Graph, str, ProgramModel], dict[str, Any]]  # Any: JSON
 
 
 @dataclass(slots=True)

@@ -141,7 +141,7 @@ class EngineServer:
 
     def prepare_grammars(self) -> None:
         """Load the grammars' loops and the vocabulary's tries (0.3 s), so the first constraint need not wait."""
-        error = self._host.grammars.get(Constraint("regex", "a")).exception()
+        error = self._host.model.grammars.get(Constraint("regex", "a")).exception()
         if error is not None:  # a vocabulary that cannot write it; other constraints may do
             logger.warning("a first constraint failed: %s", error)
 
@@ -182,7 +182,7 @@ class EngineServer:
             else:
                 self._submit_compiled(command, future.result(), time.monotonic() - start_s)
 
-        future = self._host.grammars.get(command.constraint, command.client)
+        future = self._host.model.grammars.get(command.constraint, command.client)
         with self._lock:
             self._compiling[command.id] = command, future, start_s + (math.inf if deadline_s is None else deadline_s)
         future.add_done_callback(compiled)

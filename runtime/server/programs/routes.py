@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ramet.lang.graph.ir import Graph, ToolCall
-from ramet.runtime.programs.target import TokenizerTarget
+from ramet.runtime.programs.model import ProgramModel
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import StartProgram
 from ramet.runtime.server.programs.store import (
@@ -153,7 +153,7 @@ class ProgramEndpoints:
             limits["form"] = hello.json_form
 
         def plan() -> dict[str, Any]:  # Any: JSON
-            return explain(graph, body.program, TokenizerTarget(served.tokenizer, name=served.name, **limits))
+            return explain(graph, body.program, ProgramModel(served.tokenizer, name=served.name, **limits))
 
         return json_response(await served.off_loop(plan))
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.lang.backends.sse import DONE, EventReader, ServerSentEvent, events_of
+from ramet.lang.backends.sse import DONE, ServerSentEvent, complete_events, events_of
 from ramet.runtime.server.sending import event
 
 SENT = (
@@ -33,7 +33,6 @@ def test_events_are_the_same_under_any_cuts(cuts: list[int]) -> None:
 
 
 def test_an_event_is_read_as_soon_as_its_last_byte_has_come() -> None:
-    reader = EventReader()
-    assert reader.push(b"data: a\n") == []
-    assert reader.push(b"\ndata: b") == [ServerSentEvent("message", b"a")]
-    assert reader.push(b"\n\n") == [ServerSentEvent("message", b"b")]
+    assert complete_events(b"data: a\n") == ([], b"data: a\n")
+    assert complete_events(b"data: a\n\ndata: b") == ([ServerSentEvent("message", b"a")], b"data: b")
+    assert complete_events(b"data: b\n\n") == ([ServerSentEvent("message", b"b")], b"")

@@ -25,7 +25,7 @@ class Endpoint:
         self.prompts: list[str] = []
 
     def start(self, options: ProgramOptions, on_event: OnEvent) -> TextSession:
-        return TextSession(self.http, self, options, on_event)
+        return TextSession(self.http, self.write, self.choose, options, on_event)
 
     async def write(
         self, prompt: Prompt, node: ir.Generate, deadline: Deadline, on_text: Callable[[str], None] | None

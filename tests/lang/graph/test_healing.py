@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ramet.lang.graph.healing import Healing
+from ramet.lang.graph.prompt_tokens import healing
 
 TOKENS = [b"", b"a", b"ab", b"ab1", b" ", b" a", b"(", b"()", b"\n", b"\n\n", "é".encode()[:1], "é".encode(), b"x!"]
-HEALING = Healing([*TOKENS, b"x", "\N{NO-BREAK SPACE}".encode(), b"c", "cé".encode()])
+GIVEN_BACK = healing([*TOKENS, b"x", "\N{NO-BREAK SPACE}".encode(), b"c", "cé".encode()])
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,11 @@ HEALING = Healing([*TOKENS, b"x", "\N{NO-BREAK SPACE}".encode(), b"c", "cé".enc
 def test_a_token_is_given_back_where_a_longer_one_goes_on(text: str, is_given_back: bool) -> None:
     tokens = [*TOKENS, b"x", "\N{NO-BREAK SPACE}".encode(), b"c", "cé".encode()]
     data = text.encode()
-    assert HEALING.given_back(tokens.index(data), 9) == (data if is_given_back else b"")
+    assert GIVEN_BACK(tokens.index(data), 9) == (data if is_given_back else b"")
 
 
 def test_special_tokens_half_characters_and_text_of_others_stay() -> None:
-    assert HEALING.given_back(0, 9) == b""
-    assert HEALING.given_back(TOKENS.index("é".encode()[:1]), 9) == b""
-    assert HEALING.given_back(TOKENS.index(b"ab"), 1) == b"", "its first letter is not the author's"
-    assert HEALING.given_back(TOKENS.index(b"ab"), 2) == b"ab"
+    assert GIVEN_BACK(0, 9) == b""
+    assert GIVEN_BACK(TOKENS.index("é".encode()[:1]), 9) == b""
+    assert GIVEN_BACK(TOKENS.index(b"ab"), 1) == b"", "its first letter is not the author's"
+    assert GIVEN_BACK(TOKENS.index(b"ab"), 2) == b"ab"

@@ -80,7 +80,7 @@ def test_a_new_kind_is_checked_and_runs_on_every_backend_without_a_change_elsewh
 
 def test_a_new_kind_is_folded_and_ordered_like_the_others() -> None:
     folded = fold_constants(graph_with_shout())
-    (shout,) = (node for node in folded.graph.nodes if isinstance(node, Shout))
+    (shout,) = (node for node in folded.nodes if isinstance(node, Shout))
     assert shout.parts == ("hey Ann",)
     assert [node.id for node in run_order(graph_with_shout())] == [0, 1, 2, 3, 4]
 

@@ -10,19 +10,18 @@ from ramet import Function, MockBackend, State, function, gen, select
 from ramet.errors import ConfigError
 from ramet.lang.graph import ir
 from ramet.lang.passes.argument_motion import argument_motion
+from ramet.lang.passes.constraints import tokens_at_start
 from ramet.lang.passes.fold import fold_constants
-from ramet.lang.passes.forced_tokens import appended_tokens, tokens_at_start
 from ramet.lang.passes.fork_groups import fork_groups
-from ramet.lang.passes.kv_bound import kv_bound
 from ramet.lang.passes.liveness import liveness
 from ramet.lang.passes.paths import Count, Opaque, Paths, interpret
 from ramet.lang.passes.prefixes import batch_prefixes, static_prefixes
-from ramet.lang.passes.requests import plan_requests, run_order
+from ramet.lang.passes.requests import kv_bound, plan_requests, run_order
 from ramet.lang.passes.target import target_of
-from ramet.runtime.programs.target import TokenizerTarget
+from ramet.runtime.programs.model import ProgramModel
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
-TARGET = TokenizerTarget(ByteTokenizer())
+TARGET = ProgramModel(ByteTokenizer())
 
 
 def graph_of(program: Function, **arguments: Any) -> ir.Graph:
@@ -59,20 +58,17 @@ def debate(s: State) -> None:
 
 def test_bound_arguments_become_text_and_adjoining_texts_become_one() -> None:
     folded = fold_constants(graph_of(letter, name="Ann", topic="rain"))
-    texts = [node.parts for node in folded.graph.nodes if isinstance(node, ir.Text)]
+    texts = [node.parts for node in folded.nodes if isinstance(node, ir.Text)]
     assert texts == [("Dear Ann, about rain: ",), (" Yours, me.",)]
-    assert folded.num_bound == 2
-    assert folded.num_merged == 3
-    assert not any(isinstance(node, ir.Argument) for node in folded.graph.nodes)
-    assert folded.graph.arguments == {}
+    assert not any(isinstance(node, ir.Argument) for node in folded.nodes)
+    assert folded.arguments == {}
 
 
 def test_an_argument_without_a_value_stays() -> None:
     folded = fold_constants(graph_of(letter, name="Ann"))
-    first = next(node for node in folded.graph.nodes if isinstance(node, ir.Text))
-    argument = next(node for node in folded.graph.nodes if isinstance(node, ir.Argument))
+    first = next(node for node in folded.nodes if isinstance(node, ir.Text))
+    argument = next(node for node in folded.nodes if isinstance(node, ir.Argument))
     assert first.parts == ("Dear Ann, about ", ir.Ref(argument.id), ": ")
-    assert folded.num_bound == 1
 
 
 @pytest.mark.parametrize("program", [letter, debate])
@@ -80,13 +76,10 @@ def test_a_folded_graph_is_valid_and_writes_the_same_text(program: Function) -> 
     arguments = {"name": "Ann", "topic": "rain"} if program is letter else {}
     graph = graph_of(program, **arguments)
     folded = fold_constants(graph)
-    assert ir.Graph.from_json(folded.graph.to_json()) == folded.graph
-    before, after = (plan_requests(interpret(g, TARGET)) for g in (graph, folded.graph))
+    assert ir.Graph.from_json(folded.to_json()) == folded
+    before, after = (plan_requests(interpret(g, TARGET)) for g in (graph, folded))
     assert [(r.prompt, r.shared, r.new) for r in before.requests] == [
         (r.prompt, r.shared, r.new) for r in after.requests
-    ]
-    assert sorted(i for ids in folded.origin for i in ids) == [
-        n.id for n in graph.nodes if not isinstance(n, ir.Argument)
     ]
 
 
@@ -102,7 +95,7 @@ def test_text_is_not_merged_over_a_place_that_others_name() -> None:
         branch += "e"
 
     folded = fold_constants(graph_of(program))
-    assert [n.parts for n in folded.graph.nodes if isinstance(n, ir.Text)] == [("a",), ("bc",), ("d",), ("e",)]
+    assert [n.parts for n in folded.nodes if isinstance(n, ir.Text)] == [("a",), ("bc",), ("d",), ("e",)]
 
 
 def test_a_format_and_a_choice_are_folded_too() -> None:
@@ -111,7 +104,7 @@ def test_a_format_and_a_choice_are_folded_too() -> None:
         s += f"{n:>4} " + select("x", [f"{word}s", "other"])
 
     folded = fold_constants(graph_of(program, n=7, word="cat"))
-    text, choice = (n for n in folded.graph.nodes if isinstance(n, ir.Text | ir.Select))
+    text, choice = (n for n in folded.nodes if isinstance(n, ir.Text | ir.Select))
     assert isinstance(text, ir.Text)
     assert isinstance(choice, ir.Select)
     assert text.parts == ("   7 ",)
@@ -152,7 +145,7 @@ def test_text_with_an_unknown_value_has_a_limit_in_tokens() -> None:
 
 
 def test_the_whole_prompt_is_never_taken_to_be_longer_than_the_context() -> None:
-    small = TokenizerTarget(ByteTokenizer(), context_length=64)
+    small = ProgramModel(ByteTokenizer(), context_length=64)
     paths = interpret(graph_of(letter), small)
     plan = plan_requests(paths)
     assert kv_bound(plan, context_length=64).longest == 64
@@ -267,8 +260,8 @@ def test_fork_groups_say_how_much_is_read_once() -> None:
 
 def test_text_between_generations_is_counted_as_appended() -> None:
     paths = paths_of(letter, name="Ann", topic="rain")
-    assert appended_tokens(plan_requests(paths)) == len(" Yours, me.")
-    assert tokens_at_start(paths, TARGET) == {}
+    assert plan_requests(paths).appended == len(" Yours, me.")
+    assert tokens_at_start(paths.graph, TARGET) == {}
 
 
 def test_tokens_that_a_constraint_begins_with_are_known_before() -> None:
@@ -276,7 +269,7 @@ def test_tokens_that_a_constraint_begins_with_are_known_before() -> None:
     def program(s: State) -> None:
         s += "Say: " + gen("x", regex="answer: [0-9]")
 
-    assert list(tokens_at_start(paths_of(program), TARGET).values()) == [len("answer: ")]
+    assert list(tokens_at_start(graph_of(program), TARGET).values()) == [len("answer: ")]
 
 
 # Argument motion.

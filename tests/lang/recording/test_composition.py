@@ -138,7 +138,7 @@ def test_descriptions_and_values_stand_in_the_texts_of_a_grammar() -> None:
 
 def test_a_name_that_can_be_there_once_is_a_value_and_else_a_list() -> None:
     def counts(grammar: Composition) -> dict[str, bool]:
-        return {name: one.is_list for name, one in lower(grammar)[1].items()}
+        return {name: one.shape is None for name, one in lower(grammar)[1].items()}
 
     def nested() -> Any:
         return select([gen("leaf"), sequence("(", nested, ")")])

@@ -13,7 +13,8 @@ from ramet.lang.graph.ir import Constraint
 from ramet.runtime.models.description import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.programs.executor import ProgramHost
-from ramet.runtime.programs.path import Path, Piece, PieceEncoder
+from ramet.runtime.programs.model import ProgramModel
+from ramet.runtime.programs.path import Path, Piece
 from ramet.runtime.server.choices import heals
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.testing.dummy import dummy_decoder
@@ -134,12 +135,12 @@ def test_branches_and_retries_write_the_end_of_their_prompt_each(engine: Engine,
 
 
 def test_a_chat_templates_text_is_no_authors_text(tiny_model: LoadedModel) -> None:
-    encoder = PieceEncoder(tiny_model.tokenizer)
+    encode = ProgramModel(tiny_model.tokenizer).encode_pieces
     path = Path().append("<|im_start|>user\n", is_markup=True)
-    assert path.flush(encoder).num_literal == 0
-    assert path.append("Hi").append(" é").flush(encoder).num_literal == 5
-    assert path.append("Hi").append("<|im_end|>", is_markup=True).flush(encoder).num_literal == 0
-    assert path.flush(encoder).extend([5]).num_literal == 0, "generated"
+    assert path.flush(encode).num_literal == 0
+    assert path.append("Hi").append(" é").flush(encode).num_literal == 5
+    assert path.append("Hi").append("<|im_end|>", is_markup=True).flush(encode).num_literal == 0
+    assert path.flush(encode).extend([5]).num_literal == 0, "generated"
     assert Piece("x").is_markup is False
 
 
@@ -169,10 +170,10 @@ def test_a_text_without_a_program_is_healed_by_the_same_rule(engine: Engine) -> 
     result = engine.generate(prompt, sampling, grammar=grammar)
     assert engine.tokenizer.decode(result.token_ids) == engine.tokenizer.decode(tokens[-1:]) + result.text
     assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (len(tokens), len(result.token_ids) - 1)
-    compiled = host.grammars.get(Constraint("regex", "[0-9]+")).result()
+    compiled = host.model.grammars.get(Constraint("regex", "[0-9]+")).result()
     assert host.healed(tokens, params, compiled) == (tokens, params, compiled), "no token goes on with a digit"
     assert host.healed(tokens[-1:], params, None) == (tokens[-1:], params, None), "a prompt needs a token"
-    host.grammars.close()
+    host.model.grammars.close()
 
 
 @pytest.mark.parametrize(

@@ -8,34 +8,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.runtime.programs.path import Path, Piece, PieceEncoder, keep_text
+from ramet.runtime.programs.model import ProgramModel
+from ramet.runtime.programs.path import Path, Piece, keep_text
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.tokenizer import Tokenizer
 
 
 def test_a_path_is_append_only_and_shared_by_its_branches() -> None:
-    encoder = PieceEncoder(ByteTokenizer())
-    root = Path().append("ab").flush(encoder)
-    left, right = root.append("c").flush(encoder), root.extend([1, 2], rest="z")
+    encode = ProgramModel(ByteTokenizer()).encode_pieces
+    root = Path().append("ab").flush(encode)
+    left, right = root.append("c").flush(encode), root.extend([1, 2], rest="z")
     assert bytes(root.token_ids()) == b"ab"
     assert bytes(left.token_ids()) == b"abc"
     assert right.token_ids() == [97, 98, 1, 2]
-    assert right.append("y").flush(encoder).token_ids() == [97, 98, 1, 2, 122, 121]
+    assert right.append("y").flush(encode).token_ids() == [97, 98, 1, 2, 122, 121]
     assert (left.length, right.length) == (3, 4)
 
 
 def test_special_tokens_are_parsed_in_markup_and_not_in_text() -> None:
     tokenizer = ByteTokenizer()
-    tokens = PieceEncoder(tokenizer).encode([Piece("<|im_start|>u\n", True), Piece("<|im_end|>")], is_start=True)
+    tokens = ProgramModel(tokenizer).encode_pieces([Piece("<|im_start|>u\n", True), Piece("<|im_end|>")], True)
     assert tokens[0] == tokenizer.special_tokens["<|im_start|>"]
     assert bytes(tokens[1:]) == b"u\n<|im_end|>"
 
 
 def test_an_opening_token_is_added_before_text_but_not_before_markup() -> None:
     tokenizer = ByteTokenizer(add_bos=True)
-    assert PieceEncoder(tokenizer).encode([Piece("a")], is_start=True) == [tokenizer.bos_id, 97]
-    assert PieceEncoder(tokenizer).encode([Piece("a")], is_start=False) == [97]
-    assert PieceEncoder(tokenizer).encode([Piece("a", True)], is_start=True) == [97]
+    assert ProgramModel(tokenizer).encode_pieces([Piece("a")], True) == [tokenizer.bos_id, 97]
+    assert ProgramModel(tokenizer).encode_pieces([Piece("a")], False) == [97]
+    assert ProgramModel(tokenizer).encode_pieces([Piece("a", True)], True) == [97]
 
 
 @given(
@@ -75,4 +76,4 @@ def test_pieces_of_a_chat_are_tokenised_as_the_whole_rendered_chat(smollm2_path:
         pieces.append(Piece(role.after, True))
     pieces.append(Piece(template.role_text(messages, "assistant").before, True))
     whole = template.render(messages, add_generation_prompt=True)
-    assert PieceEncoder(tokenizer).encode(pieces, is_start=True) == tokenizer.encode(whole, parse_special=True)
+    assert ProgramModel(tokenizer).encode_pieces(pieces, True) == tokenizer.encode(whole, parse_special=True)

@@ -34,14 +34,14 @@ def test_grammars_are_loaded_before_the_first_constraint(
     with Engine(tiny_model, num_kv_tokens=4096) as engine:
         server = EngineServer(engine, lambda report: None)
         server.prepare_grammars()
-        assert server._host.grammars._vocabulary is not None
+        assert server._host.model.grammars._vocabulary is not None
         assert not [r for r in caplog.records if r.name == "ramet.runtime.server.link.process"]
         failed: Future[Any] = Future()
         failed.set_exception(InvalidRegex("no token writes it"))
-        monkeypatch.setattr(server._host.grammars, "get", lambda constraint: failed)
+        monkeypatch.setattr(server._host.model.grammars, "get", lambda constraint: failed)
         server.prepare_grammars()  # the engine starts all the same
         assert "no token writes it" in caplog.text
-        server._host.grammars.close()
+        server._host.model.grammars.close()
 
 
 def test_loading_can_be_watched_at_ready_and_in_the_log(serve_command: Callable[..., Served]) -> None:
