@@ -1,9 +1,9 @@
 """Branches that read values: a `for` loop over the branches against bodies that take turns (`map`, `each`).
 
-    python benchmarks/bench_flow.py [--branches 8] [--repeats 3] [--out FILE.jsonl]
+    python benchmarks/bench_flow.py [--branches 8] [--repeats 3] [--weights float32 | as-stored] [--out FILE.jsonl]
 
-SmolLM2-135M-Instruct, greedy, fixed lengths, the cache emptied before every run. Both ways of a row write the
-same text:
+SmolLM2-135M-Instruct, greedy, fixed lengths, the cache emptied before every run. In float32, both ways of a row write
+the same text; int8 activations, which weights as stored have on some CPUs, round by the number of rows in a step:
 
     read, then go on    each branch writes 4 tokens, reads them in Python, and writes 4 more
     an `if` in a body   the value decides what the branch asks next
@@ -18,7 +18,10 @@ same text:
     tool loops          each branch calls a tool that takes 0.5 s, and answers: a loop of `call_tools` against
                         `branches.call_tools`
 
-Steps: of the engine. `ideal`: the steps of the longest branch alone, by its own run; of the plan, the plan's.
+Steps: of the engine. `alone`: the steps of the longest branch alone, by its own run; of the plan, the plan's. `graph`:
+the steps of the nodes that the turns recorded, sent as one graph that reads nothing. A prefix that several branches
+share is computed once, in a step before theirs, so this is one step more. `at most`: the seconds of the loop over those
+of the other way's steps, if a row that decodes beside others cost nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +32,17 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
+from typing import NamedTuple
 
 from json_line import commit, print_record
 from rich.console import Console
 from rich.table import Table
 
 from ramet import Engine, State, function, gen, tool
+from ramet.lang.backends.default import as_backend
+from ramet.lang.graph.ir import Graph, NodeEvent
+from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.recording.generations import Gen
 
 RULES = "You are patient and exact, and you answer in a few plain words.\n"
@@ -171,40 +179,79 @@ def tool_loops(s: State, is_together: bool, count: int) -> list[str]:
     return [branch.text() for branch in branches]
 
 
-def measured(engine: Engine, run: Callable[[], list[str]], repeats: int) -> tuple[list[str], int, float]:
-    """Return the texts, the engine's steps, and the median time of a run."""
-    times = []
+class Measured(NamedTuple):
+    """`num_steps`, `seconds`: of the engine, in the median. `lone_s`: the same if a row beside others cost nothing."""
+
+    texts: list[str]
+    num_steps: int
+    seconds: float
+    lone_s: float
+
+
+def measured(engine: Engine, run: Callable[[], list[str]], repeats: int) -> Measured:
+    times, lone_times = [], []
     for _ in range(repeats):
         engine.flush_cache()
+        engine.take_activity()
         before, start_s = int(engine.stats()["num_steps"]), time.perf_counter()
         texts = run()
         times.append(time.perf_counter() - start_s)
-        steps = int(engine.stats()["num_steps"]) - before
-    return texts, steps, statistics.median(times)
+        num_steps = int(engine.stats()["num_steps"]) - before
+        steps = [
+            (seconds, decoding, extending) for _, seconds, decoding, extending, _ in engine.take_activity()["steps"]
+        ]
+        one_row = statistics.median([s for s, decoding, extending in steps if (decoding, extending) == (1, 0)] or [0.0])
+        saved = sum(max(0.0, s - one_row) for s, decoding, extending in steps if decoding > 1 and not extending)
+        lone_times.append(times[-1] - (saved if one_row else 0.0))
+    return Measured(texts, num_steps, statistics.median(times), statistics.median(lone_times))
+
+
+def steps_of_graph(engine: Engine, graph: Graph) -> int:
+    """Return the engine's steps for the nodes of a run, when all are known before it starts."""
+    left, ended = len(graph.nodes), Event()
+
+    def on_event(event: NodeEvent) -> None:
+        nonlocal left
+        left -= event.kind in ("done", "error")
+        if not left:
+            ended.set()
+
+    engine.flush_cache()
+    before = int(engine.stats()["num_steps"])
+    session = as_backend(engine).start(ProgramOptions(), on_event)
+    session.extend(graph, is_last=True)
+    session.finish()
+    ended.wait()
+    return int(engine.stats()["num_steps"]) - before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--branches", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--weights", choices=("float32", "as-stored"), default="float32")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     table = Table(title=f"{args.branches} branches that read values, SmolLM2-135M-Instruct")
-    for column in ("", "steps: loop", "turns", "ideal", "seconds: loop", "turns", "same text"):
+    columns = ("", "steps: loop", "turns", "graph", "alone", "seconds: loop", "turns", "gain", "at most", "same text")
+    for column in columns:
         table.add_column(column, justify="left" if not column else "right")
     indices, found = list(range(args.branches)), {}
-    with Engine("smollm2-135m", dtype="float32", max_step_ms=0) as engine:
+    precision = {"dtype": "float32"} if args.weights == "float32" else {}
+    with Engine("smollm2-135m", max_step_ms=0, **precision) as engine:
         in_turns.run(read_and_go_on, indices, backend=engine)  # warm-up
         for name, body in ROWS.items():
 
             def once(body: Body = body) -> int:
                 return max(
-                    measured(engine, lambda i=i: [alone.run(body, i, backend=engine).text()], 1)[1] for i in indices
+                    measured(engine, lambda i=i: [alone.run(body, i, backend=engine).text()], 1).num_steps
+                    for i in indices
                 )
 
             loop = measured(engine, lambda body=body: in_loop.run(body, indices, backend=engine).result, args.repeats)
             turns = measured(engine, lambda body=body: in_turns.run(body, indices, backend=engine).result, args.repeats)
-            found[name] = _row(loop, turns, once())
+            graph = in_turns.run(body, indices, backend=engine).record.graph
+            found[name] = _row(loop, turns, once(), steps_of_graph(engine, graph))
         body = read_and_go_on
         loop = measured(engine, lambda: [alone.run(body, i, backend=engine).text() for i in indices], args.repeats)
         turns = measured(
@@ -212,7 +259,8 @@ def main() -> None:
             lambda: [row.text() for row in alone.run_batch([(body, i) for i in indices], backend=engine)],
             args.repeats,
         )
-        found["programs in a loop"] = _row(loop, turns, int(found["read, then go on"]["ideal"]))
+        first = found["read, then go on"]
+        found["programs in a loop"] = _row(loop, turns, int(first["alone"]), int(first["graph"]))
         for name, program in (
             ("a plan, then a map", plan_and_map),
             ("extract, translate", extract_and_translate),
@@ -220,14 +268,14 @@ def main() -> None:
         ):
             loop = measured(engine, lambda p=program: p.run(False, backend=engine).result, args.repeats)
             turns = measured(engine, lambda p=program: p.run(True, backend=engine).result, args.repeats)
-            alone_steps = measured(engine, lambda p=program: p.run(True, True, backend=engine).result, 1)[1]
-            found[name] = _row(loop, turns, alone_steps)
+            once_alone = measured(engine, lambda p=program: p.run(True, True, backend=engine).result, 1)
+            found[name] = _row(loop, turns, once_alone.num_steps)
         loop = measured(engine, lambda: tool_loops.run(False, args.branches, backend=engine).result, args.repeats)
         turns = measured(engine, lambda: tool_loops.run(True, args.branches, backend=engine).result, args.repeats)
         once_alone = measured(engine, lambda: tool_loops.run(True, 1, backend=engine).result, 1)
-        found["tool loops"] = _row(loop, turns, once_alone[1])
+        found["tool loops"] = _row(loop, turns, once_alone.num_steps)
     for name, row in found.items():
-        table.add_row(name, *(str(value) for value in row.values()))
+        table.add_row(name, *("" if value is None else str(value) for value in row.values()))
     Console().print(table)
     print_record(
         {
@@ -236,22 +284,24 @@ def main() -> None:
             "machine": platform.machine(),
             "python": platform.python_version(),
             "branches": args.branches,
+            "weights": args.weights,
             "rows": found,
         },
         args.out,
     )
 
 
-def _row(
-    loop: tuple[list[str], int, float], turns: tuple[list[str], int, float], ideal: int
-) -> dict[str, int | float | bool]:
+def _row(loop: Measured, turns: Measured, alone: int, graph: int | None = None) -> dict[str, int | float | bool | None]:
     return {
-        "loop_steps": loop[1],
-        "turns_steps": turns[1],
-        "ideal": ideal,
-        "loop_s": round(loop[2], 2),
-        "turns_s": round(turns[2], 2),
-        "same_text": loop[0] == turns[0],
+        "loop_steps": loop.num_steps,
+        "turns_steps": turns.num_steps,
+        "graph": graph,
+        "alone": alone,
+        "loop_s": round(loop.seconds, 2),
+        "turns_s": round(turns.seconds, 2),
+        "gain": round(loop.seconds / turns.seconds, 2),
+        "at_most": round(loop.seconds / turns.lone_s, 2),
+        "same_text": loop.texts == turns.texts,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -74,7 +75,8 @@ class NodeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
         return msgspec.json.encode(msgspec.structs.replace(self, cause=None))
 
 
-OnEvent: TypeAlias = Callable[[NodeEvent], None]
+# It may return the event that is set once the program's function rests, if the function goes on because of this one.
+OnEvent: TypeAlias = Callable[[NodeEvent], threading.Event | None]
 
 
 class NodeResult(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ Not here: tokens, requests, threads. A driver with several threads holds its own
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -72,7 +73,10 @@ class NodeRun:
 
 
 class GraphRun:
-    """The state of one run. `nodes[i]` is the run of node i."""
+    """The state of one run. `nodes[i]` is the run of node i.
+
+    `rests`: set once the program's function rests, which goes on because of an event; a driver may wait for it.
+    """
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class GraphRun:
         self.start_s = time.monotonic()
         self._on_event, self._mark, self._is_held = on_event, mark, is_held
         self._tokens = tokens
+        self.rests: threading.Event | None = None
         self._arguments: dict[str, ir.JsonValue] = {}
         self._ready: deque[NodeRun] = deque()
         self._stopped: list[NodeRun] = []
@@ -437,7 +442,7 @@ class GraphRun:
             return
         event = ir.NodeEvent(run.node.id, kind, name=run.node.label, **fields)
         try:
-            self._on_event(event)
+            self.rests = self._on_event(event) or self.rests
         except Exception:  # a listener's error must not end the thread, which may be the engine's
             logger.exception("a listener failed at the %s event of node %d", kind, run.node.id)
 

@@ -21,12 +21,15 @@ Ready = Callable[[], bool]
 class Outcomes:
     """The last event of every node that is done or failed. Owner: the run. Any thread may call.
 
-    `failure`: the error that ended the whole run; it is raised in everyone who waits.
+    `failure`: the error that ended the whole run; it is raised in everyone who waits. `rests`: set while nobody on a
+    thread goes on because of an event; whoever is woken on one clears it, and sets it before the next wait.
     """
 
     def __init__(self, *, keep_events: bool = False) -> None:
         """`keep_events`: keep all events for listeners that are added later."""
         self.failure: Exception | None = None
+        self.rests = threading.Event()
+        self.rests.set()
         self._ended: dict[int, ir.NodeEvent] = {}
         self._lock = threading.Lock()
         # Who waits, by node, so that an event wakes only those that it concerns; None: those who wait for several.
@@ -111,7 +114,12 @@ class Outcomes:
         """
         while True:
             pause = Pause()
-            if self._is_ready(ready, node, pause.wake):
+
+            def wake(pause: Pause = pause) -> None:
+                self.rests.clear()
+                pause.wake()
+
+            if self._is_ready(ready, node, wake):
                 return True
             if not pause.wait(timeout_s(), before):
                 return ready()

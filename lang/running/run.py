@@ -101,6 +101,7 @@ class Run:
                 self.finish()
         except BaseException:
             self.is_recording = False
+            self.outcomes.rests.set()
             self.cancel()
             raise
         finally:
@@ -394,8 +395,14 @@ class Run:
         Raises if the deadline passed and `ready` stays false after all nodes have failed.
         """
         with self._noted(node):
-            while not self.outcomes.wait(ready, self._time_left, node, self.submit):
+            while not self.outcomes.wait(ready, self._time_left, node, self._submit_and_rest):
                 self._expire(ready)
+
+    def _submit_and_rest(self) -> None:
+        try:
+            self.submit()
+        finally:
+            self.outcomes.rests.set()
 
     async def _until(self, ready: Callable[[], bool], node: int | None = None) -> None:
         self.submit()
@@ -464,11 +471,12 @@ class Run:
 
     # Events, on the backend's threads.
 
-    def on_event(self, event: ir.NodeEvent) -> None:
-        """Take an event of a node. Backends call this."""
+    def on_event(self, event: ir.NodeEvent) -> threading.Event | None:
+        """Take an event of a node (see OnEvent). Backends call this."""
         if event.kind == "tool":
             self._call_tool(event)
         self.outcomes.put(event)
+        return self.outcomes.rests if self.is_recording and not self.outcomes.rests.is_set() else None
 
     def _call_tool(self, event: ir.NodeEvent) -> None:
         session = self._session
@@ -487,6 +495,7 @@ class Run:
             self.submit(is_last=True)
         finally:
             self.is_recording = False
+            self.outcomes.rests.set()
         if self._session is not None:
             self._session.finish()
 

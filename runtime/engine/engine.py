@@ -129,8 +129,8 @@ class Engine:
         self.device_grammars = self._core.grammars.device  # for callers that compile grammars; None: the host masks
         self._streams: dict[Sequence, _Stream] = {}
         self._by_id: dict[str, Sequence] = {}
-        self._commands: deque[Callable[[], None]] = deque()
-        self._moves: deque[Callable[[], None]] = deque()  # take in pages: a few between two steps
+        self._commands: deque[Callable[[], object]] = deque()
+        self._moves: deque[Callable[[], object]] = deque()  # take in pages: a few between two steps
         self._wake = threading.Condition()
         self._is_stopping = False
         self._pid = os.getpid()  # a forked child has a copy of this object, and no thread that runs steps
@@ -264,6 +264,10 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Abort the request with this exact id. Thread-safe. Its pages are free within one step."""
         self._send(lambda: self._abort(request_id), quietly=True)
+
+    def before_next_step(self, work: Callable[[], object]) -> None:
+        """Call `work` on the engine's thread, after the outputs of this step are delivered. Thread-safe."""
+        self._send(work, quietly=True)
 
     def mark_dead(self, tokens: list[int], cache_salt: str = "", num_live: int = 0) -> None:
         """Mark `tokens[num_live:]` as dead: the cache evicts the pages that only this path uses first.
@@ -473,7 +477,7 @@ class Engine:
     # -- the engine's thread -------------------------------------------------------------------------------------
 
     def _send(
-        self, command: Callable[[], None], queue: deque[Callable[[], None]] | None = None, *, quietly: bool = False
+        self, command: Callable[[], object], queue: deque[Callable[[], object]] | None = None, *, quietly: bool = False
     ) -> None:
         if os.getpid() != self._pid:  # nobody would carry the command out, and the lock may be held for ever
             if quietly:
@@ -492,7 +496,7 @@ class Engine:
             self._wake.notify_all()
 
     def _ask(
-        self, question: Callable[[], Any], queue: deque[Callable[[], None]] | None = None
+        self, question: Callable[[], Any], queue: deque[Callable[[], object]] | None = None
     ) -> Any:  # Any: whatever the question returns
         if threading.current_thread() is self._thread:
             return question()

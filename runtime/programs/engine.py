@@ -25,7 +25,9 @@ class ProgramEngine(Protocol):
     """The part of an engine that programs use.
 
     `json_form`: of JSON, where a constraint does not say. `device_grammars`: for automata that run on the engine's
-    device; None: they run on the host. `set_next_use`, `mark_dead`: hints to the cache, of which no result depends.
+    device; None: they run on the host. `before_next_step`: calls `work` on the engine's thread, once the outputs of
+    the last step are delivered.
+    `set_next_use`, `mark_dead`: hints to the cache, of which no result depends.
     """
 
     @property
@@ -52,6 +54,8 @@ class ProgramEngine(Protocol):
         grammar: Grammar | None = None,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> Handle: ...
+
+    def before_next_step(self, work: Callable[[], object]) -> None: ...
 
     def set_next_use(self, tokens: list[int], next_use: float, cache_salt: str = "") -> None: ...
 

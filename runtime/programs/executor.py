@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ramet.grammar import CompiledGrammar
 
 _EMPTY = Path()
+_PATIENCE_S = 0.005  # before a step, for the function of a program that goes on because of the last one
 
 
 class ProgramHost:
@@ -128,6 +129,7 @@ class ProgramExecutor:
         self._following: dict[int, ir.Template] = {}  # constrained node -> the text after it, where one is known
         self._at_engine: dict[int, _AtEngine] = {}
         self._hints = CacheHints(host.engine, options.cache_salt, self._graph.nodes, self._path_of)
+        self._patience_s = _PATIENCE_S
         self._is_pumping = False
         self._is_complete = False
         self._has_told_end = False  # to the cache
@@ -388,6 +390,17 @@ class ProgramExecutor:
             self._failed(run, error)
         if has_news:
             self._pump()
+        if self._graph.rests is not None:
+            self._host.engine.before_next_step(self._let_go_on)
+
+    def _let_go_on(self) -> None:
+        """Let what the program's function asks for, because of the last step's outputs, be part of the next step.
+
+        That step waits for it, but not long: a function that took longer is waited for less the next time.
+        """
+        rests, self._graph.rests = self._graph.rests, None
+        if rests is not None:
+            self._patience_s = _PATIENCE_S if rests.wait(self._patience_s) else self._patience_s / 4
 
     def _request_ended(self, run: NodeRun, at: _AtEngine, output: RequestOutput) -> None:
         with self._lock:

@@ -116,6 +116,7 @@ class ScriptedEngine:
         self._jobs: dict[str, _Job] = {}  # that have not ended
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []
+        self._commands: deque[Callable[[], object]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_stopped = False
@@ -169,6 +170,11 @@ class ScriptedEngine:
         with self._changed:
             return len(self._jobs)
 
+    def before_next_step(self, work: Callable[[], object]) -> None:
+        """Call `work` on the engine's thread, before its next step."""
+        with self._changed:
+            self._commands.append(work)
+
     def set_next_use(self, tokens: Sequence[int], next_use: float, cache_salt: str = "") -> None:
         """Do nothing: this cache forgets nothing."""
 
@@ -203,6 +209,8 @@ class ScriptedEngine:
 
     def _loop(self) -> None:
         while True:
+            while self._commands:
+                self._commands.popleft()()
             with self._changed:
                 while not (self._waiting or self._running or self._is_stopped):
                     self._changed.wait()

@@ -15,8 +15,13 @@ from numpy.testing import assert_allclose
 
 from ramet import Engine, State, function, gen, select
 from ramet.errors import ContextOverflow, InvalidProgram, ProgramCancelled, ProgramError
-from ramet.lang.graph.ir import Generate
+from ramet.lang.backends.in_process import EngineBackend
+from ramet.lang.backends.protocol import Session
+from ramet.lang.graph.events import NodeEvent, OnEvent
+from ramet.lang.graph.ir import Generate, Graph, Sampling, Text
+from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.programs import executor
 from ramet.runtime.types import SamplingParams
 
 PROGRAMS = Path(__file__).resolve().parents[3] / "examples" / "programs"
@@ -126,6 +131,96 @@ def test_select_equals_a_brute_force_by_full_forward_passes(tiny_model: LoadedMo
             expected.append(math.exp(math.fsum(logprobs)))
     assert math.isclose(sum(meta["probs"]), 1.0, abs_tol=1e-12)
     assert_allclose(meta["probs"], [p / sum(expected) for p in expected], rtol=1e-3)
+
+
+class Gated:
+    """An engine whose next step waits until the first part of a program is there as a whole."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def start(self, options: ProgramOptions, on_event: OnEvent) -> Session:
+        session, gate = EngineBackend(self.engine).start(options, on_event), threading.Event()
+        extend = session.extend
+
+        def opening(graph: Graph, *, is_last: bool = False) -> None:
+            extend(graph, is_last=is_last)
+            gate.set()
+
+        session.extend = opening  # type: ignore[method-assign]
+        self.engine.before_next_step(lambda: gate.wait(60))
+        return session
+
+
+@pytest.mark.parametrize("is_checked", [False, True])
+def test_what_a_branch_asks_for_once_it_has_read_is_part_of_the_next_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, is_checked: bool
+) -> None:
+    monkeypatch.setattr(executor, "_PATIENCE_S", 60.0)
+    first = gen("a", where=lambda text: len(text) > 0) if is_checked else gen("a")
+
+    @function(temperature=0, max_tokens=3, ignore_eos=True)
+    def program(s: State) -> None:
+        s += "A prefix of all branches. "
+
+        def body(branch: State, index: int) -> None:
+            branch += f"Branch {index}" + first
+            branch += f" has {len(str(branch['a']))} letters" + gen("b", max_tokens=2 + index)
+
+        s.map(range(4), body)
+
+    def steps(run: Callable[[], object]) -> float:
+        engine.flush_cache()
+        before = engine.stats()["num_steps"]
+        run()
+        return engine.stats()["num_steps"] - before
+
+    backend = Gated(engine)
+    state = program.run(backend=backend)
+
+    def replay() -> None:  # the nodes of that run as one graph, which reads nothing
+        ended = threading.Semaphore(0)
+        session = backend.start(ProgramOptions(), lambda event: ended.release() if event.kind == "done" else None)
+        session.extend(state.record.graph, is_last=True)
+        session.finish()
+        assert all(ended.acquire(timeout=60) for _ in state.record.graph.nodes)
+
+    assert steps(lambda: program.run(backend=backend)) == steps(replay)
+
+
+def test_a_function_that_takes_long_is_waited_for_less_and_less(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    class Rests(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            asked.append(timeout)
+            return self.is_set()
+
+    rests, ended = Rests(), threading.Semaphore(0)
+    waits: list[Callable[[], object]] = []
+    monkeypatch.setattr(engine, "before_next_step", waits.append)
+
+    def on_event(event: NodeEvent) -> threading.Event | None:
+        if event.kind == "done" and event.usage is not None:
+            ended.release()
+        return rests
+
+    session = EngineBackend(engine).start(ProgramOptions(), on_event)
+    for index in range(5):
+        if index == 3:
+            rests.set()
+        text = Text(id=2 * index, parts=("some text",))
+        written = Generate(id=2 * index + 1, parent=2 * index, sampling=Sampling(max_tokens=1))
+        session.extend(Graph((text, written), first=2 * index))
+        assert ended.acquire(timeout=60)
+        while len(waits) <= index:
+            time.sleep(0.001)
+        waits[index]()
+    first = executor._PATIENCE_S
+    assert asked == [first, first / 4, first / 16, first / 64, first]
 
 
 @pytest.mark.parametrize(
