@@ -65,21 +65,26 @@ class Compiled:
         self._kept = {one.argument: example for one in kept for example in one.examples}
         self._given = {**{n: v for n, v in self._kept.items() if n in returned}, **record.graph.arguments}
 
-    def run(self, **kwargs: Any) -> State:
+    def run(self, *, failures: str = "raise", **kwargs: Any) -> State:
         """Run the graph and wait for its end.
 
         `kwargs`: arguments by name, and `backend`, `timeout_s`, `token_budget`, `priority`, `cache_salt` and `adapter`
-        as in Function.run.
+        as in Function.run. Raises ProgramError if a node failed, unless `failures` is "keep".
         """
         state = self.start(**kwargs)
         with cancelling([state]):
-            return state.wait()
+            state.wait()
+        if failures == "raise":
+            state.recorder.run.check()
+        return state
 
-    async def arun(self, **kwargs: Any) -> State:
+    async def arun(self, *, failures: str = "raise", **kwargs: Any) -> State:
         """`run` for an event loop."""
         state = self.start(**kwargs)
         with cancelling([state]):
             await state
+        if failures == "raise":
+            state.recorder.run.check()
         return state
 
     def run_batch(self, rows: Iterable[Mapping[str, Any]], **kwargs: Any) -> list[State]:

@@ -47,9 +47,21 @@ else:  # defaults came with Python 3.13
     P = ParamSpec("P")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-_OPTIONS = ("backend", "timeout_s", "token_budget", "priority", "cache_salt", "adapter", "seed", "stage", "tools")
+_OPTIONS = (
+    "backend",
+    "timeout_s",
+    "token_budget",
+    "priority",
+    "cache_salt",
+    "adapter",
+    "seed",
+    "stage",
+    "tools",
+    "failures",
+)
 _STAGES = ("needed", "always")
 _ORDERS = ("given", "prefix")
+_FAILURES = ("raise", "keep")
 MAX_ARMS = 32  # ways through a program that a plan follows
 
 
@@ -87,6 +99,8 @@ class Runs(Protocol[T_co, P]):
     def __call__(self, *args: Any, stage: str, **options: Any) -> T_co: ...
     @overload
     def __call__(self, *args: Any, tools: object, **options: Any) -> T_co: ...
+    @overload
+    def __call__(self, *args: Any, failures: str, **options: Any) -> T_co: ...
     @overload
     def __call__(self, *args: Any, var: str | None, **options: Any) -> T_co: ...
     @overload
@@ -177,7 +191,9 @@ class Function(Generic[P, R]):
             scope.enter_context(state.recorder.default_sampling(self._sampling))
             self._declare_tools(state)
             if self.is_async:
-                return cast(R, self._inline(state, bound, scope.pop_all()))
+                inside: Any = self._inline(state, bound, scope.pop_all())
+                inside.__qualname__ = self.name  # Python names it in its warning if nobody awaits it
+                return cast(R, inside)
             return cast(R, self.body(state, *bound.args, **bound.kwargs))
 
     async def _inline(self, state: State, bound: inspect.BoundArguments, scope: ExitStack) -> Any:
@@ -205,10 +221,12 @@ class Function(Generic[P, R]):
 
         Options besides the function's own arguments: `backend`, `timeout_s`, `token_budget`, `priority`, `cache_salt`,
         `adapter` (a LoRA, for generations that name none), `seed` (each generation's own seed is derived from it),
-        `stage` ("needed": submit when a value is needed; "always": submit after each generation), `tools`, and sampling
-        defaults such as `temperature` and `max_tokens`.
+        `stage` ("needed": submit when a value is needed; "always": submit after each generation), `tools`, `failures`,
+        and sampling defaults such as `temperature` and `max_tokens`.
 
-        A failed node raises its error when its value is read, not here. An exception of the function itself is raised.
+        Raises the exception of the function itself, and ProgramError for a generation, selection or tool that failed,
+        unless the function met that error, reading a value, and went on. `failures="keep"` leaves errors of nodes in
+        the state (State.error), where reading their values raises them.
         """
         if self.is_async:
             self._refuse_loop()
@@ -218,7 +236,7 @@ class Function(Generic[P, R]):
         with cancelling([state]):
             self._record(state, call)
             state.wait()
-        return state
+        return _checked(state, call)
 
     @typed
     def start(self, *args: Any, **kwargs: Any) -> State[R]:
@@ -229,7 +247,8 @@ class Function(Generic[P, R]):
         state = self._new_state(call)
         with cancelling([state]):
             self._record(state, call, stays_open=True)
-            return state.wait()
+            state.wait()
+            return _checked(state, call)
 
     def _refuse_loop(self) -> None:
         try:
@@ -249,7 +268,7 @@ class Function(Generic[P, R]):
             else:
                 await _in_own_thread(lambda: self._record(state, call))
             await state
-        return state
+        return _checked(state, call)
 
     @typed
     def stream(self, *args: Any, var: str | None = None, **kwargs: Any) -> Stream:
@@ -304,7 +323,8 @@ class Function(Generic[P, R]):
         """Run the program for every row. A row is a dict of arguments, a tuple of them, or the only argument.
 
         Rows run together, at most `max_live` at once. Results come in the order of the rows: as a list, or one by one
-        as they are ready with `generator_style=True`. One row's error stays in its state. `order="prefix"` starts rows
+        as they are ready with `generator_style=True`. A row fails alone: its error stays in its state, where reading a
+        value raises it, or is raised in the row's turn with `failures="raise"`. `order="prefix"` starts rows
         with equal prefixes next to each other, so that a prefix is computed once even if the cache is small. This
         traces the program first.
         """
@@ -314,11 +334,13 @@ class Function(Generic[P, R]):
         for name, value in (("num_threads", num_threads), ("max_live", max_live)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} is {value!r}, but must be an integer from 1")
-        starts = list(range(len(calls)))
+        starts, by_row = list(range(len(calls))), calls
         if order == "prefix" and len(calls) > 1:
             starts = row_order([call.arguments for call in calls], self._argument_order(calls[0].arguments))
             calls = [calls[index] for index in starts]
         states = in_row_order(starts, self._run_calls(calls, progress_bar, num_threads, max_live))
+        if kwargs.get("failures") == "raise":
+            states = (_checked(state, call) for state, call in zip(states, by_row, strict=True))
         return states if generator_style else States(states)
 
     def _argument_order(self, row: Mapping[str, Any]) -> list[str]:
@@ -395,7 +417,7 @@ class Function(Generic[P, R]):
                 "explain(rows=...) can't analyze; run the batch, and explain its states", param="analyze"
             )
         plan = self.plan(args, kwargs)
-        after = explanations.explain_run(self.run(*args, **kwargs).record)
+        after = explanations.explain_run(self.run(*args, **{"failures": "keep", **kwargs}).record)
         return replace(plan, measured=after.measured, stages=after.stages)
 
     def plan(
@@ -472,6 +494,8 @@ class Function(Generic[P, R]):
         stage = options.get("stage", "needed")
         if stage not in _STAGES:
             raise ConfigError(f"stage is {stage!r}, but must be one of {', '.join(_STAGES)}")
+        if options.get("failures", "raise") not in _FAILURES:
+            raise ConfigError(f"failures is {options['failures']!r}, but must be one of {', '.join(_FAILURES)}")
         seed = options.get("seed")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise InvalidRequest(f"{self.name}: seed is {seed!r}, but must be an integer, or None", param="seed")
@@ -545,6 +569,13 @@ class Function(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"<program {self.name}{self._signature}>"
+
+
+def _checked(state: State[R], call: _Call) -> State[R]:
+    """Return the state of a run that is over. Raises its error, unless the call keeps errors."""
+    if call.options.get("failures", "raise") == "raise":
+        state.recorder.run.check()
+    return state
 
 
 async def _in_own_thread(work: Callable[[], None]) -> None:

@@ -58,6 +58,9 @@ class State(Generic[R]):
         self.recorder.append(other)
         return self
 
+    def __add__(self, other: Appendable) -> State[R]:
+        raise TypeError(f"a state plus a {type(other).__name__} appends nothing; write s += ..., or s.append(...)")
+
     def append(self, item: Appendable, *, prefix: str | None = None) -> None:
         """Append text, a value, a description (`gen`, ...), or several of them.
 

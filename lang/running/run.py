@@ -80,6 +80,8 @@ class Run:
         self.outcomes = Outcomes(keep_events=keep_events)
         self._lock = threading.Lock()  # of recording and submitting
         self._converted: dict[int, Any] = {}  # node -> its value in its Python type
+        self._told: set[tuple[str, str]] = set()  # errors of nodes that were raised in whoever read a value
+        self._given_up: set[int] = set()  # nodes of branches that the program has cancelled
         self._attempts: dict[int, list[dict[str, str]]] = {}  # node -> texts refused before it by checks in Python
         self._waits: dict[object, tuple[str, int | None, float]] = {}  # line, node, since when; None: several nodes
         self._held_back: list[Callable[[], None]] = []  # each records the text that a branch holds back
@@ -269,6 +271,8 @@ class Run:
         tail = error.prompt_tail if error else ""
         if isinstance(node, ir.ToolCall) and error is not None:
             what, message = f"tool {node.tool!r}", f"{error.type}: {message}"
+        if error is not None:
+            self._told.add((error.type, error.message))
         text = f"{self.options.program}: {what} (node {node_id}, {node.line or 'unknown line'}) failed: {message}"
         if tail:
             text += f"; the prompt ends with {tail[-60:]!r}"
@@ -342,8 +346,9 @@ class Run:
         self.need(nodes[0], "the first branch that is done")
         self.wait(lambda: bool(done()) or all(node in self.outcomes for node in nodes))
         found = done()
+        failed = [error for node in nodes if (error := self.error_of(node)) is not None]
         if not found:
-            raise self.error_of(nodes[0]) or InvalidProgram("no branch is done")
+            raise failed[0] if failed else InvalidProgram("no branch is done")
         return found[0]
 
     def wait_all(self, *, quietly: bool = False) -> None:
@@ -378,6 +383,18 @@ class Run:
         )
         error.__cause__ = failure
         return error
+
+    def check(self) -> None:
+        """Raise the first error of the run, unless its program read the value, or cancelled the branch, and went on."""
+        for event in self.outcomes.copy().values():
+            if event.error is None or event.error.is_cancelled:
+                continue
+            told = (event.error.type, event.error.message)
+            if event.node in self._given_up:
+                self._told.add(told)  # those that needed this node have its error
+            if told not in self._told:
+                self._checked(event.node)
+        self.check_function()
 
     def check_function(self) -> None:
         """Raise the exception that ended the program's function, if it was kept for those who read the state."""
@@ -460,6 +477,7 @@ class Run:
     def cancel(self, nodes: list[int] | None = None) -> None:
         """Stop the run, or these nodes and all that need them."""
         if nodes is not None:
+            self._given_up.update(nodes)
             self.submit()
         else:
             cancelled = ProgramCancelled(f"{self.options.program} was cancelled", program=self.options.program)

@@ -125,8 +125,5 @@ def _tool_of(name: str, program: Function) -> Tool:
 
 async def _answer(program: Function, given: Mapping[str, Any], options: Mapping[str, Any]) -> Any:  # Any: JSON
     state = await program.arun(**given, **options)
-    error = state.error()
-    if error is not None:
-        raise error
     result = state.result
     return to_json(state.variables if result is None else result, program.name)

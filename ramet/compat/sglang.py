@@ -500,7 +500,7 @@ class SglFunction:
         """
         options = _options(kwargs, backend)
         if not stream:
-            return ProgramState(self._program.run(*args, **options).recorder)
+            return ProgramState(self._program.run(*args, failures="keep", **options).recorder)
         found = self._program.stream(*args, **options)
         return ProgramState(found.state.recorder, _Events(found))
 

@@ -156,7 +156,7 @@ def test_a_refusal_of_the_server_has_its_class(ours: OpenAI) -> None:
     def program(s: State) -> None:
         s += "x" * 5000 + gen("x", max_tokens=4)
 
-    assert type(raised(program.run(backend=ours))).__name__ == "ContextOverflow"
+    assert type(raised(program.run(backend=ours, failures="keep"))).__name__ == "ContextOverflow"
 
 
 def test_text_streams_and_ends_early_when_nobody_reads_on(engine: Engine, ours: OpenAI) -> None:
@@ -184,7 +184,7 @@ def test_a_deadline_ends_the_requests(engine: Engine, ours: OpenAI) -> None:
         branches += lambda i: f"{i} on: "
         branches += gen("x", max_tokens=1800, ignore_eos=True)
 
-    assert isinstance(program.run(backend=ours, timeout_s=0.2).error(), DeadlineExceeded)
+    assert isinstance(program.run(backend=ours, timeout_s=0.2, failures="keep").error(), DeadlineExceeded)
 
 
 # What is asked for.
@@ -260,7 +260,7 @@ def test_an_endpoint_that_ignores_a_constraint_is_found_out() -> None:
 
     for text in ('{"value": "many"}', "many"):
         with Endpoint(saying(text)) as endpoint, OpenAI(endpoint.url) as backend:
-            error = raised(program.run(backend=backend))
+            error = raised(program.run(backend=backend, failures="keep"))
             assert isinstance(error, RemoteError)
             assert "many" in str(error)
 
@@ -291,24 +291,24 @@ def test_a_selection_compares_logprobs_or_takes_a_sample() -> None:
         s.assistant(select("drink", ["tea", "coffee"]))
 
     with Endpoint(scored) as endpoint, OpenAI(endpoint.url) as backend:
-        state = plain.run(backend=backend)
+        state = plain.run(backend=backend, failures="keep")
         assert state["drink"] == "coffee"
         assert state.meta("drink")["scores"] == [-2.0, -1.0]
         assert sum(state.meta("drink")["probs"]) == pytest.approx(1.0)
-        state = calibrated.run(backend=backend)
+        state = calibrated.run(backend=backend, failures="keep")
         assert endpoint.asked[-1][1]["prompt"] == ["Answer: tea", "Answer: coffee"]
         assert state.meta("drink")["scores"] == [-1.5, 0.0], "half of the neutral log-probability is taken off"
-        state = chat.run(backend=backend)
+        state = chat.run(backend=backend, failures="keep")
         assert state["drink"] == "coffee"
         assert state.meta("drink")["is_sampled"]
         assert "probs" not in state.meta("drink"), "a sample has no probabilities"
     with Endpoint(lambda path, body: "tea.") as endpoint:
         with OpenAI(endpoint.url) as backend:
-            assert "select='sample'" in str(raised(plain.run(backend=backend)))
+            assert "select='sample'" in str(raised(plain.run(backend=backend, failures="keep")))
         with OpenAI(endpoint.url, select="sample") as backend:
-            assert plain.run(backend=backend)["drink"] == "tea"
+            assert plain.run(backend=backend, failures="keep")["drink"] == "tea"
         with OpenAI(endpoint.url, select="logprobs") as backend:
-            assert "no log-probabilities of a chat" in str(raised(chat.run(backend=backend)))
+            assert "no log-probabilities of a chat" in str(raised(chat.run(backend=backend, failures="keep")))
 
 
 def in_user_message(s: State) -> None:
@@ -371,7 +371,7 @@ def with_tool_message(s: State) -> None:
 )
 def test_what_an_endpoint_cannot_do_is_named(body: Callable[[State], None], message: str) -> None:
     with Endpoint(lambda path, body: "x") as endpoint, OpenAI(endpoint.url) as backend:
-        error = raised(function(body).run(backend=backend))
+        error = raised(function(body).run(backend=backend, failures="keep"))
         assert isinstance(error, NotSupported)
         assert message in str(error)
     assert not endpoint.asked, "nothing was sent"
@@ -389,13 +389,15 @@ def test_a_busy_endpoint_is_asked_again_after_the_time_it_names() -> None:
     with Endpoint(lambda path, body: answers.pop(0) if len(answers) > 1 else answers[0]) as endpoint:
         with OpenAI(endpoint.url) as backend:
             start_s = time.monotonic()
-            state = function(lambda s: s.append("a" + gen("x"))).run(backend=backend)
+            state = function(lambda s: s.append("a" + gen("x"))).run(backend=backend, failures="keep")
             assert state["x"] == "here"
             assert time.monotonic() - start_s > 0.3
         assert len(endpoint.asked) == 3
     busy: Any = (429, {"error": {"message": "slow down"}}, {})
     with Endpoint(lambda path, body: busy) as endpoint, OpenAI(endpoint.url, max_retries=0) as backend:
-        assert isinstance(raised(function(lambda s: s.append("a" + gen("x"))).run(backend=backend)), Overloaded)
+        assert isinstance(
+            raised(function(lambda s: s.append("a" + gen("x"))).run(backend=backend, failures="keep")), Overloaded
+        )
 
 
 @pytest.mark.parametrize(
@@ -409,7 +411,7 @@ def test_a_busy_endpoint_is_asked_again_after_the_time_it_names() -> None:
 )
 def test_an_answer_that_cannot_be_used_says_what_came(answer: Any, message: str) -> None:
     with Endpoint(lambda path, body: answer) as endpoint, OpenAI(endpoint.url, max_retries=0) as backend:
-        error = raised(function(lambda s: s.append("a" + gen("x"))).run(backend=backend))
+        error = raised(function(lambda s: s.append("a" + gen("x"))).run(backend=backend, failures="keep"))
         assert isinstance(error, RemoteError)
         assert message in str(error)
 
@@ -422,11 +424,11 @@ def test_checks_are_tried_again_and_failures_cancel_the_rest() -> None:
         s += "Say: " + gen("x", where=length(5), retries=2)
 
     with Endpoint(lambda path, body: next(texts)) as endpoint, OpenAI(endpoint.url) as backend:
-        state = program.run(backend=backend)
+        state = program.run(backend=backend, failures="keep")
         assert state["x"] == "a longer one"
         assert len(state.meta("x")["attempts"]) == 2
     with Endpoint(lambda path, body: "no") as endpoint, OpenAI(endpoint.url) as backend:
-        assert isinstance(program.run(backend=backend).error(), CheckFailed)
+        assert isinstance(program.run(backend=backend, failures="keep").error(), CheckFailed)
 
     def slow_or_bad(path: str, body: dict[str, Any]) -> Any:
         if "bad" in body["prompt"]:
@@ -443,7 +445,7 @@ def test_checks_are_tried_again_and_failures_cancel_the_rest() -> None:
         s.join(good, bad)
 
     with Endpoint(slow_or_bad) as endpoint, OpenAI(endpoint.url) as backend:
-        state = forked.run(backend=backend)
+        state = forked.run(backend=backend, failures="keep")
         assert "bad prompt" in str(state.error())
         with pytest.raises(ProgramCancelled, match="cancelled because node"):
             assert state["x"]

@@ -343,13 +343,13 @@ def test_no_server_is_an_error_that_says_so() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with Remote(f"http://127.0.0.1:{port}", max_retries=1) as remote:
-        state = chat.run("Ann", backend=remote)
+        state = chat.run("Ann", backend=remote, failures="keep")
         with pytest.raises(ProgramError, match="is `ramet serve` running there") as raised:
             state["verdict"]
     assert isinstance(raised.value.__cause__, RemoteError)
     endpoint = OpenAI(f"http://127.0.0.1:{port}/v1", "key", model="m", max_retries=1)
     with endpoint, pytest.raises(ProgramError, match="is a server with OpenAI's API running there"):
-        poem.run(backend=endpoint)["line"]
+        poem.run(backend=endpoint, failures="keep")["line"]
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_an_engine_that_crashes_fails_what_ran_on_it_and_nothing_else(serve: Ser
         assert error is not None
         assert "crashed" in str(error)
         assert isinstance(error.__cause__, EngineStopped)
-        assert chat.run("Ann", backend=remote).error() is None
+        assert chat.run("Ann", backend=remote, failures="keep").error() is None
 
 
 # Refusals.
@@ -414,12 +414,12 @@ def test_the_prompts_of_programs_wait_within_the_limit_of_their_key(
     write_keys(path, KeyFile((KeyEntry(name="a", sha256=(digest_of_key(b"secret"),), max_queued_tokens=1000),)))
     with serve(engine, api_keys_file=str(path)) as served, Remote(served.url, api_key="secret", max_retries=0) as known:
         for _ in range(20):  # what has waited is given back
-            assert chat.run("Ann", backend=known).error() is None
-        error = chat.run("Ann" * 2000, backend=known).error()
+            assert chat.run("Ann", backend=known, failures="keep").error() is None
+        error = chat.run("Ann" * 2000, backend=known, failures="keep").error()
         assert error is not None
         assert isinstance(error.__cause__, Overloaded)
         assert "max_queued_tokens of the key 'a'" in str(error)
-        assert chat.run("Ann", backend=known).error() is None
+        assert chat.run("Ann", backend=known, failures="keep").error() is None
 
 
 def test_a_busy_server_is_asked_again_when_it_says(
@@ -437,18 +437,18 @@ def test_a_busy_server_is_asked_again_when_it_says(
         monkeypatch.setattr("ramet.lang.backends.remote.retry_pause", pause)
         served.tenants.in_flight.limit = 0
         with Remote(served.url, max_retries=0) as impatient:
-            error = chat.run("Ann", backend=impatient).error()
+            error = chat.run("Ann", backend=impatient, failures="keep").error()
             assert error is not None
             assert isinstance(error.__cause__, Overloaded)
         pauses.clear()
         served.tenants.in_flight.limit = 0
         with Remote(served.url) as patient:
-            assert chat.run("Ann", backend=patient).error() is None
+            assert chat.run("Ann", backend=patient, failures="keep").error() is None
         assert pauses == [1.0], "Retry-After said one second"
 
 
 def test_what_the_server_refuses_has_the_class_it_has_in_process(remote: Remote) -> None:
-    error = chat.run("Ann", backend=remote, cache_salt="x" * 300).error()
+    error = chat.run("Ann", backend=remote, cache_salt="x" * 300, failures="keep").error()
     assert error is not None
     assert type(error.__cause__).__name__ == "InvalidRequest"
     assert "cache_salt" in str(error)
@@ -530,7 +530,7 @@ def test_a_program_whose_client_is_gone_ends_after_its_grace(tiny: Engine, serve
     with serve(tiny) as served:
         port = int(served.url.rpartition(":")[2])
         with Breaking(port, [900]) as proxy, Remote(proxy.url, grace_s=0.4, max_retries=0) as remote:
-            state = endless.run(backend=remote)
+            state = endless.run(backend=remote, failures="keep")
             error = state.error()
             assert error is not None
             assert isinstance(error.__cause__, RemoteError)
@@ -541,7 +541,7 @@ def test_a_program_whose_client_is_gone_ends_after_its_grace(tiny: Engine, serve
 
 def test_a_deadline_holds_on_the_server_and_here(tiny: Engine, serve: Serve) -> None:
     with serve(tiny) as served, Remote(served.url) as remote:
-        assert isinstance(endless.run(backend=remote, timeout_s=0.3).error(), DeadlineExceeded)
+        assert isinstance(endless.run(backend=remote, timeout_s=0.3, failures="keep").error(), DeadlineExceeded)
         assert idle(tiny)
 
 
@@ -564,7 +564,7 @@ def test_a_branch_can_be_cancelled_alone(tiny: Engine, serve: Serve) -> None:
 
 def test_a_budget_holds_on_the_server(tiny: Engine, serve: Serve) -> None:
     with serve(tiny) as served, Remote(served.url) as remote:
-        state = endless.run(backend=remote, token_budget=50)
+        state = endless.run(backend=remote, token_budget=50, failures="keep")
         assert state.usage.completion_tokens <= 50
 
 
@@ -589,8 +589,8 @@ def test_a_closed_backend_ends_its_programs_and_works_again(tiny: Engine, serve:
 def test_an_address_is_a_backend(served: Any) -> None:
     with use_backend(served.url) as backend:
         assert isinstance(backend, Remote)
-        assert chat.run("Ann").error() is None
-    assert chat.run("Ann", backend=served.url).error() is None
+        assert chat.run("Ann", failures="keep").error() is None
+    assert chat.run("Ann", backend=served.url, failures="keep").error() is None
     backend.close()
 
 

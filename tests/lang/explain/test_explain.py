@@ -160,7 +160,7 @@ def test_a_failed_node_says_why() -> None:
         def program(s: State) -> None:
             s += "Bad " + gen("x")
 
-        found = program.run().explain()
+        found = program.run(failures="keep").explain()
     assert found.measured[0].error == "ValueError: no such thing"
     mock.engine.shutdown()
 
@@ -172,7 +172,7 @@ def test_what_was_cancelled_is_marked_otherwise_than_what_failed() -> None:
         branches += lambda i: f"{i}: " + gen("x")
 
     mock = MockBackend(failures={"1:": ValueError("no such thing")}, latency_s=0.2)
-    state = program.run(backend=mock)
+    state = program.run(backend=mock, failures="keep")
     found = state.explain()
     assert sum(one.is_cancelled for one in found.measured) == len([one for one in found.measured if one.error]) - 1
     shown = str(found)

@@ -153,8 +153,10 @@ def test_a_failed_check_cancels_its_siblings_and_the_engine_lives(backend: MockB
 
     with use_backend(MockBackend({"name?": "Ann"}, latency_s=0.01)) as slow:
         first = function(lambda s: s.append("name? " + gen("x", cfg=ANY, where=ends_with("!"), retries=0)))
-        assert first.run().error() is not None  # so that the sibling cannot end while the grammar is compiled
-        state = program.run()
+        assert (
+            first.run(failures="keep").error() is not None
+        )  # so that the sibling cannot end while the grammar is compiled
+        state = program.run(failures="keep")
         with pytest.raises(CheckFailed, match="once"):
             state["x"]
         with pytest.raises(ProgramCancelled):
@@ -213,7 +215,7 @@ def test_a_value_that_its_type_cannot_read_counts_as_refused() -> None:
 
     for check in (length(1), lambda trip: len(trip) == 1):
         with use_backend(MockBackend(["{", '{"city": "Rome"}'])):
-            state = program.run(check=check)
+            state = program.run(check=check, failures="keep")
         assert state["trip"] == {"city": "Rome"}
         assert "not a value of type json" in state.meta("trip")["attempts"][0]["problem"]
 
@@ -248,7 +250,7 @@ def test_the_token_budget_covers_every_try() -> None:
     def program(s: State) -> None:
         s += "name? " + gen("x", cfg=ANY, where=ends_with("!"), retries=50)
 
-    state = program.run(token_budget=20)
+    state = program.run(token_budget=20, failures="keep")
     error = state.error()
     assert error is not None
     assert "token budget of 20 is used up" in str(error)

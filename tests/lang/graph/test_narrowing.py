@@ -253,7 +253,7 @@ def test_checks_that_no_text_passes_are_an_error_that_names_them() -> None:
         s += "x? " + gen("x", where=[length(1, 2), starts_with("abc")])
 
     with MockBackend() as mock:
-        state = program.run(backend=mock)
+        state = program.run(backend=mock, failures="keep")
         with pytest.raises(ProgramError, match=r"no text passes the `where` checks \(length between 1 and 2 charact"):
             state["x"]
 

@@ -244,7 +244,7 @@ def test_a_cancelled_program_leaves_the_engine_idle(engine: Engine) -> None:
         time.sleep(0.05)
         s.cancel()
 
-    assert isinstance(program.run(backend=engine).error(), ProgramCancelled)
+    assert isinstance(program.run(backend=engine, failures="keep").error(), ProgramCancelled)
     deadline = time.monotonic() + 5
     while engine.stats()["num_running"] and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -295,7 +295,7 @@ def test_a_prompt_that_overflows_the_context_fails_its_node_alone(engine: Engine
     def program(s: State) -> None:
         s += "x" * (engine.context_length + 1) + gen("x")
 
-    state = program.run(backend=engine)
+    state = program.run(backend=engine, failures="keep")
     with pytest.raises(ProgramError) as raised:
         state["x"]
     assert isinstance(raised.value.__cause__, ContextOverflow)

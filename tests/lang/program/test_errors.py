@@ -12,6 +12,7 @@ import pytest
 
 from ramet import Engine, ProgramError, Remote, State, function, gen
 from ramet.errors import (
+    ConfigError,
     ContextOverflow,
     DeadlineExceeded,
     InvalidProgram,
@@ -147,7 +148,7 @@ def test_a_failing_tool_is_the_cause_and_its_siblings_are_cancelled(backend: Any
         s.join(slow, asking)
 
     start_s = time.monotonic()
-    state = program.run(backend=backend, tools={"weather": weather})
+    state = program.run(backend=backend, tools={"weather": weather}, failures="keep")
     error = state.error()
     assert error is not None
     assert error.program == "program"
@@ -170,7 +171,7 @@ def test_a_prompt_that_does_not_fit_names_its_node_and_the_limit(backend: Any, e
         s += "x" * (engine.context_length + 1)
         s += gen("x", max_tokens=4)
 
-    state = program.run(backend=backend)
+    state = program.run(backend=backend, failures="keep")
     with pytest.raises(ProgramError) as raised:
         assert state["x"]
     error = raised.value
@@ -210,7 +211,7 @@ def test_a_deadline_ends_every_branch(backend: Any) -> None:
         branches.join()
 
     start_s = time.monotonic()
-    state = program.run(backend=backend, timeout_s=0.2)
+    state = program.run(backend=backend, timeout_s=0.2, failures="keep")
     error = state.error()
     assert time.monotonic() - start_s < 3
     assert isinstance(error, DeadlineExceeded)
@@ -248,7 +249,7 @@ def test_a_deadline_holds_where_the_backend_is_silent() -> None:
         s += "Never: " + gen("x")
 
     silent = Silent()
-    state = program.run(backend=silent, timeout_s=0.05)
+    state = program.run(backend=silent, timeout_s=0.05, failures="keep")
     error = state.error()
     assert isinstance(error, DeadlineExceeded)
     assert "did not answer" in str(error)
@@ -266,7 +267,7 @@ def test_a_constraint_that_cannot_be_compiled_is_the_cause(backend: Any) -> None
         s += "As JSON: " + gen("x", json_schema={"type": "string", "minLength": 9, "maxLength": 2})
         s += gen("y", regex=r"(a)\1")
 
-    state = program.run(backend=backend)
+    state = program.run(backend=backend, failures="keep")
     error = state.error()
     assert error is not None
     assert isinstance(error.__cause__, RametError)
@@ -283,3 +284,47 @@ def test_an_exception_of_the_program_itself_cancels_what_it_started(backend: Any
 
     with pytest.raises(ZeroDivisionError):
         program.run(backend=backend)
+
+
+def test_run_raises_what_failed_unless_the_program_met_it_and_went_on(backend: Any) -> None:
+    @function(temperature=0, max_tokens=3)
+    def fails(s: State) -> None:
+        s += "never read " + gen("x", regex="(")
+
+    @function(temperature=0, max_tokens=3)
+    def meets(s: State) -> None:
+        branch = s.copy()
+        branch += gen("x", regex="(")
+        with pytest.raises(ProgramError, match="does not parse"):
+            str(branch["x"])
+        s += "and on " + gen("y")
+
+    @function(temperature=0, max_tokens=3)
+    def cancels(s: State) -> None:
+        branch = s.copy()
+        branch += "b" + gen("x")
+        branch.cancel()
+        s += "c" + gen("y")
+
+    for run in (fails.run, fails.start, fails.compile().run):
+        with pytest.raises(ProgramError, match="does not parse"):
+            run(backend=backend)
+    kept = fails.run(backend=backend, failures="keep")
+    assert isinstance(kept.error(), ProgramError)
+    assert meets.run(backend=backend)["y"]
+    assert cancels.run(backend=backend)["y"]
+    with pytest.raises(ConfigError, match="failures is 'loud', but must be one of raise, keep"):
+        fails.run(backend=backend, failures="loud")
+
+
+def test_rows_keep_their_failures_unless_they_are_to_be_raised_in_their_turn(backend: Any) -> None:
+    @function(temperature=0, max_tokens=3)
+    def program(s: State, pattern: str) -> None:
+        s += "row " + gen("x", regex=pattern)
+
+    rows = ["[a-z]", "(", "[0-9]"]
+    assert [state.error() is None for state in program.run_batch(rows, backend=backend)] == [True, False, True]
+    states = program.run_batch(rows, backend=backend, failures="raise", generator_style=True)
+    assert next(states)["x"]
+    with pytest.raises(ProgramError, match="does not parse"):
+        next(states)

@@ -176,7 +176,7 @@ def test_an_operation_that_fails_says_so_and_fails_the_text_alone() -> None:
         s += "x:" + gen("x")
         s += f"{s['x'].split(',')[7]}" + gen("after")
 
-    state = wrong.run(backend=MockBackend(SCRIPT))
+    state = wrong.run(backend=MockBackend(SCRIPT), failures="keep")
     assert state["x"] == TEXT
     with pytest.raises(ProgramError, match=r"\[7\] of the value of node 1 failed: list index out of range"):
         _ = state["after"]
@@ -187,7 +187,7 @@ def test_an_operation_that_fails_says_so_and_fails_the_text_alone() -> None:
         str(s["x"].split(",")[7])
 
     with pytest.raises(IndexError):
-        read.run(backend=MockBackend(SCRIPT))
+        read.run(backend=MockBackend(SCRIPT), failures="keep")
 
 
 def test_a_format_that_fails_fails_its_text_and_not_the_generation_before_it() -> None:
@@ -196,7 +196,7 @@ def test_a_format_that_fails_fails_its_text_and_not_the_generation_before_it() -
         s += "n:" + gen("n", int) + "x:" + gen("x")
         s += " and " + gen("m", int) + f"{s['x'].upper():d}"
 
-    state = wrong.run(backend=MockBackend({**SCRIPT, "n:": "17", "and": "3"}))
+    state = wrong.run(backend=MockBackend({**SCRIPT, "n:": "17", "and": "3"}), failures="keep")
     assert (state["x"], state["m"]) == (TEXT, 3)
     assert "text (node" in str(state.error())
     assert "can't be formatted by 'd'" in str(state.error())

@@ -559,7 +559,7 @@ def test_a_failure_is_raised_where_the_value_is_read_with_node_line_and_cause() 
     def program(s: State) -> None:
         s += "some text then bad " + gen("x")
 
-    state = program.run(backend=MockBackend(failures={"bad": boom}))
+    state = program.run(backend=MockBackend(failures={"bad": boom}), failures="keep")
     with pytest.raises(ProgramError) as raised:
         state["x"]
     error = raised.value
@@ -585,7 +585,7 @@ def test_siblings_of_a_failed_branch_are_cancelled() -> None:
         s.join(a, b)
 
     with use_backend(MockBackend({"good": "a b c d"}, failures={"bad": RuntimeError("no")}, latency_s=0.01)) as slow:
-        state = program.run()
+        state = program.run(failures="keep")
         with pytest.raises(ProgramCancelled, match="because node"):
             state["y"]
         error = state.error()

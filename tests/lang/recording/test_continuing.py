@@ -143,11 +143,11 @@ def test_a_failed_program_and_a_trace_do_not_go_on() -> None:
         s += "a" + gen("x")
 
     with MockBackend(failures={"a": RuntimeError("broken")}):
-        state = program.run()
+        state = program.run(failures="keep")
         with pytest.raises(ProgramError, match="broken"):
             state += "b"
     with MockBackend():
-        state = program.run()
+        state = program.run(failures="keep")
         state.cancel()
         with pytest.raises(InvalidProgram, match="cancelled"):
             state += "b"

@@ -128,7 +128,7 @@ def test_a_grammar_can_be_thought_about(backend: EngineBackend) -> None:
 
 def test_a_template_without_thinking_fails_the_node_with_its_reason() -> None:
     with MockBackend() as mock:
-        state = answer.run(backend=mock)
+        state = answer.run(backend=mock, failures="keep")
         with pytest.raises(ProgramError, match="has no thinking; leave `thinking` out"):
             state["n"]
 

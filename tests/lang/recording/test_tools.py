@@ -189,14 +189,14 @@ def test_after_max_steps_the_model_must_answer() -> None:
 
 
 def test_a_tool_can_be_asked_for(backend: MockBackend) -> None:
-    state = ask.run(question="Hello", choice="add")
+    state = ask.run(question="Hello", choice="add", failures="keep")
     assert [use.name for use in state["calls"]] == ["add"]
     state = ask.run(question="Hello", choice="required", on_error="report")
     assert len(state["calls"]) >= 1
     with pytest.raises(InvalidRequest, match="choice is 'sub'"):
-        ask.run(question="Hello", choice="sub")
+        ask.run(question="Hello", choice="sub", failures="keep")
     with pytest.raises(InvalidRequest, match="max_steps is 0"):
-        ask.run(question="Hello", max_steps=0)
+        ask.run(question="Hello", max_steps=0, failures="keep")
 
 
 def test_a_failing_tool_ends_the_program_with_its_place_and_its_cause() -> None:
