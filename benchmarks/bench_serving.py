@@ -2,12 +2,14 @@
 
     python benchmarks/bench_serving.py                                    closed loop, concurrency 1, 10, 50, 100
     python benchmarks/bench_serving.py --in-process --concurrency 50 --rounds 2
+    python benchmarks/bench_serving.py --watched --concurrency 50 --rounds 4   what an open explorer costs
     python benchmarks/bench_serving.py --rate 4 --workloads rag,agentic   open loop: so many chains a second
     python benchmarks/bench_serving.py --url http://127.0.0.1:8000 --scale full
 
 Without --url a server with SmolLM2-135M-Instruct is started for the run. The four workloads are those of workloads.py;
 `--scale cpu` divides their lengths by eight. The cache is empty before each row (where the server can be told so).
 `--in-process` runs the same load on an engine of this process, in turns with the server, and compares: what HTTP costs.
+`--watched` runs it again, in turns, while another process reads the stream of the server's `/ui`, as an open page does.
 The engine's threads, the server and this client share the machine's cores.
 """
 
@@ -18,7 +20,9 @@ import asyncio
 import contextlib
 import os
 import platform
+import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +49,43 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a load runs. `flush`: empty its cache; `pids`: processes whose CPU time counts, by name."""
+    """Where a load runs. `flush`: empty its cache; `pids`: processes whose CPU time counts, by name.
+
+    `watched`: the server's address, where a page of its explorer is open during the load.
+    """
 
     name: str
     target: Target
     flush: Callable[[], None]
     pids: dict[str, int]
+    watched: str | None = None
+
+
+WATCH = """
+import sys, httpx
+with httpx.stream("GET", sys.argv[1] + "/ui/events", timeout=None, trust_env=False) as answer:
+    answer.raise_for_status()
+    for chunk in answer.iter_raw():
+        print(len(chunk), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def watching(url: str | None) -> Iterator[None]:
+    """Read the explorer's stream in a process of its own, from its first frame on."""
+    if url is None:
+        yield
+        return
+    with subprocess.Popen([sys.executable, "-c", WATCH, url], stdout=subprocess.PIPE) as reader:
+        try:
+            assert reader.stdout is not None
+            if not reader.stdout.readline():
+                raise SystemExit(f"{url}/ui/events has no stream; was the server started with --no-ui?")
+            threading.Thread(target=reader.stdout.read, daemon=True).start()
+            yield
+            assert reader.poll() is None, "the explorer's stream ended before the load did"
+        finally:
+            reader.terminate()
 
 
 def cpu_s(pid: int) -> float:
@@ -92,7 +127,8 @@ async def run_row(
 ) -> Row:
     place.flush()
     before = {name: cpu_s(pid) for name, pid in place.pids.items()}
-    samples, wall_s = await run(place.target)
+    with watching(place.watched):
+        samples, wall_s = await run(place.target)
     spent = {f"cpu_{name}_s": round(cpu_s(pid) - before[name], 2) for name, pid in place.pids.items()}
     return {"where": place.name, "workload": workload, "load": load, **summary(samples, wall_s), **spent}
 
@@ -146,8 +182,8 @@ def show(rows: Sequence[Row], title: str) -> None:
     Console(width=130).print(table)
 
 
-def overhead(rows: Sequence[Row]) -> list[Row]:
-    """HTTP against in process for each workload and load: medians over rounds."""
+def overhead(rows: Sequence[Row], where: str, base: str) -> list[Row]:
+    """One place against another for each workload and load: medians over rounds."""
     found: list[Row] = []
     for workload, load in dict.fromkeys((row["workload"], row["load"]) for row in rows):
         both = [row for row in rows if (row["workload"], row["load"]) == (workload, load)]
@@ -155,21 +191,21 @@ def overhead(rows: Sequence[Row]) -> list[Row]:
         def median(where: str, key: str, both: list[Row] = both) -> float:
             return float(np.median([row[key] for row in both if row["where"] == where]))
 
-        throughput = 1.0 - median("http", "tok_s") / median("in-process", "tok_s")
+        throughput = 1.0 - median(where, "tok_s") / median(base, "tok_s")
         found.append(
             {
                 "workload": workload,
                 "load": load,
                 "throughput_percent": round(100 * throughput, 1),
-                "ttft_p50_ms": round(median("http", "ttft_p50_ms") - median("in-process", "ttft_p50_ms"), 1),
-                "itl_p50_ms": round(median("http", "itl_p50_ms") - median("in-process", "itl_p50_ms"), 1),
+                "ttft_p50_ms": round(median(where, "ttft_p50_ms") - median(base, "ttft_p50_ms"), 1),
+                "itl_p50_ms": round(median(where, "itl_p50_ms") - median(base, "itl_p50_ms"), 1),
             }
         )
     return found
 
 
 @contextlib.contextmanager
-def http_place(arguments: argparse.Namespace, flags: list[str]) -> Iterator[tuple[Place, str]]:
+def http_places(arguments: argparse.Namespace, flags: list[str]) -> Iterator[tuple[list[Place], str]]:
     with (
         served(arguments.url, arguments.model, flags) as url,
         httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
@@ -184,7 +220,10 @@ def http_place(arguments: argparse.Namespace, flags: list[str]) -> Iterator[tupl
             client.post("/flush_cache")  # other servers may not have it; their hit rate says so
 
         target = HttpTarget(url, model)
-        yield Place("http", target, flush, pids), model
+        places = [Place("http", target, flush, pids)]
+        if arguments.watched:
+            places.append(Place("watched", target, flush, pids, url))
+        yield places, model
         target.close()
 
 
@@ -201,7 +240,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="open loop instead: chains that begin each second")
     parser.add_argument("--chains", type=int, help="chains of a row; default: by concurrency")
     parser.add_argument("--scale", choices=("cpu", "full"), default="cpu")
-    parser.add_argument("--in-process", action="store_true")
+    parser.add_argument("--in-process", action="store_true", help="compare with an engine of this process")
+    parser.add_argument("--watched", action="store_true", help="compare with the server while its explorer is open")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--high", type=int, default=40_000, help="token ids are drawn below this")
     parser.add_argument("--num-kv-tokens", type=int, default=32_768)
@@ -211,8 +251,7 @@ def main() -> None:
         parser.error(f"--workloads names {', '.join(sorted(unknown))}, but there are {', '.join(NAMES)}")
     flags = ["--num-kv-tokens", str(arguments.num_kv_tokens), "--log-level", "warning"]
     with contextlib.ExitStack() as stack:
-        place, model = stack.enter_context(http_place(arguments, flags))
-        places = [place]
+        places, model = stack.enter_context(http_places(arguments, flags))
         if arguments.in_process:
             engine = stack.enter_context(Engine(arguments.model, num_kv_tokens=arguments.num_kv_tokens))
             places.append(
@@ -220,12 +259,17 @@ def main() -> None:
             )
         rows = run_loop(run_all(arguments, places, arguments.high))
     show(rows, f"{model}, {'closed' if not arguments.rate else 'open'} loop, times in ms")
-    compared = overhead(rows) if arguments.in_process else []
-    for line in compared:
-        print(
-            f"{line['workload']}{line['load']}: HTTP costs {line['throughput_percent']} % of throughput, "
-            f"{line['ttft_p50_ms']} ms of TTFT p50, {line['itl_p50_ms']} ms of ITL p50"
-        )
+    pairs = {
+        "HTTP": ("http", "in-process", arguments.in_process),
+        "the explorer": ("watched", "http", arguments.watched),
+    }
+    compared = {name: overhead(rows, where, base) for name, (where, base, is_wanted) in pairs.items() if is_wanted}
+    for name, lines in compared.items():
+        for line in lines:
+            print(
+                f"{line['workload']}{line['load']}: {name} costs {line['throughput_percent']} % of throughput, "
+                f"{line['ttft_p50_ms']} ms of TTFT p50, {line['itl_p50_ms']} ms of ITL p50"
+            )
     result = {
         "benchmark": "serving",
         "commit": commit(),

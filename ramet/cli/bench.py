@@ -1,21 +1,23 @@
-"""`ramet bench`: measure a server, or a model in this process, and print one table.
+"""`ramet bench`: measure a server, or a model in this process, and print one table, or with `--table` two.
 
 `--concurrency` clients each send one prompt after another (a closed loop). A prompt begins with text that all prompts
-share and goes on with text of its own. Open loops and recorded workloads are in the repository's benchmarks/ folder.
+share and goes on with text of its own; in a conversation, the next turn's prompt is the last one, its answer and more
+words. Open loops and recorded workloads are in the repository's benchmarks/ folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -30,11 +32,15 @@ _WORDS = (
     "river stone cloud paper light garden winter summer table window music letter bridge market harbor forest silver "
     "golden early later number answer reason circle square travel morning evening simple quiet corner signal planet"
 )
+_KNOWN = _WORDS.split()
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The prompts to send, measured in words. A word is roughly a token; the table shows the exact counts."""
+    """The prompts to send, measured in words. A word is roughly a token; the table shows the exact counts.
+
+    `num_requests`: conversations, where they have several turns; each turn after the first adds `turn_words`.
+    """
 
     num_requests: int
     concurrency: int
@@ -42,6 +48,8 @@ class Load:
     own_words: int
     output_tokens: int
     seed: int
+    turns: int = 1
+    turn_words: int = 0
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +65,11 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--own-words", type=int, metavar="N", default=50, help="words of each prompt alone [50]")
     parser.add_argument("--output-tokens", type=int, metavar="N", default=32, help="longest answer [32]")
     parser.add_argument("--load-seed", type=int, metavar="N", default=0, help="of the words [0]")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="1, 10, 50 and 100 clients with unique prompts and with shared ones, and four workloads; minutes on a CPU",
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     add_flags(parser, EngineConfig, "engine (without --url)")
 
@@ -79,7 +92,10 @@ def run_bench(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     with console.status("loading the model") as status:
         model = open_model(arguments.model, arguments.url, key, given_values(arguments, EngineConfig), status.update)
-    with contextlib.closing(model), console.status(f"{load.num_requests} requests, {load.concurrency} at a time"):
+    what = f"{load.num_requests} requests, {load.concurrency} at a time"
+    with contextlib.closing(model), console.status(what) as status:
+        if arguments.table:
+            return _run_tables(model, load, status.update, as_json=arguments.json)
         found = measure(model, load)
     if not arguments.json:
         Console(highlight=False).print(table_of(found))
@@ -87,12 +103,60 @@ def run_bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def loads_of(load: Load) -> dict[str, list[tuple[str, Load]]]:
+    """Return the rows of the two tables by title. Lengths follow `load`. No row finds another one's prompts cached."""
+    words, shared, own = load.shared_words + load.own_words, load.shared_words, load.own_words
+    few = max(1, words // 8)
+    clients = {
+        f"{kind}, {count} at a time": {"concurrency": count, "shared_words": begin, "own_words": rest}
+        for kind, begin, rest in (("unique", 0, words), (f"{100 * shared // words} % shared", shared, own))
+        for count in (1, 10, 50, 100)
+    }
+    workloads = {
+        "unique prompts": {"shared_words": 0, "own_words": words},
+        "questions about one document": {"shared_words": 2 * words, "own_words": few},
+        "conversations of 4 turns": {"shared_words": 0, "own_words": few, "turns": 4, "turn_words": few},
+        "agents of 3 turns, same tools": {
+            "shared_words": words,
+            "own_words": words // 2 + few,
+            "turns": 3,
+            "turn_words": few,
+        },
+    }
+    tables = {"clients": clients, f"workloads, {load.concurrency} at a time": workloads}
+    seeds = itertools.count(load.seed)
+    return {
+        title: [(name, replace(load, seed=next(seeds), **fields)) for name, fields in rows.items()]
+        for title, rows in tables.items()
+    }
+
+
+def _run_tables(model: ChatModel, load: Load, on_stage: Callable[[str], None], *, as_json: bool) -> int:
+    every = {}
+    for title, rows in loads_of(load).items():
+        table = Table(title=f"{model.name}: {title}")
+        for name in ("", "tokens/s", "first token, ms", "p95", "cached"):
+            table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+        for name, row in rows:
+            on_stage(name)
+            row = replace(row, num_requests=max(row.num_requests, row.concurrency))
+            every[name] = found = measure(model, row)
+            first = found["first_token_ms"] or {"p50": 0.0, "p95": 0.0}
+            rate = "-" if found["hit_rate"] is None else f"{100 * found['hit_rate']:.0f} %"
+            speed = f"{found['output_tokens_per_s']:,.0f}"
+            table.add_row(name, speed, f"{first['p50']:,.1f}", f"{first['p95']:,.1f}", rate)
+        if not as_json:
+            Console(highlight=False).print(table)
+    print(json.dumps(every))
+    return 0
+
+
 def prompts_of(load: Load) -> list[str]:
     """Write the prompts of a load. The same load always gives the same prompts."""
-    drawn, known = random.Random(load.seed), _WORDS.split()
+    drawn = random.Random(load.seed)
 
     def words(count: int) -> str:
-        return " ".join(drawn.choice(known) for _ in range(count))
+        return " ".join(drawn.choice(_KNOWN) for _ in range(count))
 
     shared = words(load.shared_words)
     return [f"{shared} {index} {words(load.own_words)}".lstrip() for index in range(load.num_requests)]
@@ -110,8 +174,18 @@ def measure(model: ChatModel, load: Load) -> dict[str, Any]:  # Any: numbers and
 
     one("Warm up.")
     start_s = time.monotonic()
+    later = random.Random(f"turns of {load.seed}")
+    asked = [" ".join(later.choice(_KNOWN) for _ in range(load.turn_words)) for _ in range(1, load.turns)]
+
+    def converse(prompt: str) -> list[Reply]:
+        replies = [one(prompt)]
+        for words in asked:
+            prompt = f"{prompt}{replies[-1].text} {words}"
+            replies.append(one(prompt))
+        return replies
+
     with ThreadPoolExecutor(load.concurrency) as pool:
-        replies = list(pool.map(one, prompts_of(load)))
+        replies = [reply for some in pool.map(converse, prompts_of(load)) for reply in some]
     return _summary(model.name, load, replies, time.monotonic() - start_s)
 
 
@@ -127,7 +201,7 @@ def _summary(name: str, load: Load, replies: Sequence[Reply], seconds: float) ->
     ]
     return {
         "model": name,
-        "requests": load.num_requests,
+        "requests": len(replies),
         "concurrency": load.concurrency,
         "seconds": round(seconds, 3),
         "prompt_tokens": prompt,

@@ -155,6 +155,20 @@ def test_bench_prints_a_table_and_a_line_of_json(capsys: pytest.CaptureFixture[s
     assert main(["bench", *TINY, "--requests", "0"]) == 1
 
 
+def test_bench_prints_the_two_tables_with_hit_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    load = ["--requests", "2", "--concurrency", "2", "--shared-words", "8", "--own-words", "2", "--output-tokens", "2"]
+    assert main(["bench", *TINY, "--table", *load]) == 0
+    out = capsys.readouterr().out
+    assert out.index("tiny-random: clients") < out.index("tiny-random: workloads, 2 at a time")
+    rows = json.loads(out.splitlines()[-1])
+    assert [name for name in rows if "at a time" in name] == [
+        f"{kind}, {count} at a time" for kind in ("unique", "80 % shared") for count in (1, 10, 50, 100)
+    ]
+    assert [row["requests"] for row in rows.values()] == [2, 10, 50, 100, 2, 10, 50, 100, 2, 2, 8, 6]
+    assert rows["80 % shared, 100 at a time"]["hit_rate"] > 0.4 > rows["unique, 100 at a time"]["hit_rate"]
+    assert rows["conversations of 4 turns"]["hit_rate"] > 0.4
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_knows_all_commands_and_flags(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
