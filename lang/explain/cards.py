@@ -15,6 +15,7 @@ from ramet.lang.graph import ir
 from ramet.lang.passes.paths import Paths
 
 MAX_BRANCHES = 12  # branches drawn for one fork; of the others, only the number is shown
+MAX_CHOICES = 4  # of a selection, the likeliest
 HUES = 8
 _WORDS = {ir.Generate: "gen", ir.Select: "select", ir.ToolCall: "tool"}  # on cards that end with such a node
 
@@ -24,7 +25,8 @@ class Card:
     """One box. Owner: `_Cards`, which creates it; read-only in a Drawing.
 
     `cached`, `computed`, `written`: tokens; None if unknown. `label`: the same in words. `hue`: the shared prefix that
-    it continues. `parent`: the card whose text precedes it. `joins` and `uses`: cards whose values it waits for.
+    it continues. `probs`: the likeliest choices of a selection. `parent`: the card whose text precedes it. `joins` and
+    `uses`: cards whose values it waits for.
     """
 
     id: int
@@ -37,6 +39,7 @@ class Card:
     uses: list[int] = field(default_factory=list)
     prompt: str = ""
     written_text: str = ""
+    probs: str = ""
     cached: int | None = None
     computed: int | None = None
     written: int | None = None
@@ -66,6 +69,7 @@ class Card:
             "uses",
             "prompt",
             "written_text",
+            "probs",
             "cached",
             "computed",
         )
@@ -216,6 +220,9 @@ class _Cards:
         event = self._events.get(node.id)
         if event is not None:
             card.written_text = event.text or ("" if event.value is None else ir.value_text(event.value))
+            meta = event.meta or {}
+            ranked = sorted(zip(meta.get("probs", ()), meta.get("choices", ()), strict=False), reverse=True)
+            card.probs = ", ".join(f"{choice} {prob:.0%}" for prob, choice in ranked[:MAX_CHOICES])
             if event.error is not None:
                 card.error = f"{event.error.type}: {event.error.message}"
                 card.is_cancelled = event.error.is_cancelled

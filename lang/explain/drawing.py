@@ -38,7 +38,7 @@ class Drawing:
         lines = ["flowchart LR"]
         for card in self.cards:
             title = " ".join(part for part in (card.kind, card.name) if part)
-            rest = [card.written_text or card.prompt, card.label]
+            rest = [card.written_text or card.prompt, card.probs, card.label]
             label = "<br/>".join(_escaped(part) for part in (title, *rest) if part)
             lines.append(f'    n{card.id}["{label}"]:::hue{card.hue}')
         for card in self.cards:

@@ -102,6 +102,7 @@ function open(id) {
   }
   if (card.prompt) { add(panel, "h3", "text"); add(panel, "pre", card.prompt); }
   if (card.written_text) { add(panel, "h3", "written"); add(panel, "pre", card.written_text, "written"); }
+  if (card.probs) { add(panel, "h3", "probabilities"); add(panel, "div", card.probs); }
   const near = new Set([id, ...card.joins, ...card.uses]);
   for (let at = card.parent; at !== null; at = cards[at].parent) near.add(at);
   cards.forEach((one) => {

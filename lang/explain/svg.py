@@ -16,6 +16,7 @@ GAP_X, GAP_Y = 64, 26
 LEFT, TOP, BOTTOM = 36, 92, 46
 CHARS = 37  # of monospaced text in one line of a card
 LEGEND = 820  # its width
+TIME_ROW, TIME_LABEL = 14, 130  # of the timeline: a row's height, and the width of its names
 
 LIGHT = {
     "bg": "#fbfbfd",
@@ -85,7 +86,9 @@ def to_svg(program: str, summary: str, cards: Sequence[Card], *, is_embedded: bo
     num_columns = 1 + max((card.column for card in cards), default=0)
     num_lanes = 1 + max((card.lane for card in cards), default=0)
     width = max(LEFT * 2 + num_columns * (WIDTH + GAP_X) - GAP_X, LEFT * 2 + LEGEND)
-    height = TOP + num_lanes * (HEIGHT + GAP_Y) - GAP_Y + BOTTOM
+    timed = sorted((card for card in cards if card.start_s is not None and card.end_s), key=lambda c: c.start_s or 0.0)
+    bottom = TOP + num_lanes * (HEIGHT + GAP_Y) - GAP_Y
+    height = bottom + BOTTOM + (TIME_ROW * (len(timed) + 2) if timed else 0)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="rm" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" aria-label="graph of {escape(program, quote=True)}">'
@@ -101,9 +104,32 @@ def to_svg(program: str, summary: str, cards: Sequence[Card], *, is_embedded: bo
     for card in cards:
         parts.extend(_edges(card, cards))
     parts.extend(_card(card, file) for card in cards)
+    if timed:
+        parts.append(_timeline(timed, bottom + 2 * TIME_ROW, width - 2 * LEFT))
     parts.append(_legend(height))
     parts.append("</svg>")
     return "\n".join(parts)
+
+
+def _timeline(cards: Sequence[Card], top: float, width: float) -> str:
+    """Draw when each card was asked for, wrote its first token, and was done: one row a card, time to the right."""
+    end_s = max(card.end_s or 0.0 for card in cards)
+    scale = (width - TIME_LABEL) / end_s
+    parts = [f'<g class="times" transform="translate({LEFT} {top:.0f})">']
+    for row, card in enumerate(cards):
+        y, start_s, done_s = TIME_ROW * row, card.start_s or 0.0, card.end_s or 0.0
+        first_s = start_s if card.first_token_s is None else card.first_token_s
+        parts.append(f'<text class="label" y="{y + 8}">{escape(_short(f"{card.kind} {card.name}", 22))}</text>')
+        for kind, begin, end in (("bar-cached", start_s, first_s), ("bar-new", first_s, done_s)):
+            x, size = TIME_LABEL + begin * scale, max(1.0, (end - begin) * scale)
+            if end > begin:
+                parts.append(
+                    f'<rect class="{kind} h{card.hue}" x="{x:.1f}" y="{y}" width="{size:.1f}" height="8" rx="2"/>'
+                )
+    y = TIME_ROW * len(cards) + 8
+    parts.append(f'<text class="time" x="{TIME_LABEL}" y="{y}">0, pale until the first token</text>')
+    parts.append(f'<text class="time" x="{width:.0f}" y="{y}" text-anchor="end">{_duration(end_s)}</text></g>')
+    return "".join(parts)
 
 
 def _position(card: Card) -> tuple[float, float]:
@@ -174,6 +200,8 @@ def _card(card: Card, file: str) -> str:
     elif card.written_text:
         for index, text in enumerate(_head_lines(card.written_text, 2)):
             parts.append(_mono("written", 41 + 14 * len(lines) + 2 + 14 * index, text))
+        if card.probs:
+            parts.append(_mono("prompt", 41 + 14 * len(lines) + 2 + 14, _head_lines(card.probs, 1)[0]))
     elif card.kind == "gen" and card.end_s is not None:  # it ran and ended immediately
         parts.append(_mono("prompt", 41 + 14 * len(lines) + 2, "(no text)"))
     parts.append(_bar(card))
@@ -207,10 +235,13 @@ def _bar(card: Card) -> str:
         x += width
     parts.append(f'<text class="label" x="16" y="{y + 17}">{escape(_short(card.label, 44))}</text>')
     if card.end_s is not None and card.start_s is not None:
-        seconds = card.end_s - card.start_s
-        took = f"{seconds:,.1f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+        took = _duration(card.end_s - card.start_s)
         parts.append(f'<text class="time" x="{WIDTH - 13}" y="{y + 17}" text-anchor="end">{took}</text>')
     return "".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
 
 
 def _legend(height: float) -> str:

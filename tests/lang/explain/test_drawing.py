@@ -61,6 +61,25 @@ def test_a_run_becomes_cards_with_what_was_measured(backend: MockBackend) -> Non
     assert f"{state.usage.computed_tokens:,} computed" in drawing.summary
 
 
+def test_a_selection_shows_its_probabilities_and_a_run_its_timeline(backend: MockBackend) -> None:
+    state = debate.run("rain")
+    probs = dict(zip(state.meta("winner")["choices"], state.meta("winner")["probs"], strict=True))
+    likeliest = sorted(probs, key=lambda choice: -probs[choice])
+    expected = ", ".join(f"{choice} {probs[choice]:.0%}" for choice in likeliest)
+    drawing = state.graph()
+    assert by_name(drawing)["winner"].probs == expected
+    assert by_name(drawing)["pro"].probs == ""
+    root = ElementTree.fromstring(drawing.svg())
+    (times,) = (group for group in root.iter() if group.get("class") == "times")
+    told = [text.text for text in times.iter() if text.get("class") == "label"]
+    assert sorted(map(str, told)) == ["gen contra", "gen more", "gen pro", "select winner"]
+    bars = [one for one in times if one.tag.endswith("rect")]
+    assert all(float(bar.get("width", 0)) > 0 for bar in bars)
+    assert max(float(bar.get("x", 0)) + float(bar.get("width", 0)) for bar in bars) <= float(root.get("width", 0))
+    assert expected in "".join(root.itertext())
+    assert 'class="times"' not in debate.graph(topic="rain").svg(), "a plan has no times"
+
+
 def test_a_generation_that_wrote_nothing_says_so(backend: MockBackend) -> None:
     @function
     def program(s: State) -> None:
@@ -145,7 +164,7 @@ def test_a_failed_node_is_marked() -> None:
         def program(s: State) -> None:
             s += "Bad " + gen("x")
 
-        drawing = program.run().graph()
+        drawing = program.run(failures="keep").graph()
     assert by_name(drawing)["x"].error == "ValueError: no such thing"
     assert "no such thing" in drawing.svg()
     mock.engine.shutdown()
