@@ -7,7 +7,7 @@ FOLDERS := ramet/*.py ramet/*.pyi ramet/cli ramet/compat ramet/integrations lang
 
 NPM_STAMPS := tests/clients/tours/node_modules/.package-lock.json
 
-.PHONY: demo test test-all soak check house docs release format bench clean
+.PHONY: demo test test-all soak check house docs release lock tag format bench clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -52,6 +52,19 @@ release: $(STAMP)  ## the wheel and the source, checked, and the list of all pac
 	$(BIN)/uv tool run --from build pyproject-build
 	$(BIN)/uv tool run twine check --strict dist/*.whl dist/*.tar.gz
 	$(BIN)/uv tool run --from cyclonedx-bom cyclonedx-py environment $(BIN)/python -o dist/sbom.json
+
+lock: $(STAMP)  ## the versions of all packages in the images: those of this environment, which the suite ran with
+	mkdir -p build
+	$(BIN)/uv pip freeze -q --python $(BIN)/python | grep == | sed 's/+cpu$$//' | grep -v ^triton= > build/installed.txt
+	$(BIN)/uv pip compile -q pyproject.toml --extra gpu --extra server -c build/installed.txt --python-version 3.12 \
+		--python-platform linux --no-annotate --custom-compile-command "make lock" -o deploy/constraints.txt
+
+tag:  ## make tag VERSION=0.2.0: the version, its section of the changelog, a commit and a tag; pushes nothing
+	echo "$(VERSION)" | grep -Eqx '[0-9]+\.[0-9]+\.[0-9]+' || { echo "VERSION is '$(VERSION)', but must be like 0.2.0"; exit 1; }
+	test -z "$$(git status --porcelain)" || { echo "there are changes that are not committed"; exit 1; }
+	sed -i 's/^version = .*/version = "$(VERSION)"/' pyproject.toml
+	sed -i 's/^## \[Unreleased\]$$/&\n\n## [$(VERSION)] - '"$$(date +%F)"'/' CHANGELOG.md
+	git commit -qam "release $(VERSION)" && git tag -a v$(VERSION) -m "Ramet $(VERSION)"
 
 format: $(STAMP)
 	$(BIN)/ruff format $(FOLDERS)

@@ -355,6 +355,7 @@ class EngineCore:
             **{name: float(value) for name, value in counters.items()},
             **({} if self.speculation is None else self.speculation.stats()),
             "num_running": float(scheduler.num_running),
+            "max_running": float(scheduler.config.max_running),
             "num_waiting": float(scheduler.num_waiting),
             "num_waiting_for_grammar": float(self.grammars.num_waiting),
             **self.watch.stats(),

@@ -253,6 +253,7 @@ def _heartbeat_metrics(
     running, waiting = stats["num_running"], stats["num_waiting"]
     cached, computed = stats["num_cached_tokens"], stats["num_computed_tokens"]
     yield gauge("ramet_running_requests", "sequences that run", running)
+    yield gauge("ramet_max_running_requests", "sequences that can run at once", stats["max_running"])
     yield gauge("ramet_waiting_requests", "sequences that wait", waiting)
     yield gauge("ramet_kv_pages", "pages of the KV pool", pages)
     yield gauge("ramet_kv_free_pages", "pages that hold nothing", stats["num_free_pages"])

@@ -18,6 +18,7 @@ STATS = {
     "num_free_pages": 60.0,
     "num_evictable_pages": 30.0,
     "num_running": 3.0,
+    "max_running": 8.0,
     "num_waiting": 4.0,
     "num_cached_tokens": 0.0,
     "num_computed_tokens": 0.0,
