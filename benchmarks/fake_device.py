@@ -3,7 +3,8 @@
 Tensors on it are torch's fake ones: they have a device, a shape and a dtype, and no values. So what a card refuses is
 refused here, too: operands on two devices, reading a value back to the host (DataDependentOutputException), an array of
 the host given to a kernel. Triton's launches are compiled for the card, or only noted. Besides, it notes what a card
-would do silently and slowly: copies that the host waits for, and kernel variants first met after the start.
+would do silently and slowly: copies that the host waits for, and kernel variants first met after the start. Its memory
+is counted as torch's allocator does it, but without fragments: an allocation beyond it fails.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -22,12 +24,15 @@ import torch
 from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime import jit
 
 from ramet.runtime.engine import core
+from ramet.runtime.engine.sizing import ASSUMED_BYTES, CARDS
 
 DEVICE = torch.device("cuda", 0)
-TOTAL_BYTES = 80 << 30
+TOTAL_BYTES = CARDS["h100"].total
+GRAPH_BYTES = 8 << 20  # the driver's part of a CUDA graph; assumed
 GRAMMARS = "ramet-grammar"  # the name of the threads that bring grammars to the device
 _CUDA, _META = 1, 14  # of c10::DeviceType
 
@@ -41,6 +46,67 @@ class Pointer:
 
     def data_ptr(self) -> int:
         return self.address
+
+
+class Memory:
+    """The device's memory in bytes: held by tensors, reserved by torch's allocator, and the largest of both so far."""
+
+    def __init__(self) -> None:
+        self.allocated = self.reserved = self.peak = self.high_water = 0
+        self._graphs: dict[int, int] = {}  # what each live CUDA graph took; they share a pool, where the largest fits
+        self._num_driver = 0
+        self._seen: set[int] = set()
+        self._before_capture = 0
+
+    @property
+    def free(self) -> int:
+        return TOTAL_BYTES - ASSUMED_BYTES["driver"] - self.reserved - self._num_driver * GRAPH_BYTES
+
+    def hold(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed. Raises torch.OutOfMemoryError."""
+        key = storage._cdata
+        if key in self._seen:
+            return
+        num_bytes = -(-storage.nbytes() // 512) * 512
+        if num_bytes - (self.reserved - self.allocated) > self.free:
+            raise torch.OutOfMemoryError(f"{num_bytes:,} bytes asked for, {self.free:,} are free, {self}")
+        self._seen.add(key)
+        self.allocated += num_bytes
+        self._note()
+        weakref.finalize(storage, self._release, key, num_bytes)
+
+    def _release(self, key: int, num_bytes: int) -> None:
+        self._seen.discard(key)
+        self.allocated -= num_bytes
+
+    def _note(self) -> None:
+        self.reserved = max(self.reserved, self.allocated)
+        self.peak, self.high_water = max(self.peak, self.allocated), max(self.high_water, self.reserved)
+
+    def empty_cache(self) -> None:
+        self.reserved = self.allocated
+
+    def begin_capture(self) -> None:
+        self._before_capture, self.peak = self.allocated, self.allocated
+
+    def end_capture(self, graph: Graph) -> None:
+        """Keep what the steps of a graph had in use: no tensor frees it."""
+        pool = max(self._graphs.values(), default=0)
+        self._graphs[id(graph)] = max(self.peak - self._before_capture, 0)
+        self.allocated += max(self._graphs.values()) - pool
+        self._num_driver += 1
+        self._note()
+        weakref.finalize(graph, self._drop, id(graph))
+
+    def _drop(self, graph: int) -> None:
+        pool = max(self._graphs.values())
+        del self._graphs[graph]
+        self.allocated += max(self._graphs.values(), default=0) - pool
+        self._num_driver -= 1
+
+    def __str__(self) -> str:
+        parts = {"allocated": self.allocated, "reserved": self.reserved, "at most": self.high_water}
+        return ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items()) + " GiB"
 
 
 @dataclass
@@ -57,6 +123,7 @@ class FakeDevice:
     replays: int = 0
     waits: dict[tuple[str, str], int] = field(default_factory=dict)  # (phase, what the host waits for)
     kernels: dict[str, Any] = field(default_factory=dict)  # compiled, by hash
+    memory: Memory = field(default_factory=lambda: Memory())
 
     def note_wait(self, what: str) -> None:
         assert not self.is_capturing, f"{what} inside a capture"
@@ -122,6 +189,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         name = func._schema.name
         result = func(*args, **kwargs)
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor) and made.device == DEVICE:
+                self.device.memory.hold(made.untyped_storage())
         if name in ("aten::_to_copy", "aten::to", "aten::copy_"):
             target, source = (result, args[0]) if name != "aten::copy_" else args[:2]
             if source.device != target.device:
@@ -150,9 +220,11 @@ class Graph:
     def capture_begin(self, **options: Any) -> None:
         assert not self.device.is_capturing
         self.device.is_capturing = True
+        self.device.memory.begin_capture()
 
     def capture_end(self) -> None:
         self.device.is_capturing = False
+        self.device.memory.end_capture(self)
 
     def replay(self) -> None:
         self.device.replays += 1
@@ -224,12 +296,12 @@ def fake_device(*, compiles: bool, capability: int = 90) -> Iterator[FakeDevice]
         "Event": Event,
         "CUDAGraph": graph,
         "graph_pool_handle": lambda: (0, 0),
-        "mem_get_info": lambda *args: (60 << 30, TOTAL_BYTES),
-        "memory_allocated": lambda *args: 16 << 30,
-        "memory_reserved": lambda *args: 17 << 30,
-        "max_memory_allocated": lambda *args: 17 << 30,
-        "reset_peak_memory_stats": nothing,
-        "empty_cache": nothing,
+        "mem_get_info": lambda *args: (device.memory.free, TOTAL_BYTES),
+        "memory_allocated": lambda *args: device.memory.allocated,
+        "memory_reserved": lambda *args: device.memory.reserved,
+        "max_memory_allocated": lambda *args: device.memory.peak,
+        "reset_peak_memory_stats": lambda *args: setattr(device.memory, "peak", device.memory.allocated),
+        "empty_cache": device.memory.empty_cache,
         "get_device_properties": lambda *args: SimpleNamespace(multi_processor_count=132, name="NVIDIA H100"),
         "get_device_name": lambda *args: "NVIDIA H100 80GB HBM3",
         "get_device_capability": lambda *args: divmod(capability, 10),

@@ -3,6 +3,9 @@
     python benchmarks/walk_device.py                         Llama-3.1-8B and others; kernels are noted, not compiled
     python benchmarks/walk_device.py --compile               each variant that the engine launches is compiled for sm_90
     python benchmarks/walk_device.py --models gemma3-4b --set deterministic=true
+    python benchmarks/walk_device.py --models llama-70b --layers 80 --set quantization='"fp8"' \
+        --set kv_cache_dtype='"fp8_e4m3"' --set mem_fraction_static=0.95 --set chunked_prefill_size=1024 \
+        --set max_running_requests=64                        all layers: the memory is that of a card
 
 The engine starts, captures its graphs and serves requests of every kind on a device of fake tensors (fake_device.py).
 What a card would refuse ends the walk. Reported, and an error where the exit status is 1: kernels that are first met
@@ -62,13 +65,20 @@ GEMMA = {
     "sliding_window_pattern": 2, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6,
     "query_pre_attn_scalar": 256,
 }  # fmt: skip
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": False,
+}  # fmt: skip
 MODELS: dict[str, Callable[[], ModelConfig]] = {
     "llama-8b": llama_3_1_8b,
     "smollm2": smollm2_135m,
     "qwen3-8b": lambda: config_from_hf(QWEN),
     "gemma3-4b": lambda: config_from_hf(GEMMA),
+    "llama-70b": lambda: config_from_hf(LLAMA_70B),
 }
 LAYERS = 2  # of every kind that a model has; the others launch the same
+WALKED = "llama-8b,smollm2,qwen3-8b,gemma3-4b"
 
 
 class Walk:
@@ -201,7 +211,9 @@ class OtherRankHere(FirstRank):
 def decoder_of(rank: int, shapes: ModelConfig, weights: Weights, config: EngineConfig) -> Decoder:
     """The whole decoder, or a rank's part of it."""
     if config.tp == 1:
-        return build_decoder(shapes, weights, device=config.device, dtype=torch.bfloat16)
+        return build_decoder(
+            shapes, weights, device=config.device, dtype=torch.bfloat16, quantization=config.quantization
+        )
     share = Share(rank, config.tp)
     check_size(shapes, config.tp)
     part = build_decoder(share.config(shapes), weights.cut(share.parts(shapes)), device=DEVICE, dtype=torch.bfloat16)
@@ -213,9 +225,9 @@ def empty(shape: tuple[int, ...], part: Part | None) -> torch.Tensor:
     return whole if part is None else part.of(whole)
 
 
-def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice) -> list[str]:
+def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice, num_layers: int) -> list[str]:
     """Start an engine and serve; returns what a card's users would notice."""
-    shapes = dataclasses.replace(shapes, num_layers=LAYERS, sliding_layers=shapes.sliding_layers[:LAYERS])
+    shapes = dataclasses.replace(shapes, num_layers=num_layers, sliding_layers=shapes.sliding_layers[:num_layers])
     make = {name: partial(empty, shape) for name, shape in expected_tensors(shapes).items()}
     tokenizer = MadeUpTokenizer(shapes.vocab_size)
     device.phase = "start"
@@ -225,7 +237,8 @@ def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice) -> list[
         parts = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
         model = SharedModel(**parts, peers=OtherRankHere(other), group=AloneGroup(0, config.tp))
     core = build_core(model, config)
-    print(f"    start      {device.launches['start']:5d} launches")
+    tokens = (core.runner.kv_cache.num_pages - 1) * config.page_size
+    print(f"    start      {device.launches['start']:5d} launches, {tokens:,} tokens of KV, {device.memory}")
     vocabulary = Vocabulary(
         tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer
     )
@@ -241,8 +254,9 @@ def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
+    parser.add_argument("--models", default=WALKED, help="comma-separated")
     parser.add_argument("--compile", action="store_true", help="compile what is launched (minutes)")
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--max-spill", type=int, default=64, help="bytes that a kernel may spill")
     parser.add_argument("--set", action="append", default=[], help="configuration, as max_running_requests=64")
@@ -254,13 +268,14 @@ def main() -> None:
     for name in args.models.split(","):
         print(name, flush=True)
         with fake_device(compiles=args.compile, capability=args.capability) as device:
-            found += [f"{name}: {what}" for what in walk(MODELS[name](), config, device)]
+            found += [f"{name}: {what}" for what in walk(MODELS[name](), config, device, args.layers)]
         for kernel, compiled in device.kernels.values():
             metadata, used = compiled.metadata, resources(compiled.asm["cubin"])
             narrow = narrow_accesses(compiled.asm["ptx"])
             record = Compiled(name, kernel, *used, metadata.shared, metadata.num_warps, narrow, in_use=True)
             if record.is_bad(args.max_spill):
                 found.append(f"{name}: {record}")
+        print(f"    memory: {device.memory}")
         print(f"    {len(device.variants)} variants of kernels, {len(device.kernels)} compiled", flush=True)
     print("\n".join(found) or "nothing found")
     sys.exit(1 if found else 0)

@@ -50,6 +50,10 @@ _OTHER_KEYS = {
     "rope.freq_base_swa": "rope_local_base_freq",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
 }
 
 
@@ -174,8 +178,9 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
             raise BrokenModelFile(f"the GGUF file lacks the key {prefix}.{key}")
     names = _NEEDED_KEYS | _OTHER_KEYS
     fields: dict[str, Any] = {**family.defaults, "num_key_value_heads": None, "head_dim": None}
-    fields |= {names[key]: value for key, value in stored.items() if value is not None}
-    fields["rms_norm_eps"] = float(f"{fields['rms_norm_eps']:.6g}")  # stored as float32: 1e-5 again
+    for key, value in stored.items():
+        if value is not None:  # what is stored as float32 is 1e-5 again
+            fields[names[key]] = float(f"{value:.7g}") if isinstance(value, float) else value
     fields["vocab_size"] = int(tensors["token_embd.weight"].shape[0])
     fields["tie_word_embeddings"] = "output.weight" not in tensors
     eos = [read(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
@@ -191,8 +196,11 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         "qkv_bias": "blk.0.attn_q.bias" in tensors,
         "o_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-        "qk_norm": "head" if "blk.0.attn_q_norm.weight" in tensors else None,
+        "qk_norm": None,
     }
+    if "blk.0.attn_q_norm.weight" in tensors:
+        is_head = tensors["blk.0.attn_q_norm.weight"].shape == (fields["head_dim"] or each,)
+        facts["qk_norm"] = "head" if is_head else "all"
     if has_experts:
         fields |= _gguf_experts(file, prefix, fields)
         is_dense = tuple(f"blk.{layer}.ffn_gate_inp.weight" not in tensors for layer in range(num_layers))

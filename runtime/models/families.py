@@ -209,6 +209,7 @@ FAMILIES = (
             "qk_norm": "all",
             "norms": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
         },
+        gguf="olmo2",
     ),
     Family(
         "phi3",
@@ -231,6 +232,8 @@ FAMILIES = (
             "logits_scaling": 1.0,
         },
         variations=_granite,
+        gguf="granite",
+        interleaves_heads=True,
     ),
     Family(
         "smollm3",
@@ -245,12 +248,15 @@ FAMILIES = (
         },
         variations=_smollm3,
         sliding="optional",
+        gguf="smollm3",  # its files do not say which layers have no rotary embedding: every fourth
+        interleaves_heads=True,
     ),
     Family(
         "seed_oss",
         ("SeedOssForCausalLM",),
         defaults={**_LLAMA, "attention_bias": True, "attention_out_bias": False, "head_dim": 128},
         variations=lambda fields: {"o_bias": bool(fields["attention_out_bias"])},
+        gguf="seed_oss",
     ),
     Family(
         "mixtral",

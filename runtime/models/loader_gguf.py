@@ -62,6 +62,8 @@ def load_gguf(file: GgufFile, config: ModelConfig) -> Weights:
     """
     norms = zip(_NORM_NAMES, config.norms, strict=True)
     layer_names = _LAYER_NAMES | {name: ours for name, ours in norms if ours is not None}
+    if config.norms[1] is None and config.norms[2] is not None:  # the same norm, in files of Seed-OSS
+        layer_names["post_attention_norm"] = config.norms[2]
     readers: dict[str, Reader] = {}
     quantized: dict[str, QuantizedReader] = {}
     shapes: dict[str, tuple[int, ...]] = {}

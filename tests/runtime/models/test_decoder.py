@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ramet.errors import UnsupportedArchitecture
+from ramet.kernels.layers.kv_fp8 import FP8
 from ramet.runtime.models.adapters import Adapters
-from ramet.runtime.models.build import build_decoder
+from ramet.runtime.models.build import apply_fp8_cache, build_decoder
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.families import family_named
 from ramet.runtime.models.linear_fp8 import Fp8Linear
@@ -226,6 +227,16 @@ def test_fp8_moves_the_logits_a_little(oracle: Oracle) -> None:
     found = one_by_one(decoder, oracle.prompt)
     agreement = torch.corrcoef(torch.stack((found.flatten(), oracle.expected.flatten())))[0, 1]
     assert float(agreement) > 0.85, agreement  # a token's experts may change
+
+
+def test_fp8_keys_and_values_move_the_logits_a_little(oracle: Oracle) -> None:
+    cache = BareCache(apply_fp8_cache(oracle.decoder), 1, NUM_TOKENS, kv_dtype=FP8)
+    with torch.inference_mode():
+        found = torch.cat([cache.step([], [(0, oracle.prompt[:9])]), cache.step([], [(0, oracle.prompt[9:-1])])])
+        found = torch.cat([found, cache.step([(0, oracle.prompt[-1])], [])])
+    assert not torch.equal(found, oracle.expected)
+    agreement = torch.corrcoef(torch.stack((found.flatten(), oracle.expected.flatten())))[0, 1]
+    assert float(agreement) > 0.95, agreement
 
 
 def test_an_adapter_gives_the_logits_of_the_merged_weights_to_the_tokens_that_chose_it(

@@ -51,12 +51,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("GraniteConfig", {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}),
     "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "seed_oss": ("SeedOssConfig", {"head_dim": 16}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": ("Qwen2MoeConfig", {**QWEN_EXPERTS, "shared_expert_intermediate_size": 32}),
     "qwen3_moe": ("Qwen3MoeConfig", {**QWEN_EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
 }
-# The architecture in GGUF files of those that llama.cpp's converter writes with experts stacked.
-GGUF = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+# The architecture in GGUF files.
+GGUF = {
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "olmo2": "olmo2",
+    "granite": "granite",
+    "smollm3": "smollm3",
+    "seed_oss": "seed_oss",
+}
+INTERLEAVED = ("mixtral", "granite", "smollm3")  # rotary halves, by llama.cpp's converter
 NUM_NEW = 12
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
 
@@ -166,13 +176,11 @@ def test_what_has_no_gpu_kernels_is_left_to_transformers_there(tmp_path: Path, n
 
 
 def write_gguf(path: Path, name: str, config: ModelConfig, weights: Weights, kind: gguf.GGMLQuantizationType) -> None:
-    """Write a mixture as llama.cpp's converter does, with the names of the gguf package."""
+    """Write a model as llama.cpp's converter does, with the names of the gguf package."""
     architecture = GGUF[name]
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_layers)
     writer = gguf.GGUFWriter(path, architecture)
-    experts = config.experts
-    assert experts is not None
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -182,17 +190,23 @@ def write_gguf(path: Path, name: str, config: ModelConfig, weights: Weights, kin
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
-    writer.add_expert_count(experts.count)
-    writer.add_expert_used_count(experts.per_token)
-    if name != "mixtral":
-        writer.add_expert_feed_forward_length(experts.size)
+    if config.experts is not None:
+        writer.add_expert_count(config.experts.count)
+        writer.add_expert_used_count(config.experts.per_token)
+        if name != "mixtral":
+            writer.add_expert_feed_forward_length(config.experts.size)
+    if name == "granite":
+        writer.add_attention_scale(config.attention_scale)
+        writer.add_embedding_scale(config.embedding_scale)
+        writer.add_residual_scale(config.residual_scale)
+        writer.add_logit_scale(1 / config.logit_scale)
     stacked: dict[str, list[np.ndarray[Any, Any]]] = {}
     for key, tensor in weights.items():
         stem, end = key.rsplit(".", 1)
         values = tensor.float().numpy()
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(stem.split(".")[-1])
-        if name == "mixtral" and heads is not None:  # rotary halves interleaved
-            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        if name in INTERLEAVED and heads is not None:
+            values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         if ".experts." in stem:
             block, _, part = stem.partition(".experts.")
             stem = f"{block}.experts.{part.split('.')[1]}"
@@ -212,8 +226,8 @@ def write_gguf(path: Path, name: str, config: ModelConfig, weights: Weights, kin
 
 
 @pytest.mark.parametrize("name", GGUF)
-def test_mixtures_in_gguf_files_are_those_of_the_folder(tmp_path: Path, name: str) -> None:
-    write_model(name, tmp_path)
+def test_models_in_gguf_files_are_those_of_the_folder(tmp_path: Path, name: str) -> None:
+    write_model(name, tmp_path, **{"no_rope_layer_interval": 4, "num_hidden_layers": 4} if name == "smollm3" else {})
     config, weights = open_weights(tmp_path)
     kind = gguf.GGMLQuantizationType.F32
     write_gguf(tmp_path / "f32.gguf", name, config, weights, kind)
@@ -224,7 +238,7 @@ def test_mixtures_in_gguf_files_are_those_of_the_folder(tmp_path: Path, name: st
     for key, tensor in weights.items():
         torch.testing.assert_close(stored[key], tensor.float(), rtol=0, atol=0, msg=key)
     write_gguf(tmp_path / "q8.gguf", name, config, weights, gguf.GGMLQuantizationType.Q8_0)
-    key = "model.layers.1.mlp.experts.3.down_proj.weight"
+    key = f"model.layers.1.mlp.{'experts.3.' if config.experts is not None else ''}down_proj.weight"
     _, rounded = open_weights(tmp_path / "q8.gguf")
     blocks = rounded.quantized(key)
     assert blocks is not None

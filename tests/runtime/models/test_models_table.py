@@ -17,6 +17,7 @@ TESTS = {  # where each column is tested, for the models of its table
     "logits": "test_decoder.py",
     "bf16": "test_decoder.py",
     "FP8": "test_decoder.py",
+    "FP8 KV": "test_decoder.py",
     "W4A16": "test_decoder.py",
     "GGUF": "test_loaders.py",
     "LoRA": "test_decoder.py",
