@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -232,6 +233,7 @@ def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice, num_laye
     tokenizer = MadeUpTokenizer(shapes.vocab_size)
     device.phase = "start"
     model = LoadedModel("fake", decoder_of(0, shapes, Weights(make), config), tokenizer, shapes, GenerationDefaults())
+    device.alone.clear()  # one kernel rounds weights to FP8 while they are read
     if config.tp > 1:
         other = build_runner(decoder_of(1, shapes, Weights(make), config), config, AloneGroup(1, config.tp))
         parts = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
@@ -264,6 +266,8 @@ def main() -> None:
     overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.set)}
     config = EngineConfig.from_mapping({"device": str(DEVICE), "context_length": 8192, **overrides})
     driver.set_active(OfflineDriver(args.capability))
+    logging.basicConfig(format="    %(message)s")
+    logging.getLogger("ramet.runtime.engine.factory").setLevel(logging.INFO)  # the plan of the memory
     found: list[str] = []
     for name in args.models.split(","):
         print(name, flush=True)

@@ -89,9 +89,9 @@ class Engine:
 
     `model`: a catalogue name, a directory, a .gguf file, a hub id, a LoadedModel, or a causal language model of
     transformers in memory, which the engine takes over; `tokenizer` is then its tokenizer (None: that of the folder it
-    was loaded from). `overrides` are fields of EngineConfig. `on_stage` is called if the start is unusually slow since
-    code is compiled (once per machine); without it, a log line is written. Use the engine as a context manager, or call
-    `shutdown`.
+    was loaded from). `overrides` are fields of EngineConfig. `on_stage` is told how much of large files is read
+    and that code is compiled (once per machine); without it, these are log lines. Use the engine as a context manager,
+    or call `shutdown`.
 
     Raises:
         ModelError, ConfigError, OutOfMemory: the model or its cache cannot be made.
@@ -108,7 +108,7 @@ class Engine:
     ) -> None:
         config = (config or EngineConfig()).changed(overrides)
         self.config = config
-        self.model = load(model, config, tokenizer)
+        self.model = load(model, config, tokenizer, on_stage)
         self._peers = self.model.peers if isinstance(self.model, SharedModel) else None  # of the other ranks
         try:
             self._make(on_stage)

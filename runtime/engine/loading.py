@@ -90,7 +90,12 @@ def config_of_replica(config: EngineConfig, replica: int, num_gpus: int) -> Engi
     return config.changed({"device": f"cuda:{first}"})
 
 
-def load(model: Any, config: EngineConfig, tokenizer: Any = None) -> LoadedModel:  # Any: see `Engine`
+def load(
+    model: Any,  # see `Engine`
+    config: EngineConfig,
+    tokenizer: Any = None,  # as above
+    on_stage: OnStage | None = None,
+) -> LoadedModel:
     """Load a model on the configuration's device, or its parts on one device for each rank.
 
     A LoadedModel is returned unchanged. With tp > 1 this also starts the other ranks' processes, which the engine ends.
@@ -117,6 +122,7 @@ def load(model: Any, config: EngineConfig, tokenizer: Any = None) -> LoadedModel
         dtype=config.dtype,
         quantization=config.quantization,
         model_impl=config.model_impl,
+        on_stage=on_stage,
     )
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from rich.filesize import decimal
 
 from ramet.errors import ConfigError, UnsupportedArchitecture
 from ramet.runtime.models.catalog import resolve_model
@@ -27,7 +32,7 @@ from ramet.runtime.models.gguf_file import GgufFile
 from ramet.runtime.models.json_file import read_json
 from ramet.runtime.models.loader_gguf import load_gguf
 from ramet.runtime.models.loader_safetensors import load_safetensors
-from ramet.runtime.models.weights import Weights
+from ramet.runtime.models.weights import Weights, expected_tensors
 from ramet.runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ModelImpl = Literal["auto", "ramet", "transformers"]
+_TELL_S = 2.0  # between two reports of progress
+_READERS, _CHUNK_BYTES = 4, 8 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,12 +84,13 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     quantization: str | None = None,
     model_impl: ModelImpl = "auto",
+    on_stage: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Find (or download) a model, read it and put it on a device.
 
     `dtype` and `quantization`: as in `build_decoder`. model_impl: who computes the layers; "auto" is Ramet where it has
-    the model's family, else transformers. Raises: ModelNotFound, DownloadFailed, BrokenModelFile,
-    UnsupportedArchitecture, ConfigError.
+    the model's family, else transformers. on_stage: is told every two seconds how much is read. Raises: ModelNotFound,
+    DownloadFailed, BrokenModelFile, UnsupportedArchitecture, ConfigError.
     """
     from ramet.runtime.models.build import build_decoder
 
@@ -92,10 +100,69 @@ def load_model(
     if is_for_transformers(path, model_impl, device):
         return _load_by_transformers(name or path.stem, path, torch.device(device), parse_dtype(dtype), quantization)
     described, weights = open_model(path)
-    config = described.config
-    decoder = build_decoder(config, weights, device=device, dtype=parse_dtype(dtype), quantization=quantization)
-    logger.info("loaded %s from %s in %.1f s", config.architecture, path, time.monotonic() - start_s)
+    config, chosen = described.config, parse_dtype(dtype)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    with read_ahead(files):
+        weights = weights.watched(_progress(config, files, on_stage or logger.info))
+        decoder = build_decoder(config, weights, device=device, dtype=chosen, quantization=quantization)
+    seconds = time.monotonic() - start_s
+    rate = decimal(int(sum(file.stat().st_size for file in files) / max(seconds, 1e-3)))
+    logger.info("loaded %s from %s in %.1f s, %s/s", config.architecture, path, seconds, rate)
     return LoadedModel(name or path.stem, decoder, described.tokenizer, config, described.generation)
+
+
+def _progress(config: ModelConfig, files: Sequence[Path], tell: Callable[[str], None]) -> Callable[[str], None]:
+    """Return what is to be called with the name of each tensor that is read."""
+    left = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
+    num_bytes, num_values = sum(file.stat().st_size for file in files), sum(left.values())
+    start_s = told_s = time.monotonic()
+    done = 0
+
+    def on_read(name: str) -> None:
+        nonlocal done, told_s
+        done += left.pop(name, 0)
+        now_s = time.monotonic()
+        if now_s - told_s >= _TELL_S:
+            told_s, read = now_s, num_bytes * done // num_values
+            rate = decimal(int(read / max(now_s - start_s, 1e-3)))
+            tell(f"reading weights: {decimal(read)} of {decimal(num_bytes)}, {rate}/s")
+
+    return on_read
+
+
+@contextmanager
+def read_ahead(files: Sequence[Path]) -> Iterator[None]:
+    """Meanwhile, let threads read files into the system's cache, from which the tensors are then taken one by one.
+
+    Nothing is read ahead of files that would fill more than half of the machine's memory.
+    """
+    if sum(file.stat().st_size for file in files) > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
+        yield
+        return
+    chunks = iter([(file, start) for file in files for start in range(0, file.stat().st_size, _CHUNK_BYTES)])
+    is_over = threading.Event()
+
+    def read() -> None:
+        buffer = bytearray(_CHUNK_BYTES)
+        for path, start in chunks:
+            if is_over.is_set():
+                return
+            try:
+                with path.open("rb", buffering=0) as file:
+                    file.seek(start)
+                    file.readinto(buffer)
+            except OSError:  # who reads the tensors says so
+                return
+
+    threads = [threading.Thread(target=read, daemon=True, name="ramet-read-ahead") for _ in range(_READERS)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
 
 
 def is_for_transformers(path: Path, model_impl: ModelImpl, device: torch.device | str = "cpu") -> bool:

@@ -54,8 +54,10 @@ class Weights(Mapping[str, Tensor]):
         quantized: Mapping[str, QuantizedReader] | None = None,
         parts: Mapping[str, Part] | None = None,
         scaled: Mapping[str, ScaledReader] | None = None,
+        on_read: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """parts: of these tensors only a part is read."""
+        """parts: of these tensors only a part is read. on_read: is called with a tensor's name before each reading."""
+        self._on_read = on_read
         self._readers = dict(readers)
         self._quantized = dict(quantized or {})
         self._scaled = dict(scaled or {})
@@ -72,10 +74,15 @@ class Weights(Mapping[str, Tensor]):
 
     def cut(self, parts: Mapping[str, Part]) -> Weights:
         """The same weights, but only these parts of these tensors. Nothing else of them is read from files."""
-        return Weights(self._readers, self._quantized, parts, self._scaled)
+        return Weights(self._readers, self._quantized, parts, self._scaled, self._on_read)
+
+    def watched(self, on_read: Callable[[str], None]) -> Weights:
+        """The same weights, which call `on_read` with a tensor's name before each reading."""
+        return Weights(self._readers, self._quantized, self._parts, self._scaled, on_read)
 
     def __getitem__(self, name: str) -> Tensor:
         part = self._parts.get(name)
+        self._on_read(name)
         tensor = self._readers[name](part)
         if part is None or not part.padding:
             return tensor
@@ -93,6 +100,7 @@ class Weights(Mapping[str, Tensor]):
         It is None if it is missing or stored in a floating-point type, or if the tensor's part begins or ends inside
         blocks.
         """
+        self._on_read(name)
         reader, part = self._quantized.get(name), self._parts.get(name)
         found = None if reader is None else reader(part)
         if found is None or part is None or not part.padding:
@@ -109,6 +117,7 @@ class Weights(Mapping[str, Tensor]):
 
     def scaled(self, name: str) -> tuple[Tensor, Tensor] | None:
         """A matrix in FP8 as stored in the file, and its scales, fp32 [rows]; None if a row has several of them."""
+        self._on_read(name)
         found, part = self._scaled[name](), self._parts.get(name)
         if found is None or part is None:
             return found

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ramet.errors import BrokenModelFile, ConfigError, ModelNotFound
 from ramet.runtime.engine.engine import Engine
+from ramet.runtime.models import load
 from ramet.runtime.models.load import load_model, open_model, parse_dtype
 from ramet.runtime.text.tokenizer import byte_alphabet
 from ramet.runtime.types import SamplingParams
@@ -43,6 +48,45 @@ def test_a_folder_becomes_a_model_with_its_tokenizer_and_defaults(tmp_path: Path
     assert model.tokenizer.eos_ids == {255, 256}
     assert model.tokenizer.vocab_size == model.config.vocab_size == 264
     assert model.generation.temperature == 0.5
+
+
+def test_reading_tells_how_much_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path)
+    monkeypatch.setattr(load, "_TELL_S", 0.0)
+    told: list[str] = []
+    load_model(tmp_path, device="cpu", on_stage=told.append)
+    parts = [re.fullmatch(r"reading weights: ([\d.]+) (bytes|kB) of ([\d.]+) kB, [\d.]+ \S+/s", line) for line in told]
+    sizes = [float(part[1]) * (1 if part[2] == "kB" else 1e-3) for part in parts if part is not None]
+    assert len(sizes) == len(told)
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) > 10
+    (whole,) = {float(part[3]) for part in parts if part is not None}
+    assert sizes[-1] == whole == round((tmp_path / "model.safetensors").stat().st_size / 1000, 1)
+
+
+def bytes_read() -> int:
+    """Of this process, by its calls to the system."""
+    return int(re.findall(r"rchar: (\d+)", Path("/proc/self/io").read_text())[0])
+
+
+def test_files_are_read_ahead_by_threads_that_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / name for name in ("a", "b")]
+    for file in files:
+        file.write_bytes(bytes(20 << 20))
+    before = bytes_read()
+    with load.read_ahead(files):
+        while bytes_read() - before < 40 << 20:
+            time.sleep(0.001)
+    with load.read_ahead([*files, *files]):
+        files[1].unlink()
+    with pytest.raises(ZeroDivisionError), load.read_ahead(files[:1]):
+        raise ZeroDivisionError
+    assert not [thread for thread in threading.enumerate() if "read-ahead" in thread.name]
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096)  # 16 MiB of memory
+    before = bytes_read()
+    with load.read_ahead(files[:1]):
+        assert not [thread for thread in threading.enumerate() if "read-ahead" in thread.name]
+    assert bytes_read() - before < 1 << 20
 
 
 def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
