@@ -8,9 +8,9 @@ and of 20 greedy answers of 32 tokens, how many tokens come before the first tha
 Public License, version 3, as Debian's package base-files has it; prompts are passages of it. The exact products are in
 fp32 with the dequantised weights of the model's GGUF file; fp8 rounds those weights by rows and activations by tokens,
 as a GPU does, and keys and values where the name says so. W4A16 rounds weights to 4 bits in groups of 128 columns,
-whose ranges are searched for the least error, or by GPTQ (gptq.py), calibrated with other licences (Apache, Artistic,
-Creative Commons, GFDL, MPL, OFL). speed: greedy tokens a second of one request and of eight, native and with
-`--model-impl transformers`, in alternation; both have fp32 weights.
+whose ranges are searched for the least error, or by GPTQ (gptq.py), calibrated with 24 windows of other licences
+(Apache, Artistic, Creative Commons, GFDL, MPL, OFL). speed: greedy tokens a second of one request and of eight, native
+and with `--model-impl transformers`, in alternation; both have fp32 weights.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ from ramet.runtime.types import SamplingParams
 WINDOW = 512
 LICENSES = Path("/usr/share/common-licenses")
 CALIBRATION = ("Apache-2.0", "Artistic-2.0", "CC-BY-4.0", "CC-BY-SA-3.0", "GFDL-1.3", "MPL-1.1", "MPL-2.0", "OFL-1.1")
+CALIBRATION_WINDOWS = 24
+BLOCK = 128
 NUM_PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 20, 48, 32
 FORMATS: dict[str, dict[str, Any]] = {  # Any: arguments of build_decoder
     "exact (fp32)": {"dtype": torch.float32},
@@ -56,6 +58,8 @@ FORMATS: dict[str, dict[str, Any]] = {  # Any: arguments of build_decoder
     "fp8 KV alone": {"dtype": torch.float32},
     "fp8, fp8 KV": {"quantization": "fp8"},
     "fp8 of weights, fp8 KV": {"dtype": torch.float32},
+    "fp8 blocks of weights": {"dtype": torch.float32},
+    "fp8 blocks, then rows, of weights": {"dtype": torch.float32},
     "W4A16": {"dtype": torch.float32},
     "W4A16, GPTQ": {"dtype": torch.float32},
     "int8": {"quantization": "int8"},
@@ -95,6 +99,19 @@ def in_fp8(tensor: torch.Tensor) -> torch.Tensor:
     return values.float() * scale
 
 
+def in_fp8_blocks(tensor: torch.Tensor) -> torch.Tensor:
+    """As DeepSeek's files hold a matrix: a scale for 128 rows and columns."""
+    rows, columns = tensor.shape
+    padded = F.pad(tensor.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2)
+    whole = in_fp8(blocks.reshape(-1, BLOCK * BLOCK)).view(blocks.shape)
+    return whole.transpose(1, 2).reshape(padded.shape)[:rows, :columns].contiguous()
+
+
+def in_fp8_blocks_then_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return in_fp8(in_fp8_blocks(tensor))
+
+
 def rounded(weights: Weights, round_matrix: Callable[[torch.Tensor], torch.Tensor]) -> Weights:
     """The weights, those of layers' matrices after a rounding."""
     is_matrix = {name: ".layers." in name and tensor.ndim == 2 for name, tensor in weights.items()}
@@ -107,9 +124,19 @@ def calibrated(model: ModelDescription, stored: Weights) -> Weights:
     """The weights with the layers' matrices rounded by GPTQ."""
     text = "".join((LICENSES / name).read_text(encoding="utf-8") for name in CALIBRATION)
     ids = model.tokenizer.encode(text)
-    windows = [ids[start : start + WINDOW] for start in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    starts = range(0, len(ids) - WINDOW + 1, (len(ids) - WINDOW) // (CALIBRATION_WINDOWS - 1))
+    windows = [ids[start : start + WINDOW] for start in starts]
     decoder = build_decoder(model.config, stored, device="cpu", dtype=torch.float32)
     return Weights.from_tensors({name: stored[name] for name in stored} | calibrate(decoder, windows))
+
+
+ROUNDINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "fp8, of weights alone": in_fp8,
+    "fp8 of weights, fp8 KV": in_fp8,
+    "fp8 blocks of weights": in_fp8_blocks,
+    "fp8 blocks, then rows, of weights": in_fp8_blocks_then_rows,
+    "W4A16": in_4_bits,
+}
 
 
 def quality(
@@ -122,8 +149,8 @@ def quality(
     first: tuple[torch.Tensor, torch.Tensor] | None = None
     for name in [exact, *[name for name in others if not only or name in only]]:
         weights = stored
-        if "of weights" in name or name == "W4A16":
-            weights = rounded(weights, in_4_bits if name == "W4A16" else in_fp8)
+        if name in ROUNDINGS:
+            weights = rounded(weights, ROUNDINGS[name])
         elif "GPTQ" in name:
             weights = calibrated(model, stored)
         loss, chosen, answers = judged(name, model.config, weights, ids, FORMATS[name])
