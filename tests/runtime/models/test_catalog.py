@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
+import os
+import re
 import subprocess
 import sys
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -247,3 +253,75 @@ def test_a_repository_folder_of_the_hubs_cache_leads_to_its_snapshot(tmp_path: P
 def test_the_default_model_is_smollm2(smollm2_path: Path) -> None:
     assert resolve_model() == resolve_model("smollm2-135m") == smollm2_path
     assert smollm2_path.stat().st_size == CATALOG["smollm2-135m"].num_bytes
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """The hub's answers for one repository. The first request for the weights is cut off in the middle."""
+
+    files: ClassVar[dict[str, bytes]] = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * (24 << 12)}
+    begins: ClassVar[list[int]] = []  # of the requests for the weights
+
+    def do_HEAD(self) -> None:
+        self.answer(has_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(has_body=True)
+
+    def answer(self, *, has_body: bool) -> None:
+        commit, name = "a" * 40, self.path.rpartition("/")[2]
+        if self.path.startswith("/api/"):
+            tree = [{"type": "file", "path": one, "size": len(self.files[one]), "oid": one} for one in self.files]
+            info = {"id": "owner/model", "sha": commit, "siblings": [{"rfilename": one} for one in self.files]}
+            found = json.dumps(tree if "/tree/" in self.path else info).encode()
+            return self.send(found, {"Content-Type": "application/json"}, has_body)
+        content = self.files[name]
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        begin = int(asked[1]) if asked else 0
+        headers = {
+            "X-Repo-Commit": commit,
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "Accept-Ranges": "bytes",
+        }
+        if asked:
+            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        cut = None
+        if has_body and name == "model.safetensors":
+            cut = len(content) // 2 if not self.begins else None
+            self.begins.append(begin)
+        return self.send(content[begin:], headers, has_body, 206 if asked else 200, cut)
+
+    def send(
+        self, content: bytes, headers: dict[str, str], has_body: bool, status: int = 200, cut: int | None = None
+    ) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if has_body:
+            self.wfile.write(content[:cut])
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+def test_a_download_from_the_hub_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    HubHandler.begins.clear()
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    environment = {key: value for key, value in environment.items() if "proxy" not in key.lower()}
+    program = "from ramet.runtime.models.catalog import resolve_model; print(resolve_model('owner/model'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    assert (folder / "model.safetensors").read_bytes() == HubHandler.files["model.safetensors"]
+    first, second = HubHandler.begins
+    assert first == 0
+    assert second >= 10 << 20, "the half that had arrived is not fetched again, but for a part of a chunk"
