@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -49,6 +50,9 @@ RULES = """
 .rm .line, .rm .label, .rm .time { font-size: 10px; fill: var(--soft); }
 .rm .mono { font-family: "JetBrains Mono", "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .rm .prompt { font-size: 10.5px; fill: var(--soft); }
+.rm .role { font-weight: 650; }
+.rm .role.system { fill: var(--hue3); } .rm .role.user { fill: var(--hue0); }
+.rm .role.assistant { fill: var(--hue2); } .rm .role.tool { fill: var(--hue4); }
 .rm .written { font-size: 10.5px; font-weight: 600; fill: var(--ink); }
 .rm .stripe, .rm .bar-new { fill: var(--hue); }
 .rm .bar-cached { fill: var(--hue); opacity: .28; }
@@ -63,6 +67,9 @@ RULES = """
 .rm .summary { font-size: 12.5px; fill: var(--soft); }
 .rm .bad { fill: #e5484d; font-weight: 600; }
 """
+
+
+_ROLES = re.compile(r"(^|⏎ )(system|user|assistant|tool):")  # where a message begins in a card's text
 
 
 def variables(colours: dict[str, str], hues: tuple[str, ...]) -> str:
@@ -265,7 +272,10 @@ def _legend(height: float) -> str:
 
 
 def _mono(style: str, y: float, text: str) -> str:
-    return f'<text class="mono {style}" x="16" y="{y:.1f}" xml:space="preserve">{escape(_short(text, CHARS))}</text>'
+    shown = escape(_short(text, CHARS))
+    if style == "prompt":
+        shown = _ROLES.sub(r'\1<tspan class="role \2">\2:</tspan>', shown)
+    return f'<text class="mono {style}" x="16" y="{y:.1f}" xml:space="preserve">{shown}</text>'
 
 
 def _pieces(text: str) -> list[str]:

@@ -80,6 +80,20 @@ def test_a_selection_shows_its_probabilities_and_a_run_its_timeline(backend: Moc
     assert 'class="times"' not in debate.graph(topic="rain").svg(), "a plan has no times"
 
 
+def test_the_roles_of_messages_have_colours_and_texts_that_look_like_them_do_not(backend: MockBackend) -> None:
+    @function
+    def program(s: State) -> None:
+        s.system("Be brief.")
+        s.user("the user: Bob")
+        s.assistant(gen("x", max_tokens=3))
+
+    root = ElementTree.fromstring(program.run(backend=backend).graph().svg())
+    spans = [one for one in root.iter() if one.tag.endswith("tspan")]
+    assert [(one.get("class"), one.text) for one in spans] == [
+        (f"role {role}", f"{role}:") for role in ("system", "user", "assistant")
+    ]
+
+
 def test_a_generation_that_wrote_nothing_says_so(backend: MockBackend) -> None:
     @function
     def program(s: State) -> None:
