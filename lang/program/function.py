@@ -221,8 +221,8 @@ class Function(Generic[P, R]):
 
         Options besides the function's own arguments: `backend`, `timeout_s`, `token_budget`, `priority`, `cache_salt`,
         `adapter` (a LoRA, for generations that name none), `seed` (each generation's own seed is derived from it),
-        `stage` ("needed": submit when a value is needed; "always": submit after each generation), `tools`, `failures`,
-        and sampling defaults such as `temperature` and `max_tokens`.
+        `stage` ("needed": submit when a value is needed; "always": after each generation and the text behind it),
+        `tools`, `failures`, and sampling defaults such as `temperature` and `max_tokens`.
 
         Raises the exception of the function itself, and ProgramError for a generation, selection or tool that failed,
         unless the function met that error, reading a value, and went on. `failures="keep"` leaves errors of nodes in

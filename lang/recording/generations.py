@@ -153,8 +153,7 @@ def _kept(recorder: Recorder, source: NodeSource) -> NodeSource:
     """Keep a value as the variable of its name."""
     if source.name is not None:
         recorder.variables[source.name] = Value(source)
-    if recorder.run.stage_always:
-        recorder.run.read_quietly(source.node)
+    recorder.run.stage(source.node)
     return source
 
 

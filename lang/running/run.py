@@ -57,8 +57,9 @@ class Run:
         placeholders: Placeholders | None = None,
         is_continued: bool = False,
     ) -> None:
-        """`stage_always`: wait after each generation. `keep_events`: keep all events for later listeners.
+        """`stage_always`: wait after each generation and the text that ends its value.
 
+        `keep_events`: keep all events for later listeners.
         `graph`: the recorded nodes and the arguments of a compiled program, or the text of a branch that goes on.
         `placeholders`: those in its texts. `is_continued`: no function records it.
         """
@@ -84,6 +85,7 @@ class Run:
         self._given_up: set[int] = set()  # nodes of branches that the program has cancelled
         self._attempts: dict[int, list[dict[str, str]]] = {}  # node -> texts refused before it by checks in Python
         self._waits: dict[object, tuple[str, int | None, float]] = {}  # line, node, since when; None: several nodes
+        self._staged: int | None = None  # the generation that `stage_always` waits for before the next node
         self._held_back: list[Callable[[], None]] = []  # each records the text that a branch holds back
 
     # Recording.
@@ -114,6 +116,8 @@ class Run:
         self, kind: Callable[..., ir.AnyNode], parent: int | None, line: str | None = None, **fields: Any
     ) -> int:  # Any: the node's own fields
         """Append a node, and return its id. `line` None: the current line of the program."""
+        if kind not in (ir.Text, ir.Capture, ir.Join):  # these may end the value of a generation: see following.py
+            self._wait_for_staged()
         with self._lock:
             node = len(self.nodes)
             self.nodes.append(kind(id=node, parent=parent, line=line or caller_line(), **fields))
@@ -121,6 +125,7 @@ class Run:
 
     def record_fork(self, parent: int | None, width: int) -> list[int]:
         """Append the Fork nodes of all branches of one fork, and return their ids."""
+        self._wait_for_staged()
         line = caller_line()
         with self._lock:
             group = len(self.nodes)
@@ -128,6 +133,17 @@ class Run:
                 fork = ir.Fork(id=group + index, parent=parent, line=line, group=group, index=index, width=width)
                 self.nodes.append(fork)
         return list(range(group, group + width))
+
+    def stage(self, node: int) -> None:
+        """Let the run wait for a generation before it goes on, if it waits for each of them."""
+        if self.stage_always:
+            self._wait_for_staged()
+            self._staged = node
+
+    def _wait_for_staged(self) -> None:
+        node, self._staged = self._staged, None
+        if node is not None:
+            self.read_quietly(node)
 
     def before_end(self, record: Callable[[], None]) -> None:
         """Call `record` before the run ends, because a branch holds text back."""
