@@ -159,6 +159,54 @@ def test_streams_batches_and_event_loops_work_as_in_process(engine: ScriptedEngi
     assert asyncio.run(follow()) == "".join(texts)
 
 
+TRIP = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "stops": {"type": "array", "items": {"type": "string"}}},
+    "required": ["city", "stops"],
+}
+WRITTEN = {"city": "Lyon", "stops": ["the old town", "the river", "a long walk home"]}
+
+
+def test_partial_values_come_over_a_connection_while_the_value_is_written(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine goes on only when what it has written is there, so nothing waits for the whole value."""
+
+    @function(max_tokens=200)
+    def plan(s: State) -> None:
+        s += "A trip: " + gen("trip", TRIP)
+
+    @function
+    def stops(s: State) -> list[str]:
+        plan(s)
+        found = []
+        for stop in s["trip"]["stops"]:
+            found.append(str(stop))
+            steps.release(100)
+        return found
+
+    with ScriptedEngine([WRITTEN, WRITTEN]) as engine, serve(engine) as served, Remote(served.url) as remote:
+        real, steps = engine._step, threading.Semaphore(0)
+
+        def step() -> None:
+            assert steps.acquire(timeout=60)
+            real()
+
+        monkeypatch.setattr(engine, "_step", step)
+        steps.release(8)  # not enough for the whole value
+        assert stops.run(backend=remote).result == WRITTEN["stops"]
+        while steps.acquire(blocking=False):
+            pass
+        steps.release(3)
+        found = []
+        for trip in plan.stream(var="trip", backend=remote):
+            found.append(trip)
+            steps.release(3)
+    assert found[0] == {"city": "Lyon"} or found[0] == {"city": "Lyon", "stops": []}
+    assert found[-1] == WRITTEN
+    assert len(found) > 3
+
+
 def test_the_rows_of_a_compiled_batch_are_one_request(engine: ScriptedEngine, served: Any, remote: Remote) -> None:
     compiled = chat.compile(turns=2)
     rows = [{"name": f"guest {i}"} for i in range(30)]
