@@ -60,9 +60,10 @@ logger = logging.getLogger(__name__)
 OnOutput = Callable[[RequestOutput], None]
 _WALKED_NODES = 512  # of the tree between two steps: about a millisecond
 _TOLD_SEGMENTS = 256  # of the tree, with their first tokens
-Vector = NDArray[np.float32]
+_IDLE_S = 0.01  # without work, until the threads that compute end
 _MOVE_S = 0.004  # between two steps, for copies of pages; one part may take longer
 _PART_BYTES = 4 << 20  # of pages that are taken in
+Vector = NDArray[np.float32]
 
 
 @dataclass(slots=True, eq=False)
@@ -149,10 +150,12 @@ class Engine:
         )
         for name, _, path in (entry.partition("=") for entry in config.lora):
             self._load_adapter(name, path, lambda work: work())
+        self._rest: Callable[[], None] = lambda: None
         if self.model.decoder.device.type == "cpu":
             from ramet.kernels.cpu.threads import release_threads  # compiles CPU code: not needed for a GPU
 
-            release_threads()  # the engine's thread alone computes from here on
+            self._rest = release_threads
+        self._rest()  # the engine's thread alone computes from here on
         self._thread = threading.Thread(target=self._run, name="ramet-engine", daemon=True)
         atexit.register(self.shutdown)  # a thread that the interpreter kills inside a step aborts the process
         self._thread.start()
@@ -544,8 +547,9 @@ class Engine:
     def _run_once(self) -> bool:
         """Run pending commands and one step, and deliver its outputs. Waits if there is no work. False: stop."""
         with self._wake:
-            while not (self._commands or self._moves or self._core.has_work or self._is_stopping):
-                self._wake.wait()
+            if not self._wake.wait_for(self._has_something, _IDLE_S):
+                self._rest()  # another engine of this process may have all cores
+                self._wake.wait_for(self._has_something)
             if self._is_stopping:
                 return False
         watch = self._core.watch
@@ -569,6 +573,9 @@ class Engine:
                     if not self._commands and not self._moves:
                         self._wake.wait(0.002)
         return True
+
+    def _has_something(self) -> bool:
+        return bool(self._commands or self._moves or self._core.has_work or self._is_stopping)
 
     def _copy_pages(self) -> None:
         """Take in pages of other engines: one part, or more while that takes no time worth noticing."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ramet.kernels.cpu.threads import IS_PARALLEL
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.load import open_weights
 from ramet.runtime.testing.dummy import llama_of_transformers
@@ -76,3 +79,18 @@ def test_greedy_texts_are_the_same_alone_and_from_the_cache(
     assert warm.usage.cached_tokens == len(prompts[7]) - 1
     assert warm.token_ids == batched[7]
     engine.check_integrity()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not IS_PARALLEL, reason="counts threads in /proc, needs an OpenMP")
+def test_an_idle_engine_has_no_workers_that_would_slow_another_one_down(smollm2_path: Path) -> None:
+    busy = []
+
+    def count() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    with Engine(str(smollm2_path), num_threads=2, num_kv_tokens=512) as engine:
+        engine.submit("The sea", SamplingParams(max_tokens=4), on_output=lambda output: busy.append(count())).result()
+        deadline = time.monotonic() + 60
+        while count() >= min(busy) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert count() < min(busy)
