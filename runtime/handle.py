@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ramet.errors import InvalidRequest
 from ramet.runtime.types import FinishReason, RequestOutput, TopTokens, Usage
 
 
@@ -41,13 +42,17 @@ class RequestResult:
 
 
 class RequestHandle:
-    """One request's output: iterate over increments (`for`, `async for`), or wait for all (`result`, `await`)."""
+    """One request's output: iterate over increments (`for`, `async for`), or wait for all (`result`, `await`).
 
-    __slots__ = ("__weakref__", "_cancel", "_lock", "_outputs", "_waiters", "request_id")
+    collects: False if the request was submitted with `on_output`, which gets them all: reading is an InvalidRequest.
+    """
 
-    def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
+    __slots__ = ("__weakref__", "_cancel", "_collects", "_lock", "_outputs", "_waiters", "request_id")
+
+    def __init__(self, request_id: str, cancel: Callable[[str], None], *, collects: bool = True) -> None:
         self.request_id = request_id
         self._cancel = cancel
+        self._collects = collects
         self._outputs: list[RequestOutput] = []
         self._lock = threading.Lock()
         self._waiters: list[Callable[[], object]] = []  # called once, when there is a further output
@@ -62,6 +67,10 @@ class RequestHandle:
 
     def _has_more(self, than: int, wake: Callable[[], object]) -> bool:
         """Return whether there are more outputs. If there are not, `wake` is called once there are."""
+        if not self._collects:
+            raise InvalidRequest(
+                f"the outputs of request {self.request_id} go to its on_output; submit it without one to read them here"
+            )
         with self._lock:
             has_more = len(self._outputs) > than
             if not has_more:

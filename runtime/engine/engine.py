@@ -195,7 +195,7 @@ class Engine:
             grammar=grammar,
             request_id=request_id,
         )
-        handle = RequestHandle(request.request_id, self.abort)
+        handle = RequestHandle(request.request_id, self.abort, collects=on_output is None)
         params = request.sampling
         again = b"" if grammar is None else grammar.before
         detokenizer = Detokenizer(self.tokenizer.token_bytes, len(again)) if detokenize or params.has_stops else None

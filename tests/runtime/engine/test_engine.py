@@ -302,6 +302,14 @@ def test_an_id_in_use_is_refused_and_the_first_request_goes_on(engine: Engine) -
     assert len(first.result(timeout_s=10).token_ids) == 20
 
 
+def test_a_handle_whose_outputs_go_to_a_callback_says_so_instead_of_waiting_for_ever(engine: Engine) -> None:
+    handle = engine.submit("hello", SamplingParams(max_tokens=2), on_output=lambda output: None)
+    with pytest.raises(InvalidRequest, match="go to its on_output"):
+        handle.result()
+    with pytest.raises(InvalidRequest, match="go to its on_output"):
+        next(iter(handle))
+
+
 def test_a_callback_that_raises_ends_its_own_request_only(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     def broken(output: RequestOutput) -> None:
         raise RuntimeError("the caller's own mistake")

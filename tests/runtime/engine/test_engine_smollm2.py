@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from ramet.kernels.cpu.threads import IS_PARALLEL
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.load import open_weights
 from ramet.runtime.testing.dummy import llama_of_transformers
-from ramet.runtime.types import SamplingParams
+from ramet.runtime.types import RequestOutput, SamplingParams
 
 pytestmark = pytest.mark.model
 
@@ -83,13 +84,20 @@ def test_greedy_texts_are_the_same_alone_and_from_the_cache(
 
 @pytest.mark.skipif(sys.platform != "linux" or not IS_PARALLEL, reason="counts threads in /proc, needs an OpenMP")
 def test_an_idle_engine_has_no_workers_that_would_slow_another_one_down(smollm2_path: Path) -> None:
-    busy = []
+    busy: list[int] = []
+    ended = threading.Event()
 
     def count() -> int:
         return len(list(Path("/proc/self/task").iterdir()))
 
+    def note(output: RequestOutput) -> None:
+        busy.append(count())
+        if output.finish_reason is not None:
+            ended.set()
+
     with Engine(str(smollm2_path), num_threads=2, num_kv_tokens=512) as engine:
-        engine.submit("The sea", SamplingParams(max_tokens=4), on_output=lambda output: busy.append(count())).result()
+        engine.submit("The sea", SamplingParams(max_tokens=4), on_output=note)
+        assert ended.wait(100)
         deadline = time.monotonic() + 60
         while count() >= min(busy) and time.monotonic() < deadline:
             time.sleep(0.01)
