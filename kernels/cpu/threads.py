@@ -160,8 +160,8 @@ def release_threads() -> None:
 
     Each thread that runs parallel regions has its own workers. If all workers together outnumber the cores, GNU's
     OpenMP lets them sleep between regions instead of spinning: after a model was loaded on one thread, decode steps on
-    another took 14.5 ms instead of 8.6 (SmolLM2 at batch 1, 2 cores); beside an idle engine in the same process, another
-    one wrote 100 tokens a second instead of 240. A thread that has no parallel work must therefore release its workers.
+    another took 14.5 ms instead of 8.6 (SmolLM2 at batch 1, 2 cores), and beside an idle engine in the same process,
+    another one wrote 100 tokens a second instead of 240. A thread without parallel work must release its workers.
     """
     if _LIBRARY is not None and hasattr(_LIBRARY, "omp_pause_resource_all"):  # OpenMP 5.0
         _LIBRARY.omp_pause_resource_all(_PAUSE_SOFT)
