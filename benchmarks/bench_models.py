@@ -3,7 +3,7 @@
     python benchmarks/bench_models.py quality [--model gemma3-270m] [--tokens 4096] [--text FILE] [--only W4A16]
     python benchmarks/bench_models.py speed [--tokens 64] [--out benchmarks/results/models.jsonl]
 
-quality: perplexity of a text in windows of 512 tokens; how often the likeliest next token is that of exact products;
+quality: perplexity of passages of 512 tokens of a text; how often the likeliest next token is that of exact products;
 and of 20 greedy answers of 32 tokens, how many tokens come before the first that differs. The text is the GNU General
 Public License, version 3, as Debian's package base-files has it; prompts are passages of it. The exact products are in
 fp32 with the dequantised weights of the model's GGUF file; fp8 rounds those weights by rows and activations by tokens,
@@ -72,7 +72,8 @@ def judged(
     name: str,
     config: ModelConfig,
     weights: Weights,
-    ids: list[int],
+    windows: list[list[int]],
+    prompts: list[list[int]],
     arguments: dict[str, Any],  # Any: see FORMATS
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
     """The mean loss of the windows' tokens, the likeliest token at each position, and greedy answers [20, 32]."""
@@ -80,15 +81,12 @@ def judged(
     kv_dtype = FP8 if "KV" in name else None
     decoder = decoder if kv_dtype is None else apply_fp8_cache(decoder)
     losses, chosen = [], []
-    for start in range(0, len(ids) - WINDOW + 1, WINDOW):
-        window = ids[start : start + WINDOW]
+    for window in windows:
         logits = BareCache(decoder, 1, WINDOW, kv_dtype=kv_dtype).step([], [(0, window)])[:-1].float()
         losses.append(float(F.cross_entropy(logits, torch.tensor(window[1:]))))
         chosen.append(logits.argmax(-1))
-    starts = range(0, len(ids) - PROMPT_TOKENS + 1, (len(ids) - PROMPT_TOKENS) // (NUM_PROMPTS - 1))
     rows = BareCache(decoder, NUM_PROMPTS, PROMPT_TOKENS + ANSWER_TOKENS, kv_dtype=kv_dtype)
-    prompts = [(row, ids[start : start + PROMPT_TOKENS]) for row, start in enumerate(starts)]
-    answers = [rows.step([], prompts)[PROMPT_TOKENS - 1 :: PROMPT_TOKENS].argmax(-1)]
+    answers = [rows.step([], list(enumerate(prompts)))[PROMPT_TOKENS - 1 :: PROMPT_TOKENS].argmax(-1)]
     while len(answers) < ANSWER_TOKENS:
         answers.append(rows.step(list(enumerate(answers[-1].tolist())), []).argmax(-1))
     return statistics.mean(losses), torch.cat(chosen), torch.stack(answers, dim=1)
@@ -123,11 +121,18 @@ def rounded(weights: Weights, round_matrix: Callable[[torch.Tensor], torch.Tenso
 def calibrated(model: ModelDescription, stored: Weights) -> Weights:
     """The weights with the layers' matrices rounded by GPTQ."""
     text = "".join((LICENSES / name).read_text(encoding="utf-8") for name in CALIBRATION)
-    ids = model.tokenizer.encode(text)
-    starts = range(0, len(ids) - WINDOW + 1, (len(ids) - WINDOW) // (CALIBRATION_WINDOWS - 1))
-    windows = [ids[start : start + WINDOW] for start in starts]
     decoder = build_decoder(model.config, stored, device="cpu", dtype=torch.float32)
-    return Weights.from_tensors({name: stored[name] for name in stored} | calibrate(decoder, windows))
+    rounded_matrices = calibrate(decoder, passages(model, text, WINDOW, CALIBRATION_WINDOWS))
+    return Weights.from_tensors({name: stored[name] for name in stored} | rounded_matrices)
+
+
+def passages(model: ModelDescription, text: str, num_tokens: int, count: int) -> list[list[int]]:
+    """Passages from all over a text, each behind the token that begins a text, if the model's tokenizer adds one."""
+    head, ids = model.tokenizer.encode("", add_special=True), model.tokenizer.encode(text)
+    length = num_tokens - len(head)
+    assert 1 < count <= len(ids) // length, f"the text has {len(ids)} tokens, not {count} passages of {length}"
+    step = (len(ids) - length) // (count - 1)
+    return [head + ids[start : start + length] for start in range(0, step * count, step)]
 
 
 ROUNDINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -142,8 +147,8 @@ ROUNDINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def quality(
     model: ModelDescription, stored: Weights, text: str, num_tokens: int, only: list[str]
 ) -> dict[str, Any]:  # Any: JSON
-    ids = model.tokenizer.encode(text)[: num_tokens // WINDOW * WINDOW]
-    assert len(ids) >= 2 * WINDOW, f"the text has {len(ids)} tokens; {2 * WINDOW} are the least"
+    windows = passages(model, text, WINDOW, num_tokens // WINDOW)
+    prompts = passages(model, text, PROMPT_TOKENS, NUM_PROMPTS)
     rows: dict[str, Any] = {}
     exact, *others = FORMATS
     first: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -153,7 +158,7 @@ def quality(
             weights = rounded(weights, ROUNDINGS[name])
         elif "GPTQ" in name:
             weights = calibrated(model, stored)
-        loss, chosen, answers = judged(name, model.config, weights, ids, FORMATS[name])
+        loss, chosen, answers = judged(name, model.config, weights, windows, prompts, FORMATS[name])
         first = (chosen, answers) if first is None else first
         agreed = (answers == first[1]).cummin(1).values
         rows[name] = {
@@ -163,7 +168,7 @@ def quality(
             "change": round(math.exp(loss) / rows[exact]["perplexity"] - 1, 4) if rows else 0.0,
         }
         print(name, rows[name], file=sys.stderr, flush=True)
-    return {"tokens": len(ids) // WINDOW * (WINDOW - 1), "rows": rows}
+    return {"tokens": len(windows) * (WINDOW - 1), "rows": rows}
 
 
 def tokens_per_s(engine: Engine, num_requests: int, num_tokens: int) -> float:
