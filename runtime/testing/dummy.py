@@ -70,6 +70,48 @@ def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype,
     return Weights({name: partial(read, name, shape) for name, shape in expected_tensors(config).items()})
 
 
+# Fields of `config.json` of small models, one for each way of computing a layer on a CPU.
+_SMALL: dict[str, Any] = {  # Any: JSON
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+SMALL_MODELS: dict[str, dict[str, Any]] = {
+    "llama": _SMALL,
+    "qwen2": _SMALL | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": _SMALL | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False},
+    "gemma3": _SMALL
+    | {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "rope_local_base_freq": 10000.0,
+        "final_logit_softcapping": 30.0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+}
+
+
+def small_weights(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Weights:
+    """As `dummy_weights` on the CPU, with biases that are not 0."""
+    drawn = dummy_weights(config, torch.device("cpu"), dtype, seed=1)
+    shapes = expected_tensors(config)
+    biases = {key: torch.linspace(-0.5, 0.5, *shape, dtype=dtype) for key, shape in shapes.items() if "bias" in key}
+    return Weights.from_tensors({key: biases.get(key, drawn[key]) for key in shapes})
+
+
 def write_dummy_adapter(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],

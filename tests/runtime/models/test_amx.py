@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -15,39 +14,11 @@ from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.layers import DecoderLayer
 from ramet.runtime.models.linear_cpu import CpuFeatures
-from ramet.runtime.models.weights import Weights, expected_tensors
 from ramet.runtime.testing.bare_cache import BareCache
-from ramet.runtime.testing.dummy import dummy_weights
+from ramet.runtime.testing.dummy import SMALL_MODELS, small_weights
 
-BASE = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama, small heads": {"head_dim": 16},  # no tiles of queries: attention is in fp32
-    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
-    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False},
-    "gemma3": {
-        "model_type": "gemma3_text",
-        "architectures": ["Gemma3ForCausalLM"],
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 8,
-        "rope_local_base_freq": 10000.0,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-    },
+MODELS = {name: fields | {"head_dim": 32} for name, fields in SMALL_MODELS.items()} | {
+    "llama, small heads": SMALL_MODELS["llama"]  # no tiles of queries: attention is in fp32
 }
 # Only products that round to bfloat16 have these layers, and torch refuses to pack such products for a CPU without the
 # instructions. That layers with other products are left alone is tested everywhere.
@@ -56,18 +27,11 @@ needs_bf16 = pytest.mark.skipif(not HERE.bf16, reason="products of this CPU do n
 
 
 def decoder_of(name: str, quantization: str | None, dtype: torch.dtype = torch.float32) -> Decoder:
-    config = config_from_hf({**BASE, **MODELS[name]})
-    drawn = dummy_weights(config, torch.device("cpu"), dtype, seed=1)
-    biases = {
-        key: torch.linspace(-0.5, 0.5, *shape, dtype=dtype)
-        for key, shape in expected_tensors(config).items()
-        if "bias" in key
-    }
-    weights = Weights.from_tensors({key: biases.get(key, drawn[key]) for key in expected_tensors(config)})
+    config = config_from_hf(MODELS[name])
     with pytest.MonkeyPatch.context() as patch:  # products as on a CPU with tiles, layers as on one without
         patch.setattr(linear_cpu, "has_tiles", lambda: False)
         patch.setattr(CpuFeatures, "detect", lambda: dataclasses.replace(HERE, tiles=HERE.bf16))
-        return build_decoder(config, weights, device="cpu", quantization=quantization)
+        return build_decoder(config, small_weights(config, dtype), device="cpu", quantization=quantization)
 
 
 def limits(decoder: Decoder) -> set[int | None]:

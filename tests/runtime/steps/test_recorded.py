@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,51 +17,15 @@ from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder, ForwardContext
 from ramet.runtime.models.linear_cpu import CpuFeatures
-from ramet.runtime.models.weights import Weights, expected_tensors
+from ramet.runtime.models.weights import expected_tensors
 from ramet.runtime.steps.recorded import Recordings
 from ramet.runtime.testing.bare_cache import BareCache
-from ramet.runtime.testing.dummy import dummy_decoder, dummy_weights
-
-BASE = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
-    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False},
-    "gemma3": {
-        "model_type": "gemma3_text",
-        "architectures": ["Gemma3ForCausalLM"],
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 8,
-        "rope_local_base_freq": 10000.0,
-        "final_logit_softcapping": 30.0,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-    },
-}
+from ramet.runtime.testing.dummy import SMALL_MODELS, dummy_decoder, small_weights
 
 
 def decoder_of(name: str, quantization: str) -> Decoder:
-    config = config_from_hf({**BASE, **MODELS[name]})
-    drawn = dummy_weights(config, torch.device("cpu"), torch.float32, seed=1)
-    biases = {
-        key: torch.linspace(-0.5, 0.5, *shape) for key, shape in expected_tensors(config).items() if "bias" in key
-    }
-    weights = Weights.from_tensors({key: biases.get(key, drawn[key]) for key in expected_tensors(config)})
-    return build_decoder(config, weights, device="cpu", quantization=quantization)
+    config = config_from_hf(SMALL_MODELS[name])
+    return build_decoder(config, small_weights(config), device="cpu", quantization=quantization)
 
 
 def prompt_of(row: int) -> list[int]:
@@ -120,7 +83,7 @@ class Both:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL_MODELS)
 def test_recorded_steps_equal_eager_ones(name: str, quantization: str) -> None:
     both = Both(decoder_of(name, quantization), 6)
     for rows in ([0], [1, 4], [0, 1, 2, 3, 4, 5], [5, 3], [2], [3, 1, 0, 2, 4, 5]):
@@ -168,7 +131,7 @@ CHUNKS: list[list[tuple[int, list[int]]]] = [
 
 @torch.inference_mode()
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL_MODELS)
 def test_recorded_new_tokens_equal_eager_rows(name: str, quantization: str) -> None:
     both = Both(decoder_of(name, quantization), 6)
     for chunks in CHUNKS:
@@ -178,7 +141,7 @@ def test_recorded_new_tokens_equal_eager_rows(name: str, quantization: str) -> N
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL_MODELS)
 def test_recorded_new_tokens_are_those_of_attention_for_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Exact products: rounded ones turn the last bits of attention into steps of int8.
     monkeypatch.setattr(CpuFeatures, "detect", lambda: CpuFeatures(bf16=False, int8=False, tiles=False))
@@ -194,7 +157,7 @@ def test_recorded_new_tokens_are_those_of_attention_for_prompts(name: str, monke
 @needs_int8
 @torch.inference_mode()
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL_MODELS)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_token_has_the_same_logits_cold_warm_in_chunks_alone_and_beside_others(
     name: str, quantization: str, seed: int, monkeypatch: pytest.MonkeyPatch
@@ -236,7 +199,7 @@ def test_sizes_of_steps_with_new_tokens_share_programs() -> None:
 
 @torch.inference_mode()
 def test_a_decoder_of_torch_products_has_no_program() -> None:
-    decoder = dummy_decoder(config_from_hf(BASE), "cpu", torch.float32)
+    decoder = dummy_decoder(config_from_hf(SMALL_MODELS["llama"]), "cpu", torch.float32)
     steps = Both(decoder, 2).steps
     assert steps.get(2) is None
     assert steps.get_extend(2, 0) is None
