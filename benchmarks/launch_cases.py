@@ -237,6 +237,9 @@ def products(model: Model) -> list[Launch]:
         for part, run in (("residual", added), ("gated", gated), ("normed", normed)):
             launches.append(Launch(f"{model.name} gemv {part} B={rows}", run))
     invariant = partial(matmul_invariant_triton, tensor(64, model.hidden), tensor(model.vocab, model.hidden))
+    weight, scale = tensor(model.inner, 4096, dtype=torch.float8_e4m3fn), tensor(model.inner, 32, dtype=torch.float32)
+    blocks = partial(matmul_invariant_triton, tensor(64, 4096), weight, None, scale)
+    launches.append(Launch(f"{model.name} product with FP8 blocks", blocks))
     return [*launches, Launch(f"{model.name} invariant product", invariant)]
 
 

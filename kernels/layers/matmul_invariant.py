@@ -3,6 +3,9 @@
 
     y = x @ W.T + bias        x [T, K], W [N, K]; accumulation in fp32
 
+W may be in FP8 (e4m3), with a scale for each row's groups of columns: the sums over a group are multiplied by it. So
+files with blocks of 128 x 128 are computed as stored, and x is not rounded. For those, in any engine.
+
 A library chooses its tiles and its splits of K by T, so a row's last bits change with the batch. This kernel has one
 tile shape for every T, and each output is one sum over K in one order. Grid (N / BLOCK_N x T / BLOCK_M), in groups of
 row blocks that share weights in the L2 cache. Small batches pay for padded rows; benchmarks/bench_kernels.py measures
@@ -22,17 +25,27 @@ _BLOCK_M, _BLOCK_N, _BLOCK_K = 64, 128, 64
 _GROUP_M = 8
 
 
-def matmul_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias, [T, N], for x [T, K] and weight [N, K]."""
-    return (matmul_invariant_triton if x.is_cuda else matmul_invariant_reference)(x, weight, bias)
+def matmul_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """Return x @ weight.T + bias, [T, N], for x [T, K] and weight [N, K].
+
+    scale: fp32 [N, K / group] of a weight in FP8; a group has a multiple of 64 columns on a GPU.
+    """
+    return (matmul_invariant_triton if x.is_cuda else matmul_invariant_reference)(x, weight, bias, scale)
 
 
-def matmul_invariant_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def matmul_invariant_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     """CPU path, and specification of the values. The bits may differ, because the CPU's library also chooses by T."""
-    return F.linear(x, weight, bias)
+    if scale is None:
+        return F.linear(x, weight, bias)
+    exact = weight.float() * scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
+    return F.linear(x.float(), exact, None if bias is None else bias.float()).to(x.dtype)
 
 
-def matmul_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def matmul_invariant_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     """Launch the kernel of `matmul_invariant`."""
     num_rows, depth = x.shape
     num_outputs = weight.shape[0]
@@ -41,16 +54,22 @@ def matmul_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None = Non
     out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return out
+    num_groups = 1 if scale is None else scale.shape[1]
+    assert scale is None or (scale.is_contiguous() and depth % (num_groups * _BLOCK_K) == 0), (depth, num_groups)
     grid = (cdiv(num_rows, _BLOCK_M) * cdiv(num_outputs, _BLOCK_N),)
     _matmul_kernel[grid](
         x,
-        weight,
+        weight if scale is None else weight.view(torch.uint8),
         bias,
+        scale,
         out,
         x.stride(0),
         num_rows,
         num_outputs,
         depth,
+        num_groups,
+        depth // num_groups,
+        IS_FP8=scale is not None,
         HAS_BIAS=bias is not None,
         EVEN_K=depth % _BLOCK_K == 0,
         BLOCK_M=_BLOCK_M,
@@ -66,9 +85,9 @@ def matmul_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None = Non
 
 @jit_any_value("num_rows")
 def _matmul_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, x_stride, num_rows, num_outputs, depth,
-    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, out_ptr, x_stride, num_rows, num_outputs, depth, num_groups, group,
+    IS_FP8: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     blocks_m, blocks_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_outputs, BLOCK_N)
@@ -95,7 +114,12 @@ def _matmul_kernel(
             inside = (start + column < depth)[None, :]
             x = tl.load(x_tile_ptr + start, mask=inside, other=0.0)
             weight = tl.load(weight_tile_ptr + start, mask=inside, other=0.0)
-        total = tl.dot(x, tl.trans(weight), total, input_precision=PRECISION)
+        if IS_FP8:
+            weight = weight.to(tl.float8e4nv, bitcast=True).to(x.dtype)
+            scale = tl.load(scale_ptr + weight_row * num_groups + start // group)
+            total += tl.dot(x, tl.trans(weight), input_precision=PRECISION) * scale[None, :]
+        else:
+            total = tl.dot(x, tl.trans(weight), total, input_precision=PRECISION)
     if HAS_BIAS:
         total += tl.load(bias_ptr + output, mask=output < num_outputs, other=0.0).to(tl.float32)[None, :]
     inside = (row < num_rows)[:, None] & (output < num_outputs)[None, :]

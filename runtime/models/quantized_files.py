@@ -83,11 +83,14 @@ class StoredMatrix:
         return ((values.float() - zeros[:, group_of]) * scales[:, group_of]).to(torch.bfloat16)
 
     def scaled(self) -> tuple[Tensor, Tensor] | None:
-        """An FP8 matrix and its scales, fp32 [rows]; None where a row has more than one."""
-        if self.scheme.kind != "fp8" or self.scheme.block is not None:
+        """An FP8 matrix and its scales, fp32 [rows], or [rows, groups] of blocks; None where groups differ in size."""
+        if self.scheme.block is None:
+            weight, scale = self._fp8()
+            return weight, scale.expand(weight.shape[0], 1).reshape(-1).contiguous()
+        if self.shape[1] % self.scheme.block[1]:
             return None
         weight, scale = self._fp8()
-        return weight, scale.expand(weight.shape[0], 1).reshape(-1).contiguous()
+        return weight, scale[:, :: self.scheme.block[1]].contiguous()
 
     def blocks(self) -> GgufEntry | None:
         """A 4-bit matrix in blocks of Q4_1; None where its groups are not runs of whole blocks."""

@@ -41,7 +41,7 @@ class Part:
 # Read a tensor, or the range of a part of it. A quantised reader returns None if a range cuts through blocks.
 Reader = Callable[[Part | None], Tensor]
 QuantizedReader = Callable[[Part | None], GgufEntry | None]
-# Read a matrix in FP8 and its scales, fp32 [rows]. None if a row has several scales.
+# Read a matrix in FP8 and its scales, fp32 [rows] or [rows, groups of columns]. None if groups differ in size.
 ScaledReader = Callable[[], tuple[Tensor, Tensor] | None]
 
 
@@ -116,14 +116,22 @@ class Weights(Mapping[str, Tensor]):
         return frozenset(self._scaled)
 
     def scaled(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """A matrix in FP8 as stored in the file, and its scales, fp32 [rows]; None if a row has several of them."""
+        """A matrix in FP8 as stored in the file, and its scales, fp32 [rows] or [rows, groups of columns].
+
+        It is None if groups differ in size, or if the tensor's part begins or ends inside one.
+        """
         self._on_read(name)
         found, part = self._scaled[name](), self._parts.get(name)
         if found is None or part is None:
             return found
         weight, scale = found
         assert not part.padding, "only the token table is padded"
-        return part.of(weight), part.of(scale) if part.axis == 0 else scale
+        if part.axis == 0 or scale.ndim == 1:
+            return part.of(weight), part.of(scale) if part.axis == 0 else scale
+        group = weight.shape[1] // scale.shape[1]
+        if part.start % group or part.stop % group:
+            return None
+        return part.of(weight), scale[:, part.start // group : part.stop // group]
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -44,3 +44,20 @@ def test_a_row_has_the_same_bits_alone_and_among_others() -> None:
 
 def test_no_rows_give_no_rows() -> None:
     assert matmul_invariant_triton(torch.zeros(0, 64, device=DEVICE), torch.zeros(8, 64, device=DEVICE)).shape == (0, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize(("rows", "outputs", "groups"), [(1, 128, 1), (70, 130, 3)])
+def test_fp8_weights_are_multiplied_as_stored_by_groups_of_columns(
+    dtype: torch.dtype, rows: int, outputs: int, groups: int
+) -> None:
+    torch.manual_seed(2)
+    weight = (torch.randn(outputs, 128 * groups, device=DEVICE) * 100).to(torch.float8_e4m3fn)
+    scale = torch.rand(outputs, groups, device=DEVICE) * torch.logspace(-3, 0, groups, device=DEVICE)
+    x, bias = torch.randn(rows, 128 * groups, device=DEVICE).to(dtype), torch.randn(outputs, device=DEVICE).to(dtype)
+    exact = x.double() @ (weight.double() * scale.double().repeat_interleave(128, 1)).T + bias.double()
+    for run in (matmul_invariant_reference, matmul_invariant_triton):
+        error = float((run(x, weight, bias, scale).double() - exact).norm() / exact.norm())
+        assert error < (2e-5 if dtype == torch.float32 else 2e-2), error
+    together = matmul_invariant_triton(x, weight, bias, scale)
+    assert torch.equal(matmul_invariant_triton(x[:1], weight, bias, scale)[0], together[0])

@@ -92,8 +92,8 @@ def packed(shape: tuple[int, int], generator: torch.Generator, *, is_symmetric: 
 def fp8(shape: tuple[int, int], generator: torch.Generator, *, strategy: str) -> Any:
     values = (torch.randn(shape, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
     if strategy == "block":
-        scales = 0.001 + 0.001 * torch.rand(-(-shape[0] // 48), -(-shape[1] // 32), generator=generator)
-        wide = scales.repeat_interleave(48, 0)[: shape[0]].repeat_interleave(32, 1)[:, : shape[1]]
+        scales = 0.001 + 0.001 * torch.rand(-(-shape[0] // 48), -(-shape[1] // 64), generator=generator)
+        wide = scales.repeat_interleave(48, 0)[: shape[0]].repeat_interleave(64, 1)[:, : shape[1]]
         return values.float() * wide, {"weight": values, "weight_scale_inv": scales}
     scales = 0.001 + 0.001 * torch.rand(shape[0] if strategy == "channel" else 1, 1, generator=generator)
     stored = scales if strategy == "channel" else scales[0, 0]
@@ -126,7 +126,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
         lambda *at: packed(*at, is_symmetric=False),
     ),
     "fp8 block": (
-        {"quant_method": "fp8", "weight_block_size": [48, 32], "activation_scheme": "dynamic"},
+        {"quant_method": "fp8", "weight_block_size": [48, 64], "activation_scheme": "dynamic"},
         lambda *at: fp8(*at, strategy="block"),
     ),
     "fp8 channel": (
@@ -211,6 +211,33 @@ def test_fp8_by_rows_is_computed_as_stored(tmp_path: Path, name: str) -> None:
     assert torch.equal(found[1], method.scale[16:32])
 
 
+def test_fp8_in_blocks_is_computed_as_stored(tmp_path: Path) -> None:
+    write(tmp_path, "fp8 block")
+    config, weights = open_weights(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    methods = [linear.method for linear in build_decoder(config, weights, device="cpu", quantization="fp8").linears()]
+    for method, names in ((methods[0], ("q", "k", "v")), (methods[1], ("o",))):
+        assert isinstance(method, Fp8Linear)
+        keys = [f"model.layers.0.self_attn.{name}_proj.weight" for name in names]
+        assert torch.equal(method.weight.float(), torch.cat([stored[key].float() for key in keys]))
+        dense = torch.cat(
+            [stored[k].float() * stored[f"{k}_scale_inv"].repeat_interleave(48, 0)[: len(stored[k])] for k in keys]
+        )
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+        torch.testing.assert_close(method(x, None), x @ dense.T, rtol=1e-5, atol=1e-5)
+    key = "model.layers.0.mlp.down_proj.weight"
+    whole, part = weights.scaled(key), weights.cut({key: Part(1, 64, 128)}).scaled(key)
+    assert whole is not None
+    assert part is not None
+    assert whole[1].shape == (64, 2)
+    assert torch.equal(part[0].float(), whole[0][:, 64:].float())
+    assert torch.equal(part[1], whole[1][:, 1:])
+    assert weights.cut({key: Part(1, 32, 96)}).scaled(key) is None
+    rows = weights.cut({key: Part(0, 16, 32)}).scaled(key)
+    assert rows is not None
+    assert torch.equal(rows[1], whole[1][16:32])
+
+
 def test_blocks_lose_less_than_a_hundredth_of_a_step(tmp_path: Path) -> None:
     for name in ("packed", "packed asymmetric"):
         write(tmp_path, name)
@@ -240,7 +267,7 @@ def test_blocks_lose_less_than_a_hundredth_of_a_step(tmp_path: Path) -> None:
         ("gptq", {"qweight": torch.zeros(4, 128, dtype=torch.int32)}, r"scales is \[2, 128\] but must be \[1, 128\]"),
         ("awq", {"qweight": torch.zeros(64, dtype=torch.int32)}, "qweight has 1 axes but must have 2"),
         ("packed", {"weight_scale": torch.ones(128, 1)}, r"weight_scale is \[128, 1\] but must be \[128, 2\]"),
-        ("fp8 block", {"weight_scale_inv": torch.ones(2, 2)}, r"weight_scale_inv is \[2, 2\] but must be \[3, 2\]"),
+        ("fp8 block", {"weight_scale_inv": torch.ones(2, 2)}, r"weight_scale_inv is \[2, 2\] but must be \[3, 1\]"),
         ("gptq", {"qweight": torch.zeros(8, 128)}, "qweight is F32 but must be I32"),
         ("gptq", {"scales": torch.zeros(2, 128, dtype=torch.int32)}, "scales is I32 but must be F32 or F16 or BF16"),
         ("gptq", {"g_idx": torch.zeros(64)}, "g_idx is F32 but must be I32 or I64"),
