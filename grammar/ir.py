@@ -29,8 +29,8 @@ into the rules. `NamedRules.of(node)` wraps a grammar without named rules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ramet.errors import InvalidGrammar
@@ -258,6 +258,63 @@ class NamedRules:
     def of(node: Node) -> NamedRules:
         """Wrap one node as a grammar without other rules."""
         return NamedRules({"start": node})
+
+    def inlined(self, node: Node) -> Node:
+        """Replace each reference by the rule that it names. The rules must not be recursive."""
+        return changed(node, lambda one: self.inlined(self.rules[one.rule]) if isinstance(one, Reference) else None)
+
+    def recursive(self) -> frozenset[str]:
+        """Return the rules that inlining does not make regular.
+
+        These are the rules on a cycle of references, those that hold a JSON schema, and those that refer to such rules.
+        """
+        uses = {name: references(node) for name, node in self.rules.items() if not holds(node, _is_schema)}
+        plain: set[str] = set()
+        while fresh := {name for name, used in uses.items() if name not in plain and used <= plain}:
+            plain |= fresh
+        return frozenset(set(self.rules) - plain)
+
+
+def parts_of(node: Node) -> tuple[Node, ...]:
+    """Return the nodes that a node is made of."""
+    match node:
+        case Concatenation(parts) | Choice(parts) | Intersect(parts):
+            return parts
+        case Repeat(item) | Lookahead(item) | Complement(item) | Terminal(item) | Named(item):
+            return (item,)
+    return ()
+
+
+def holds(node: Node, is_wanted: Callable[[Node], bool]) -> bool:
+    """Tell whether a node, or some part of it, is wanted."""
+    return is_wanted(node) or any(holds(part, is_wanted) for part in parts_of(node))
+
+
+def changed(node: Node, change: Callable[[Node], Node | None]) -> Node:
+    """Return a node in which parts are replaced by what `change` returns for them; None looks at the part's parts."""
+    found = change(node)
+    return with_parts(node, [changed(part, change) for part in parts_of(node)]) if found is None else found
+
+
+def with_parts(node: Node, parts: Sequence[Node]) -> Node:
+    """Return a node that is made of other parts, as many as before."""
+    match node:
+        case Concatenation() | Choice() | Intersect():
+            return type(node)(tuple(parts))
+        case Repeat() | Lookahead() | Complement() | Terminal() | Named():
+            return replace(node, item=parts[0])
+    return node
+
+
+def references(node: Node) -> set[str]:
+    """Return the names of the rules that a node refers to."""
+    if isinstance(node, Reference):
+        return {node.rule}
+    return set().union(*map(references, parts_of(node)))
+
+
+def _is_schema(node: Node) -> bool:
+    return isinstance(node, JsonSchema)
 
 
 EMPTY = Concatenation(())

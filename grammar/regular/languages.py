@@ -331,16 +331,8 @@ def _absorb(conjunctions: Iterable[_Conjunction]) -> _Formula:
 
 
 def has_lookahead(node: ir.Node) -> bool:
-    """Return whether a lookahead stands in a regular node."""
-    match node:
-        case ir.Lookahead():
-            return True
-        case ir.Concatenation(parts) | ir.Choice(parts):
-            return any(has_lookahead(p) for p in parts)
-        case ir.Repeat(item, _, _):
-            return has_lookahead(item)
-        case _:
-            return False
+    """Return whether a lookahead stands in a node."""
+    return ir.holds(node, lambda one: isinstance(one, ir.Lookahead))
 
 
 def utf8_sequences(ranges: ir.Ranges) -> list[tuple[tuple[int, int], ...]]:

@@ -26,7 +26,6 @@ from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.frame import DEAD, PREFERRED_BYTES, REFUSE, Frame, leave, target
 from ramet.grammar.regular import dfas
 from ramet.grammar.regular import languages as regular
-from ramet.grammar.regular.references import inline, recursive_rules
 
 MAX_THREADS = 4096
 
@@ -77,7 +76,7 @@ class Pushdown:
         self.states: list[State] = [("return", 0, 0, [])]
         self.leaves: list[Leaf] = []
         self.dfas: dict[ir.Node, tuple[NDArray[np.int32], list[int]]] = {}
-        self.recursive = recursive_rules(grammar)
+        self.recursive = grammar.recursive()
         self.rule_state: dict[str, int] = {}
         self.rule_names: list[str] = []
         self.rule_index: dict[str, int] = {}
@@ -167,20 +166,16 @@ class Pushdown:
         return out
 
     def _is_regular(self, node: ir.Node) -> bool:
-        match node:
-            case ir.Concatenation(parts) | ir.Choice(parts) | ir.Intersect(parts):
-                return all(self._is_regular(p) for p in parts)
-            case ir.Repeat(item, _, _) | ir.Terminal(item, _) | ir.Complement(item) | ir.Lookahead(item, _):
-                return self._is_regular(item)
-            case ir.Reference(rule):
-                return rule in self.grammar.rules and rule not in self.recursive
-            case ir.JsonSchema():
-                return False
-            case _:
-                return True
+        return not ir.holds(node, self._is_not_regular)
+
+    def _is_not_regular(self, node: ir.Node) -> bool:
+        """Tell whether a node, apart from its parts, is not regular, or not known to be."""
+        if isinstance(node, ir.Reference):
+            return node.rule not in self.grammar.rules or node.rule in self.recursive
+        return isinstance(node, ir.JsonSchema)
 
     def _leaf(self, node: ir.Node, then: int) -> int:
-        node = inline(node, self.grammar)
+        node = self.grammar.inlined(node)
         found = self.dfas.get(node)
         if found is None:
             name = node.name if isinstance(node, ir.Terminal) else "a terminal of the grammar"
@@ -225,7 +220,7 @@ class Pushdown:
         key = frozenset((state, node.number) for state, node in entries)
         found = self._closures.get(key)
         if found is None:
-            found = self._closures[key] = _Closure(self, entries).result()
+            found = self._closures[key] = _closure(self, entries)
         found = found[0] | threads, found[1]
         if found == (frozenset(), False):
             return DEAD
@@ -260,97 +255,85 @@ class Pushdown:
         return found
 
 
-class _Closure:
-    """Collects the threads that grammar states reach before the next byte is read."""
-
-    def __init__(self, owner: Pushdown, entries: list[tuple[int, StackNode]]) -> None:
-        self.owner = owner
-        self.accepts = False
-        self.threads: set[Thread] = set()
-        self.local_edges: dict[int, set[tuple[int, Parent]]] = {}  # rule -> (then, StackNode | rule number)
-        self.local_threads: set[tuple[int, int, Parent]] = set()
-        self.returned: set[int] = set()
-        self.seen: set[tuple[int, Parent]] = set()
-        for state, node in entries:
-            self.visit(state, node)
-
-    def visit(self, state: int, parent: Parent) -> None:
-        """Follow a grammar state. parent: a stack node of an earlier step, or the number of a rule called now."""
-        stack: list[tuple[int, Parent]] = [(state, parent)]
-        owner = self.owner
-        while stack:
-            entry = stack.pop()
-            if entry in self.seen or not owner.productive[entry[0]]:
+def _closure(owner: Pushdown, entries: list[tuple[int, StackNode]]) -> Configuration:
+    """Collect the threads that grammar states reach before the next byte is read."""
+    accepts = False
+    threads: set[tuple[int, int, Parent]] = set()
+    edges: dict[int, set[tuple[int, Parent]]] = {}  # of the rules called now: (state after the rule, caller)
+    returned: set[int] = set()  # rules called now that have returned
+    seen: set[tuple[int, Parent]] = set()
+    waiting: list[tuple[int, Parent]] = list(reversed(entries))
+    while waiting:
+        entry = waiting.pop()
+        if entry in seen or not owner.productive[entry[0]]:
+            continue
+        seen.add(entry)
+        state, parent = entry
+        what = owner.states[state]
+        if what[0] == "leaf":
+            leaf = owner.leaves[what[1]]
+            if leaf.goes_on[0]:
+                threads.add((what[1], 0, parent))
+            if leaf.accepting[0]:
+                waiting.append((leaf.then, parent))
+        elif what[0] == "or":
+            waiting.extend((t, parent) for t in what[3])
+        elif what[0] == "call":
+            rule, then = what[1], what[2]
+            if then == 0:  # a tail call: return to the caller of the caller
+                waiting.append((owner.rule_state[owner.rule_names[rule]], parent))
                 continue
-            self.seen.add(entry)
-            state, parent = entry
-            what = owner.states[state]
-            if what[0] == "leaf":
-                leaf_index = what[1]
-                leaf = owner.leaves[leaf_index]
-                if leaf.goes_on[0]:
-                    self.local_threads.add((leaf_index, 0, parent))
-                if leaf.accepting[0]:
-                    stack.append((leaf.then, parent))
-            elif what[0] == "or":
-                stack.extend((t, parent) for t in what[3])
-            elif what[0] == "call":
-                rule, then = what[1], what[2]
-                if then == 0:  # a tail call: return to the caller of the caller
-                    stack.append((owner.rule_state[owner.rule_names[rule]], parent))
-                    continue
-                edges = self.local_edges.setdefault(rule, set())
-                if (then, parent) not in edges:
-                    edges.add((then, parent))
-                    if rule in self.returned:
-                        stack.append((then, parent))
-                stack.append((owner.rule_state[owner.rule_names[rule]], rule))
-            elif isinstance(parent, StackNode):
-                if parent.number == 0:
-                    self.accepts = True
-                stack.extend(parent.edges)
-            else:
-                self.returned.add(parent)
-                stack.extend(self.local_edges[parent])
+            callers = edges.setdefault(rule, set())
+            if (then, parent) not in callers:
+                callers.add((then, parent))
+                if rule in returned:
+                    waiting.append((then, parent))
+            waiting.append((owner.rule_state[owner.rule_names[rule]], rule))
+        elif isinstance(parent, StackNode):
+            accepts = accepts or parent.number == 0
+            waiting.extend(parent.edges)
+        else:
+            returned.add(parent)
+            waiting.extend(edges[parent])
+    nodes = _stack_nodes(owner, edges)
+    return frozenset([(leaf, q, _node_of(parent, nodes).number) for leaf, q, parent in threads]), accepts
 
-    def result(self) -> Configuration:
-        names = self._name_nodes()
-        for leaf, q, parent in self.local_threads:
-            node = parent if isinstance(parent, StackNode) else names[parent]
-            self.threads.add((leaf, q, node.number))
-        return frozenset(self.threads), self.accepts
 
-    def _name_nodes(self) -> dict[int, StackNode]:
-        """Intern the stack nodes of this step by their content. Nodes on a cycle are interned together."""
-        names: dict[int, StackNode] = {}
-        pending = dict(self.local_edges)
-        while pending:
-            ready = [r for r, edges in pending.items() if all(isinstance(p, StackNode) or p in names for _, p in edges)]
-            if not ready:
-                break
-            for rule in ready:
-                edges = [(t, p if isinstance(p, StackNode) else names[p]) for t, p in pending.pop(rule)]
-                names[rule] = self.owner.node((rule, frozenset((t, n.number) for t, n in edges)), edges)
-        if pending:
-            content = frozenset(
-                (
-                    rule,
-                    frozenset(
-                        (t, True, p.number)
-                        if isinstance(p, StackNode)
-                        else (t, p in names, names[p].number if p in names else p)
-                        for t, p in edges
-                    ),
-                )
-                for rule, edges in pending.items()
+def _node_of(parent: Parent, nodes: dict[int, StackNode]) -> StackNode:
+    return parent if isinstance(parent, StackNode) else nodes[parent]
+
+
+def _stack_nodes(owner: Pushdown, edges: dict[int, set[tuple[int, Parent]]]) -> dict[int, StackNode]:
+    """Return the stack node of each rule called in this step, by its content. Nodes on a cycle are found together."""
+    nodes: dict[int, StackNode] = {}
+    pending = dict(edges)
+    while pending:
+        ready = [r for r, some in pending.items() if all(isinstance(p, StackNode) or p in nodes for _, p in some)]
+        if not ready:
+            break
+        for rule in ready:
+            known = [(t, _node_of(p, nodes)) for t, p in pending.pop(rule)]
+            nodes[rule] = owner.node((rule, frozenset((t, n.number) for t, n in known)), known)
+    if pending:
+        content = frozenset(
+            (
+                rule,
+                frozenset(
+                    (t, True, p.number)
+                    if isinstance(p, StackNode)
+                    else (t, p in nodes, nodes[p].number if p in nodes else p)
+                    for t, p in some
+                ),
             )
-            fresh: dict[int, list[tuple[int, StackNode]]] = {rule: [] for rule in pending}
-            for rule in pending:
-                names[rule] = self.owner.node((rule, content), fresh[rule])
-            for rule, local in pending.items():
-                if names[rule].edges is fresh[rule]:
-                    fresh[rule].extend((t, p if isinstance(p, StackNode) else names[p]) for t, p in local)
-        return names
+            for rule, some in pending.items()
+        )
+        fresh: dict[int, list[tuple[int, StackNode]]] = {rule: [] for rule in pending}
+        for rule in pending:
+            nodes[rule] = owner.node((rule, content), fresh[rule])
+        for rule, some in pending.items():
+            if nodes[rule].edges is fresh[rule]:
+                fresh[rule].extend((t, _node_of(p, nodes)) for t, p in some)
+    return nodes
 
 
 class Reading:

@@ -5,7 +5,8 @@ itself in UTF-8, as a short escape (`\n`), as `\u` with four hex digits of eithe
 Printable ASCII is only written as itself, except for `"`, `\` and optionally `/`, which take a backslash. A string
 without any constraint is different: it may use every escape that JSON knows, also single surrogates.
 
-All tables are "wide": int32 [num_states, 256], with entries as in frame.py. The closing quote leaves through an exit.
+The entries of tables are those of frame.py. Tables are made "wide", int32 [num_states, 256], and then compressed to
+classes of bytes. The closing quote leaves through an exit.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar import ir
-from ramet.grammar.machine.frame import REFUSE, leave
+from ramet.grammar.machine.frame import REFUSE, compress_rows, leave
+from ramet.grammar.machine.walker import safe_depths
 from ramet.grammar.regular.dfas import Dfa
 from ramet.grammar.regular.languages import utf8_sequences
 from ramet.loops import loop
@@ -29,16 +31,41 @@ Wide = NDArray[np.int32]
 _Way = tuple[tuple[frozenset[int], ...], int]  # (byte sets to read, state after them)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Content:
-    """The table of a string's content. rows: wide; the first `num_content` states are between characters.
+    """The table of a string's content. rows: over the classes of byte_class, uint8 [256].
 
-    beyond[q]: the state after any one character beyond ASCII; -1 refused, -2 if it depends on the character.
+    The first `num_content` states are between characters. beyond[q]: the state after any one character beyond ASCII; -1
+    refused, -2 if it depends on the character.
     """
 
-    rows: Wide
+    rows: NDArray[np.int32]
+    byte_class: NDArray[np.uint8]
     num_content: int
     beyond: NDArray[np.int64]
+
+    @cached_property
+    def depths(self) -> NDArray[np.int32]:
+        """See FrameTable."""
+        depths = np.zeros((4, len(self.rows)), dtype=np.int32)
+        if self.num_content:
+            safe, word = (np.unique(self.byte_class[some]).astype(np.int64) for some in (_PLAIN, _WORD))
+            safe_depths(self.rows, self.num_content, safe, word, self.beyond, depths)
+        return depths
+
+    @cached_property
+    def loop(self) -> int:
+        """See FrameTable."""
+        safe = self.byte_class[_PLAIN]
+        # a trie over any string ends with the rows of any string; in other tables, the start may be the loop
+        for q in (self.num_content - 1, 0) if self.num_content else ():
+            if self.beyond[q] == q and (self.rows[q, safe] == q).all():
+                return q
+        return -1
+
+
+_WORD = np.array([b for b in range(0x30, 0x7B) if chr(b).isalnum()])
+_PLAIN = np.array([b for b in range(0x20, 0x7F) if b not in b'"\\'])
 
 
 QUOTE, BACKSLASH = 0x22, 0x5C
@@ -126,7 +153,8 @@ def json_string_rows(dfa: Dfa, labels: list[int]) -> Content:
     ascii_targets, beyond = char_columns(dfa)
     n = len(ascii_targets)
     if beyond is None:
-        return Content(_general_rows(dfa, labels, ascii_targets), n, np.full(n, -2, dtype=np.int64))
+        wide = _general_rows(dfa, labels, ascii_targets)
+        return Content(*compress_rows(wide), n, np.full(n, -2, dtype=np.int64))
     targets = np.unique(beyond[beyond >= 0])
     first_block = n * (1 + _ESCAPE_ROWS)
     rows = np.full((first_block + len(targets) * _BLOCK_ROWS, 256), REFUSE, dtype=np.int32)
@@ -146,7 +174,8 @@ def json_string_rows(dfa: Dfa, labels: list[int]) -> Content:
         (_U00, range(8, 16), _X1),
     ):
         rows[escape + level, [byte for nibble in nibbles for byte in _HEX[nibble]]] = base[:, None] + to
-    return Content(trim(rows), n, np.where(rows[:n, 0xC3] >= 0, beyond, -1))
+    trim(rows)
+    return Content(*compress_rows(rows), n, np.where(rows[:n, 0xC3] >= 0, beyond, -1))
 
 
 def _own_rows(rows: Wide, n: int, ascii_targets: NDArray[np.int64], labels: list[int]) -> None:
@@ -315,6 +344,11 @@ def _hex_sequences(low: int, high: int, digits: int) -> list[tuple[frozenset[int
     return out + tail
 
 
+def is_plain(code: int) -> bool:
+    """Tell whether a code point is written in one way, as one byte."""
+    return 0x20 <= code < 0x7F and code not in (QUOTE, BACKSLASH, 0x2F)
+
+
 def char_sequences(char: str) -> list[tuple[frozenset[int], ...]]:
     """Return the ways to write one code point inside a JSON string, as sequences of byte sets."""
     code = ord(char)
@@ -354,7 +388,7 @@ def free_string_rows() -> Content:
     block = _block()[: _F4 + 1]
     rows[6:13] = np.where(block == _FINAL, 0, np.where(block >= 0, block + 6, REFUSE))
     _lead_bytes(rows, np.array([0]), np.array([6]))
-    return Content(rows, 1, np.array([0]))
+    return Content(*compress_rows(rows), 1, np.array([0]))
 
 
 @lru_cache(maxsize=256)
@@ -377,7 +411,7 @@ def counted_rows(num_chars: int, closable: bool, last: bool) -> Content:
     rows[rows == num_chars] = leave(1)
     # the last character leaves through exit 1: this table does not know what follows
     beyond = np.where(content.beyond == num_chars, -2, content.beyond)
-    return Content(rows, n, beyond)
+    return Content(rows, content.byte_class, n, beyond)
 
 
 @loop
@@ -402,7 +436,7 @@ def _alive_rows(rows, alive):  # type: ignore[no-untyped-def]
                 rows[i, c] = -1
 
 
-def trim(rows: Wide) -> Wide:
+def trim(rows: NDArray[np.int32]) -> NDArray[np.int32]:
     """Refuse, in place, every entry that leads to a state from which no exit is reached."""
     alive = np.zeros(len(rows), dtype=np.bool_)
     _alive_rows(rows, alive)
@@ -421,17 +455,17 @@ def _drop(rows, gone):  # type: ignore[no-untyped-def]
                         break
 
 
-def drop_exits(rows: Wide, gone: NDArray[np.int32]) -> None:
+def drop_exits(rows: NDArray[np.int32], gone: NDArray[np.int32]) -> None:
     """Refuse, in place, these exits and all entries that lead only to them."""
     if len(gone):
         _drop(rows, gone)
         trim(rows)
 
 
-@lru_cache(maxsize=4096)
-def any_string_content(exit_index: int) -> Content:
-    """Return the table of any string, written as constrained strings are. The quote leaves through this exit."""
-    return json_string_rows(Dfa(ir.MAX_CODE_POINT, [0], [0], 1, [[0]], [True]), [exit_index])
+@cache
+def any_string_content() -> Content:
+    """Return the table of any string, written as constrained strings are. The quote leaves through exit 0."""
+    return json_string_rows(Dfa(ir.MAX_CODE_POINT, [0], [0], 1, [[0]], [True]), [0])
 
 
 @lru_cache(maxsize=4096)

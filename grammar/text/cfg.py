@@ -27,7 +27,6 @@ from ramet.errors import GrammarTooLarge, InvalidGrammar, InvalidRegex
 from ramet.grammar import ir
 from ramet.grammar.regular import dfas
 from ramet.grammar.regular import languages as regular
-from ramet.grammar.regular.references import inline
 from ramet.grammar.regular.utf8 import compile_text
 from ramet.grammar.text.regex import parse_regex
 
@@ -94,7 +93,7 @@ class _Reader:
             self.rules[self.rule] = self.node(tree, values)
         name = "the start"  # the blank makes sure that no rule in Lark has this name
         whole = ir.NamedRules({**self.rules, name: begin}, name)
-        return ir.NamedRules.of(inline(begin, whole)) if name in _regular_rules(whole.rules) else whole
+        return ir.NamedRules.of(whole.inlined(begin)) if name in _regular_rules(whole.rules) else whole
 
     def _load(self) -> Any:
         try:
@@ -290,7 +289,7 @@ def _regular_rules(rules: Mapping[str, ir.Node]) -> set[str]:
     sizes: dict[str, int] = {}
     waiting = dict(rules)
     while waiting:
-        ready = [n for n, node in waiting.items() if _references(node) <= sizes.keys()]
+        ready = [n for n, node in waiting.items() if ir.references(node) <= sizes.keys()]
         if not ready:
             break
         for name in ready:
@@ -298,17 +297,6 @@ def _regular_rules(rules: Mapping[str, ir.Node]) -> set[str]:
             if sizes[name] > MAX_SIZE:
                 raise GrammarTooLarge(f"rule {name!r} written out has more than {MAX_SIZE:,} parts; simplify it")
     return set(sizes)
-
-
-def _references(node: ir.Node) -> set[str]:
-    match node:
-        case ir.Reference(rule):
-            return {rule}
-        case ir.Concatenation(parts) | ir.Choice(parts):
-            return set().union(*map(_references, parts)) if parts else set()
-        case ir.Repeat(item, _, _):
-            return _references(item)
-    return set()
 
 
 def _size(node: ir.Node, sizes: Mapping[str, int]) -> int:

@@ -2,8 +2,8 @@ r"""Python `re` patterns -> IR. A text is in the language exactly if `re.fullmat
 
 Understood: literals, classes, `\d \w \s` (Unicode unless re.ASCII), groups, alternation, repetition (a lazy repeat has
 the same texts as a greedy one), flags `i m s x a u` (also scoped), lookaheads, lookbehinds of one character, and `^ $
-\A \Z \b \B`. Refused with InvalidRegex, by name and position: longer lookbehinds, backreferences, conditionals, atomic
-groups, possessive repeats.
+\A \Z \b \B`, and backreferences to groups with few texts (see backreferences.py). Refused with InvalidRegex, by name
+and position: longer lookbehinds, other backreferences, conditionals, atomic groups, possessive repeats.
 
 A language holds only texts that UTF-8 can write: a surrogate never matches. `\B` matches the empty text, as in Python
 from 3.14 on.
@@ -12,7 +12,7 @@ from 3.14 on.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from re import _constants as sre
 from re import _parser
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from ramet.errors import GrammarTooLarge, InvalidRegex
 from ramet.grammar import ir
 from ramet.grammar.regular import char_classes as chars
+from ramet.grammar.regular.backreferences import without_backreferences
 from ramet.grammar.regular.lookbehind import END, UNKNOWN, without_lookbehinds
 
 MAX_COUNT = 100_000
@@ -63,7 +64,7 @@ def parse_regex(pattern: str, flags: int = 0, *, is_lexeme: bool = False, name: 
         raise GrammarTooLarge(f"a repeat count of the pattern {_short(pattern)} is too large") from error
     converter = _Converter(pattern, is_lexeme)
     try:
-        node = without_lookbehinds(converter.sequence(list(parsed), parsed.state.flags))
+        node = without_lookbehinds(converter.whole(list(parsed), parsed.state.flags))
     except RecursionError as error:
         raise GrammarTooLarge(f"the pattern {_short(pattern)} is nested too deeply") from error
     return ir.Terminal(node, name or f"the pattern {_short(pattern)}")
@@ -75,10 +76,22 @@ class _Converter:
     def __init__(self, pattern: str, is_lexeme: bool) -> None:
         self.pattern = pattern
         self.is_lexeme = is_lexeme
+        self.referred: frozenset[int] = frozenset()  # the groups that back references name
+
+    def whole(self, items: list[_Item], flags: int) -> ir.Node:
+        """Return the node of the whole pattern, without back references."""
+        self.referred = frozenset(_referred(items))
+        if self.is_lexeme and self.referred:
+            raise self.refused("backreference", "a backreference")
+        node = self.sequence(items, flags)
+        try:
+            return without_backreferences(node)
+        except InvalidRegex as error:
+            raise self.refused("backreference", str(error)) from error
 
     def sequence(self, items: list[_Item], flags: int) -> ir.Node:
         """Return the node of a list of items."""
-        items = _flattened(items)
+        items = _flattened(items, self.referred)
         parts: list[ir.Node] = []
         stop = _end_of_lazy(items) if self.is_lexeme else None
         for i, (op, argument) in enumerate(items):
@@ -100,8 +113,13 @@ class _Converter:
 
     def item(self, op: Any, argument: Any, flags: int) -> ir.Node:
         if op is sre.SUBPATTERN:
-            _, add, remove, inner = argument
-            return self.sequence(list(inner), (flags | add) & ~remove)
+            group, add, remove, inner = argument
+            node = self.sequence(list(inner), (flags | add) & ~remove)
+            return ir.Named(node, str(group)) if group in self.referred else node
+        if op is sre.GROUPREF:
+            if flags & re.IGNORECASE:
+                raise self.refused("backreference", "a backreference that ignores case")
+            return ir.Reference(str(argument))
         if op is sre.BRANCH:
             return ir.Choice(tuple(self.sequence(list(way), flags) for way in argument[1]))
         if op is sre.MAX_REPEAT or op is sre.MIN_REPEAT:
@@ -186,7 +204,7 @@ class _Converter:
 
     def lookbehind(self, op: Any, argument: Any, flags: int) -> ir.Node:
         is_negative = op is sre.ASSERT_NOT
-        inner = _flattened(list(argument[1]))
+        inner = _flattened(list(argument[1]), frozenset())
         if len(inner) != 1 or inner[0][0] not in _ONE_CHARACTER:
             raise self.refused("(?<!" if is_negative else "(?<=", "a lookbehind of more than one character")
         ranges = self.characters(*inner[0], flags)
@@ -205,12 +223,21 @@ class _Converter:
         )
 
 
-def _flattened(items: list[_Item]) -> list[_Item]:
-    """Return the items with each group that sets no flags replaced by its content."""
+def _referred(items: Any) -> Iterator[int]:  # Any: parts of sre's tree, which is nested sequences
+    """Yield the numbers of the groups that back references name."""
+    if isinstance(items, tuple) and len(items) == 2 and items[0] is sre.GROUPREF:
+        yield items[1]
+    elif isinstance(items, list | tuple | _parser.SubPattern):
+        for one in items:
+            yield from _referred(one)
+
+
+def _flattened(items: list[_Item], kept: frozenset[int]) -> list[_Item]:
+    """Return the items with each group that sets no flags, and is not to be kept, replaced by its content."""
     out: list[_Item] = []
     for op, argument in items:
-        if op is sre.SUBPATTERN and not argument[1] and not argument[2]:
-            out.extend(_flattened(list(argument[3])))
+        if op is sre.SUBPATTERN and not argument[1] and not argument[2] and argument[0] not in kept:
+            out.extend(_flattened(list(argument[3]), kept))
         else:
             out.append((op, argument))
     return out
@@ -235,7 +262,6 @@ def _end_of_lazy(items: list[_Item]) -> int | None:
 _ONE_CHARACTER = (sre.LITERAL, sre.NOT_LITERAL, sre.IN, sre.ANY)
 
 _REFUSED = {
-    sre.GROUPREF: ("backreference", "a backreference"),
     sre.GROUPREF_EXISTS: ("(?(", "a conditional group"),
     sre.ATOMIC_GROUP: ("(?>", "an atomic group"),
     sre.POSSESSIVE_REPEAT: ("possessive", "a possessive repeat"),

@@ -38,7 +38,6 @@ from ramet.errors import GrammarTooLarge, InvalidGrammar
 from ramet.grammar import ir
 from ramet.grammar.regular import dfas, numbers
 from ramet.grammar.regular import languages as regular
-from ramet.grammar.regular.references import inline, recursive_rules
 from ramet.grammar.regular.utf8 import compile_text
 from ramet.grammar.text.cfg import parse_cfg
 from ramet.grammar.text.regex import parse_regex
@@ -84,9 +83,9 @@ class Composed:
         rules = ir.NamedRules(
             {name: _plain(node, schemas) for name, node in self.rules.rules.items()}, self.rules.start
         )
-        recursive = recursive_rules(rules)
+        recursive = rules.recursive()
         if rules.start not in recursive:
-            whole = inline(rules.rules[rules.start], rules)
+            whole = rules.inlined(rules.rules[rules.start])
             table = table_of(whole, max_regular_states)
             return _with_values(table, schemas) if schemas else table
         if schemas:
@@ -173,7 +172,7 @@ class _Reader:
             self.must_be_free("a grammar with rules", "use patterns")
         prefix = f"cfg {len(self.rules)} {self.num_nodes} "
         for name, node in found.rules.items():
-            self.rules[prefix + name] = _changed(
+            self.rules[prefix + name] = ir.changed(
                 node, lambda one: ir.Reference(prefix + one.rule) if isinstance(one, ir.Reference) else None
             )
         return ir.Reference(prefix + found.start)
@@ -342,7 +341,7 @@ def _plain(node: ir.Node, schemas: list[ir.JsonSchema]) -> ir.Node:
             return ir.Bytes(bytes((_MARK, *(len(schemas) - 1).to_bytes(2, "big"))))
         return None
 
-    return _changed(node, change)
+    return ir.changed(node, change)
 
 
 def _with_values(table: ir.Table, schemas: list[ir.JsonSchema]) -> TextWithValues:
@@ -367,14 +366,14 @@ def _inline_plain(node: ir.Node, grammar: ir.NamedRules, recursive: frozenset[st
     """Replace the references to rules that are not recursive."""
 
     def change(one: ir.Node) -> ir.Node | None:
-        return inline(one, grammar) if isinstance(one, ir.Reference) and one.rule not in recursive else None
+        return grammar.inlined(one) if isinstance(one, ir.Reference) and one.rule not in recursive else None
 
-    return _changed(node, change)
+    return ir.changed(node, change)
 
 
 def _tabled(node: ir.Node, max_states: int) -> ir.Node:
     """Return a node with tables for its regular parts, which are then compiled over classes of code points."""
-    return _changed(node, lambda one: None if _refers(one) else table_of(one, max_states))
+    return ir.changed(node, lambda one: None if _refers(one) else table_of(one, max_states))
 
 
 def table_of(node: ir.Node, max_states: int = dfas.MAX_STATES) -> ir.Table:
@@ -383,52 +382,24 @@ def table_of(node: ir.Node, max_states: int = dfas.MAX_STATES) -> ir.Table:
         return node
     if _is_text(node):
         return compile_text(node, max_states=max_states, name="the grammar")
-    whole = _changed(node, lambda one: table_of(one, max_states) if _is_text(one) else None)
+    whole = ir.changed(node, lambda one: table_of(one, max_states) if _is_text(one) else None)
     dfa = regular.compile_bytes(whole, max_states=10 * max_states, name="the grammar")
     return dfas.table(dfa)
 
 
-def _changed(node: ir.Node, change: Callable[[ir.Node], ir.Node | None]) -> ir.Node:
-    """Return a node in which parts are replaced by what `change` returns for them; None looks at the part's parts."""
-    found = change(node)
-    if found is not None:
-        return found
-    match node:
-        case ir.Concatenation(parts) | ir.Choice(parts) | ir.Intersect(parts):
-            return type(node)(tuple(_changed(part, change) for part in parts))
-        case ir.Repeat(item, low, high):
-            return ir.Repeat(_changed(item, change), low, high)
-        case ir.Named(item, name):
-            return ir.Named(_changed(item, change), name)
-        case ir.Complement(item):
-            return ir.Complement(_changed(item, change))
-    return node
-
-
 def _is_text(node: ir.Node) -> bool:
-    return not _any(node, lambda one: isinstance(one, ir.Table) or (isinstance(one, ir.Bytes) and _MARK in one.value))
+    return not ir.holds(
+        node, lambda one: isinstance(one, ir.Table) or (isinstance(one, ir.Bytes) and _MARK in one.value)
+    )
 
 
 def _refers(node: ir.Node) -> bool:
-    return _any(node, lambda one: isinstance(one, ir.Reference))
+    return ir.holds(node, lambda one: isinstance(one, ir.Reference))
 
 
 def is_leaf(node: ir.Node) -> bool:
     """Return whether a node is regular, without captures in it."""
-    return not _any(node, lambda one: isinstance(one, ir.Reference | ir.JsonSchema | ir.Named))
-
-
-def _any(node: ir.Node, is_wanted: Callable[[ir.Node], bool]) -> bool:
-    if is_wanted(node):
-        return True
-    match node:
-        case ir.Concatenation(parts) | ir.Choice(parts) | ir.Intersect(parts):
-            return any(_any(part, is_wanted) for part in parts)
-        case ir.Repeat(item, _, _) | ir.Complement(item) | ir.Terminal(item, _) | ir.Lookahead(item, _):
-            return _any(item, is_wanted)
-        case ir.Named(item, _):
-            return _any(item, is_wanted)
-    return False
+    return not ir.holds(node, lambda one: isinstance(one, ir.Reference | ir.JsonSchema | ir.Named))
 
 
 def _marks_after(rows: Any, state: int) -> dict[int, int]:  # Any: int32 [num_states, 256]

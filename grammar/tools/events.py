@@ -15,11 +15,6 @@ from ramet.grammar.tools.formats import NAME_PATTERN, ToolFormat
 
 
 @dataclass(frozen=True, slots=True)
-class TextDelta:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class CallStart:
     index: int
     name: str
@@ -42,7 +37,8 @@ class CallEnd:
     is_complete: bool
 
 
-Event = TextDelta | CallStart | ArgumentsDelta | CallEnd
+Event = str | CallStart | ArgumentsDelta | CallEnd
+"""A str is a piece of the text around the calls."""
 
 _NAME = re.compile(NAME_PATTERN)
 
@@ -120,8 +116,8 @@ class ToolCallReader:
         out: list[Event] = []
         for event in self._events:
             last = out[-1] if out else None
-            if isinstance(event, TextDelta) and isinstance(last, TextDelta):
-                out[-1] = TextDelta(last.text + event.text)
+            if isinstance(event, str) and isinstance(last, str):
+                out[-1] = last + event
             elif isinstance(event, ArgumentsDelta) and isinstance(last, ArgumentsDelta) and last.index == event.index:
                 out[-1] = ArgumentsDelta(event.index, last.text + event.text)
             else:
@@ -131,7 +127,7 @@ class ToolCallReader:
 
     def _say(self, text: str) -> None:
         self._has_begun = self._has_begun or bool(text.strip())
-        self._events.append(TextDelta(text))
+        self._events.append(text)
 
     # --- one method for each place; each reads one character
 

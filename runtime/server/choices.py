@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from ramet.errors import GrammarError, InvalidRequest, RametError
-from ramet.grammar.tools.events import CallStart, TextDelta, ToolCallReader
+from ramet.grammar.tools.events import CallStart, ToolCallReader
 from ramet.grammar.tools.formats import ToolFormat
 from ramet.lang.graph.ir import Constraint
 from ramet.runtime.server.errors import HttpError
@@ -270,9 +270,9 @@ class _ShownText:
                 continue
             self._unread += character
             for event in calls.push(character.encode("utf-8", "replace")):
-                if isinstance(event, TextDelta):
-                    found += scanner.push(event.text)[0]
-                    self._unread = self._unread[len(event.text) :]
+                if isinstance(event, str):
+                    found += scanner.push(event)[0]
+                    self._unread = self._unread[len(event) :]
                 elif isinstance(event, CallStart) and scanner.matched is None:  # only calls follow
                     found += scanner.flush() + self._unread
                     self._calls = self._scanner = None

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from ramet.errors import InvalidGrammar, InvalidRequest
-from ramet.grammar.tools.events import ArgumentsDelta, CallStart, TextDelta, ToolCallReader
+from ramet.grammar.tools.events import ArgumentsDelta, CallStart, ToolCallReader
 from ramet.grammar.tools.formats import FORMATS, ToolFormat
 from ramet.lang.graph.json_form import Whitespace, whitespace_named
 from ramet.runtime.text.chat_template import ChatTemplate
@@ -149,8 +149,8 @@ class ToolStyle:
         text: list[str] = []
         calls: list[dict[str, Any]] = []
         for event in [*reader.push(answer), *reader.finish()]:
-            if isinstance(event, TextDelta):
-                text.append(event.text)
+            if isinstance(event, str):
+                text.append(event)
             elif isinstance(event, CallStart):
                 calls.append({"name": event.name, "arguments": ""})
             elif isinstance(event, ArgumentsDelta):

@@ -33,12 +33,12 @@ from ramet.grammar.json_schema.frames.tables import (
     OBJECT,
     STRING,
     TRUE,
-    StringRows,
     compressed_rows,
     dispatch_rows,
 )
 from ramet.grammar.machine.automaton import Machine
 from ramet.grammar.machine.frame import Frame, FrameTable, target
+from ramet.grammar.regular.strings import Content
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -96,7 +96,9 @@ class TextContext(Context):
 
 
 Opener = Callable[["Compilation", tuple[Expr, ...], Context], int]
-"""Returns the target after the first byte of a value (before it, for a number) that is one of the expressions."""
+"""Returns the target in a value that is one of the expressions: after its first byte, before the first of a number,
+after the whole of true, false or null.
+"""
 
 
 class Compilation:
@@ -155,9 +157,9 @@ class Compilation:
         """Return the table whose wide rows are make(*arguments). The rows must not depend on the schema."""
         return self.once(_constant_table, make, arguments, num_exits)
 
-    def string_table(self, rows: StringRows, num_exits: int) -> FrameTable:
+    def string_table(self, content: Content, num_exits: int) -> FrameTable:
         """Put the table of a string's content on the machine. Each call makes a new table."""
-        return self.machine.table(rows.rows, rows.byte_class, num_exits, None, rows.depths, rows.loop)
+        return self.machine.table(content.rows, content.byte_class, num_exits, None, content.depths, content.loop)
 
 
 def _constant_table(
@@ -171,7 +173,7 @@ def _constant_table(
 
 
 class ValueFrame(Frame):
-    """The first byte of a value. It decides the kind of value, and the kind is the exit."""
+    """The first byte of a value, which decides the kind of value, and all of a literal. The kind is the exit."""
 
     def __init__(self, compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> None:
         self.compilation = compilation

@@ -12,10 +12,9 @@ from ramet.grammar.json_schema.algebra import distinct
 from ramet.grammar.json_schema.algebra import specs as object_specs
 from ramet.grammar.json_schema.algebra.values import Exists, Expr, Objects
 from ramet.grammar.json_schema.frames.compilation import Compilation
-from ramet.grammar.json_schema.frames.tables import ANY_CHARS, StringRows, overlay
-from ramet.grammar.machine.frame import REFUSE, FrameTable, compress_rows, leave, ways_to_exits
+from ramet.grammar.json_schema.frames.tables import ANY_CHARS, overlay
+from ramet.grammar.machine.frame import REFUSE, FrameTable, leave, ways_to_exits
 from ramet.grammar.regular import strings
-from ramet.grammar.regular.plain_trie import plain_trie
 
 MAX_WAYS = 16  # ways to write a key, up to which its endings are stored; with more, they are searched
 MAX_COUNT = 1 << 10  # texts that can still follow; counting stops here
@@ -61,8 +60,7 @@ class KeySpace:
         self._alive: dict[int, tuple[int, int]] = {}
         self._tables: dict[object, FrameTable] = {}
         self._possible: dict[FrameTable, tuple[int, int]] = {}
-        self._all_names_rows: StringRows | None = None
-        self._every_key: tuple[strings.Content, tuple[NDArray[np.int32], NDArray[np.uint8]]] | None = None
+        self._every_key: strings.Content | None = None
         self.required = [self.bits(o.required) for o in specs]
         self._dependent = [tuple((self.bits((k,)), self.bits(needs)) for k, needs in o.dependent) for o in specs]
         self._endings: dict[bytes, list[tuple[str, bytes]]] = {}
@@ -286,28 +284,21 @@ class KeySpace:
             found = self._tables[key] = self.compilation.string_table(rows, self.num_labels)
         return found
 
-    def _any_keys(self) -> StringRows:
+    def _any_keys(self) -> strings.Content:
         """Return the table with every label."""
         n = len(self.names)
-        entries = {k: i for i, k in enumerate(self.names)}
-        is_any = self.dfa is ANY_CHARS
-        plain = plain_trie(n, entries) if is_any else None
-        if plain is not None:
-            return StringRows.of_trie(*plain)
-        base = strings.any_string_content(n) if is_any else strings.json_string_rows(self.dfa, self._labels(-1))
-        return StringRows.of(overlay(base, entries))
+        if self.dfa is ANY_CHARS:
+            base = strings.any_string_content()
+            base = replace(base, rows=np.where(base.rows == leave(0), leave(n), base.rows))
+        else:
+            base = strings.json_string_rows(self.dfa, self._labels(-1))
+        return overlay(base, {k: i for i, k in enumerate(self.names)})
 
-    def _named_keys(self, named: int) -> StringRows:
+    def _named_keys(self, named: int) -> strings.Content:
         """Return the table of these names alone."""
-        plain = plain_trie(None, {k: i for i, k in enumerate(self.names) if (named >> i) & 1})
-        if plain is not None:
-            return StringRows.of_trie(*plain)
-        if self._all_names_rows is None:
-            self._all_names_rows = StringRows.of(overlay(None, {k: i for i, k in enumerate(self.names)}))
-        every = self._all_names_rows
-        return StringRows(self._dropped(every.rows, named, 0), every.byte_class, every.depths, every.loop)
+        return overlay(None, {k: i for i, k in enumerate(self.names) if (named >> i) & 1})
 
-    def _some_keys(self, named: int, others: int, extras: frozenset[str]) -> StringRows:
+    def _some_keys(self, named: int, others: int, extras: frozenset[str]) -> strings.Content:
         """Return the table of these names, and of the unnamed keys of these signatures except `extras`."""
         if extras:
             entries = {k: i if (named >> i) & 1 else -1 for i, k in enumerate(self.names)}
@@ -315,17 +306,17 @@ class KeySpace:
                 strings.json_string_rows(self.dfa, self._labels(others)), {**entries, **dict.fromkeys(extras, -1)}
             )
             strings.trim(content.rows)
-            return StringRows.of(content)
+            return content
         if self._every_key is None:
             every = {k: i for i, k in enumerate(self.names)}
             content = overlay(strings.json_string_rows(self.dfa, self._labels(-1)), every)
             strings.trim(content.rows)
-            self._every_key = content, compress_rows(content.rows)
-        content, (rows, byte_class) = self._every_key
-        rows = self._dropped(rows, named, others)
+            self._every_key = content
+        content = self._every_key
+        rows = self._dropped(content.rows, named, others)
         is_dead = (rows == REFUSE).all(axis=1)
         beyond = np.where(is_dead[np.maximum(content.beyond, 0)] & (content.beyond >= 0), REFUSE, content.beyond)
-        return StringRows.compressed(rows, byte_class, content.num_content, beyond)
+        return replace(content, rows=rows, beyond=beyond)
 
     def _dropped(self, rows: NDArray[np.int32], named: int, others: int) -> NDArray[np.int32]:
         """Return a copy of rows that refuses the labels that are not among these."""

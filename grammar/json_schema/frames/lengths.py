@@ -17,8 +17,7 @@ from ramet.errors import GrammarTooLarge
 from ramet.grammar import deadline
 from ramet.grammar.json_schema.algebra.languages import Languages
 from ramet.grammar.json_schema.algebra.values import Strings
-from ramet.grammar.json_schema.frames.tables import StringRows
-from ramet.grammar.machine.frame import REFUSE, compress_rows, leave, sample_bytes
+from ramet.grammar.machine.frame import REFUSE, leave, sample_bytes
 from ramet.grammar.regular import dfas, strings
 
 MAX_PRODUCT = 1500  # up to this number of states (of the languages, times lengths), all is one table
@@ -38,7 +37,7 @@ class Layers:
     + q continues in state q of the layer after the last one.
     """
 
-    rows: StringRows
+    rows: strings.Content
     masks: tuple[int, ...]
     num_layers: int
     num_exits: int
@@ -113,7 +112,7 @@ class BoundedStrings:
         self.num_states = len(self.accepting)
         self.num_layers = max(1, min(64, MAX_CONTENT // self.num_states))
         content = strings.json_string_rows(self.dfa, [0 if a else -1 for a in self.dfa.accepting])
-        self.rows, self.byte_class = compress_rows(content.rows)
+        self.rows, self.byte_class = content.rows, content.byte_class
         self.beyond = content.beyond
         bounds = {b for c in self.labels for _, low, high in c for b in (low, 0 if high is None else high + 1)}
         self.last = max(bounds, default=0)
@@ -222,7 +221,7 @@ class BoundedStrings:
             known = np.append(becomes[:n], REFUSE)[np.maximum(self.beyond, -1)]
             beyond[i * n : (i + 1) * n] = np.where((self.beyond == -2) | (known < -1), -2, known)
         strings.trim(out)
-        rows = StringRows.compressed(out, self.byte_class, count * n, beyond)
+        rows = strings.Content(out, self.byte_class, count * n, beyond)
         return Layers(rows, tuple(kinds), count, len(kinds) + (0 if is_tail else n))
 
 

@@ -23,7 +23,6 @@ from ramet.grammar.json_schema.frames.tables import (
     AT_VALUE,
     CLOSE,
     GO_ON,
-    any_key_rows,
     next_item_rows,
     next_key_rows,
     open_array_rows,
@@ -31,6 +30,7 @@ from ramet.grammar.json_schema.frames.tables import (
     unread_rows,
 )
 from ramet.grammar.machine.frame import NEEDS_RUN, Frame, FrameTable, OneWayFrame, path_to_exit, target
+from ramet.grammar.regular.strings import any_string_content
 
 MAX_TAGS = 2  # a value with more tags is its own twin: otherwise 2 ** tags sets of tags would have to be compared
 
@@ -65,7 +65,7 @@ def _made_unread(compilation: Compilation, table: FrameTable) -> OneWayFrame:
 
 def any_key_table(compilation: Compilation) -> FrameTable:
     """Return the table of keys that may be any text. It has one exit."""
-    return compilation.string_table(any_key_rows(), 1)
+    return compilation.string_table(any_string_content(), 1)
 
 
 class End(NamedTuple):

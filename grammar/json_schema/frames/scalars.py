@@ -17,14 +17,9 @@ from ramet.grammar.json_schema.frames.lookahead import Somewhere, unread
 from ramet.grammar.json_schema.frames.tables import (
     CHUNK,
     FALSE,
-    LITERALS,
     NULL,
     TRUE,
-    StringRows,
-    counted_string,
     digit_rows,
-    free_string,
-    literal_rows,
     number_rows,
     renumbered,
     string_rows,
@@ -42,11 +37,13 @@ from ramet.grammar.machine.frame import (
 )
 from ramet.grammar.regular import numbers as numeric
 from ramet.grammar.regular.numbers import Numbers, fraction
+from ramet.grammar.regular.strings import Content, counted_rows, free_string_rows
 
 TaggedStrings = tuple[tuple[Strings, ...], ...]  # for each tag, its specs: one of them must hold
 TaggedNumbers = tuple[tuple[Numbers, ...], ...]
 TableOfMasks = tuple[FrameTable, tuple[int, ...]]  # a table, and for each exit the mask of the tags that are satisfied
 
+_CONSTANTS: dict[int, Const] = {TRUE: ("bool", True), FALSE: ("bool", False), NULL: ("null", None)}
 _ANY: TaggedStrings = ((v.ANY_STRINGS,),)
 
 
@@ -86,9 +83,9 @@ def _numbers_of(compilation: Compilation, specs: TaggedNumbers) -> TaggedNumbers
 
 
 def open_literal(kind: int, compilation: Compilation, exprs: tuple[Expr, ...], context: Context) -> int:
-    """Return the target after the first letter of true, false or null."""
+    """Return the target after true, false or null."""
     mask = sum(1 << i for i, e in enumerate(exprs) if _allows(compilation.expressions.values(e), kind))
-    return target(compilation.frame(LiteralFrame, kind, mask, context))
+    return context.resume(mask, _CONSTANTS[kind])
 
 
 def _allows(a: Values, kind: int) -> bool:
@@ -99,27 +96,6 @@ def _as_models_write(numbers: Numbers) -> Numbers:
     """Let integers have no fraction part."""
     is_free = numbers.integer and numbers.plain is None and numbers.finite is None
     return replace(numbers, plain=True) if is_free else numbers
-
-
-class LiteralFrame(Frame):
-    """The rest of true, false or null."""
-
-    def __init__(self, compilation: Compilation, kind: int, mask: int, context: Context) -> None:
-        self.compilation = compilation
-        self.kind = kind
-        self.table = compilation.constant_table(literal_rows, (LITERALS[kind],), 1)
-        self.value = {TRUE: ("bool", True), FALSE: ("bool", False), NULL: ("null", None)}[kind]
-        self.mask = mask
-        self.context = context
-
-    def resolve(self, exit_index: int) -> int:
-        return self.context.resume(self.mask, self.value)
-
-    def mask_twin(self, local: int) -> int:
-        return target(self.compilation.frame(LiteralFrame, self.kind, self.mask, self.context.mask_twin()), local)
-
-    def closing_exit(self, local: int) -> int:
-        return 0
 
 
 class TextFrame(Frame):
@@ -281,12 +257,12 @@ class StringFrame(TextFrame):
 
 def _string_table(compilation: Compilation, specs: TaggedStrings) -> TableOfMasks:
     if specs == _ANY:
-        return compilation.string_table(free_string(), 1), (1,)
+        return compilation.string_table(free_string_rows(), 1), (1,)
     rows, masks = _string_rows(compilation, specs)
     return compilation.string_table(rows, max(len(masks), 1)), masks
 
 
-def _string_rows(compilation: Compilation, specs: TaggedStrings) -> tuple[StringRows, tuple[int, ...]]:
+def _string_rows(compilation: Compilation, specs: TaggedStrings) -> tuple[Content, tuple[int, ...]]:
     languages = compilation.expressions.languages
     used = sorted({n for tag in specs for s in tag for n, _ in s.languages})
     sources = tuple(languages.sources[n] for n in used)
@@ -312,7 +288,7 @@ def _counted(compilation: Compilation, low: int, high: int | None, context: Cont
 
 
 def _chunk_table(compilation: Compilation, closable: bool, last: bool) -> FrameTable:
-    return compilation.string_table(counted_string(closable, last), 2)
+    return compilation.string_table(counted_rows(CHUNK, closable, last), 2)
 
 
 class CountFrame(TextFrame):

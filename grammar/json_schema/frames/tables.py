@@ -6,7 +6,6 @@ They are the same in all compilations, so they are kept for the life of the proc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
 
@@ -17,45 +16,42 @@ from ramet.grammar import deadline, ir
 from ramet.grammar.json_schema.algebra.languages import Languages
 from ramet.grammar.json_schema.algebra.values import Strings
 from ramet.grammar.json_schema.frames.layout import NO_SPACE, Layout, Rows, entries
-from ramet.grammar.machine import walker
 from ramet.grammar.machine.frame import REFUSE, compress_rows, leave
 from ramet.grammar.regular import dfas, strings
 from ramet.grammar.regular import numbers as numeric
 from ramet.grammar.regular.dfas import Dfa
 from ramet.grammar.regular.numbers import Numbers
-from ramet.grammar.regular.plain_trie import plain_trie
+from ramet.loops import loop
 
 FEW_NUMBERS, MANY_NUMBERS = 8, 4096  # with so many single values, they share a walk
 CHUNK = 64  # characters that one table of a counted string holds
 OBJECT, ARRAY, STRING, NUMBER, TRUE, FALSE, NULL = range(7)  # kinds of value: the exits of `dispatch_rows`
-LITERALS = {TRUE: b"rue", FALSE: b"alse", NULL: b"ull"}
+LITERALS = {TRUE: b"true", FALSE: b"false", NULL: b"null"}
 BEFORE_COLON, AFTER_COMMA, AT_VALUE = range(3)  # states of `dispatch_rows`
 GO_ON, CLOSE = 0, 1  # exits of the tables between values: a key or an item follows; the object or array ends
 VALUE_STARTS = b'{["-0123456789tfn'
 ANY_CHARS = Dfa(ir.MAX_CODE_POINT, [0], [0], 1, [[0]], [True])
-_WORD = np.array([b for b in range(0x30, 0x7B) if chr(b).isalnum()])
-_PLAIN = np.array([b for b in range(0x20, 0x7F) if b not in b'"\\'])
 
 
 @cache
 def dispatch_rows(layout: Layout, depth: int, kinds: int) -> NDArray[np.int32]:
-    """Return the rows that read the beginning of a value. The exits are the kinds of value.
+    """Return the rows that read the beginning of a value, and all of true, false and null. The exits are the kinds.
 
     The first states are BEFORE_COLON, AFTER_COMMA and AT_VALUE. kinds: bits of the kinds that may stand here.
     """
     value = entries(b"", REFUSE)
-    for first, kind in (
-        (b"{", OBJECT),
-        (b"[", ARRAY),
-        (b'"', STRING),
-        (b"t", TRUE),
-        (b"f", FALSE),
-        (b"n", NULL),
-        (b"-0123456789", NUMBER),
-    ):
+    rows = Rows(3)
+    for first, kind in ((b"{", OBJECT), (b"[", ARRAY), (b'"', STRING), (b"-0123456789", NUMBER)):
         if (kinds >> kind) & 1:
             value[list(first)] = leave(kind, again=kind == NUMBER)
-    rows = Rows(3)
+    for kind, text in LITERALS.items():
+        if (kinds >> kind) & 1:
+            value[text[0]] = at = rows.new()
+            for byte in text[1:-1]:
+                following = rows.new()
+                rows.read(at, NO_SPACE, entries(bytes((byte,)), following))
+                at = following
+            rows.read(at, NO_SPACE, entries(text[-1:], leave(kind)))
     rows.read(AT_VALUE, NO_SPACE, value)
     rows.read(AFTER_COMMA, layout.after_comma(depth), value)
     after_colon = rows.new()
@@ -118,72 +114,10 @@ def unread_rows(refused: bytes) -> NDArray[np.int32]:
 
 
 @cache
-def any_key_rows() -> StringRows:
-    return StringRows.of(strings.any_string_content(0))
-
-
-@cache
-def literal_rows(text: bytes) -> NDArray[np.int32]:
-    rows = np.full((len(text), 256), REFUSE, dtype=np.int32)
-    for i, byte in enumerate(text):
-        rows[i, byte] = i + 1 if i + 1 < len(text) else leave(0)
-    return rows
-
-
-@cache
 def compressed_rows(
     make: Callable[..., NDArray[np.int32]], arguments: tuple[object, ...]
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
     return compress_rows(make(*arguments))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StringRows:
-    """The table of a string's content, before it is put on a machine. For depths and loop see FrameTable."""
-
-    rows: NDArray[np.int32]
-    byte_class: NDArray[np.uint8]
-    depths: NDArray[np.int32]
-    loop: int
-
-    @staticmethod
-    def of(content: strings.Content) -> StringRows:
-        return StringRows.compressed(*compress_rows(content.rows), content.num_content, content.beyond)
-
-    @staticmethod
-    def compressed(
-        rows: NDArray[np.int32], byte_class: NDArray[np.uint8], num_content: int, beyond: NDArray[np.int64]
-    ) -> StringRows:
-        depths = np.zeros((4, len(rows)), dtype=np.int32)
-        loop = -1
-        if num_content:
-            safe = np.unique(byte_class[_PLAIN]).astype(np.int64)
-            word = np.unique(byte_class[_WORD]).astype(np.int64)
-            walker.safe_depths(rows, num_content, safe, word, beyond, depths)
-            # a trie over any string ends with the rows of any string; in other tables, the start may be the loop
-            for q in {0, num_content - 1}:
-                if beyond[q] == q and (rows[q, safe] == q).all():
-                    loop = q
-        return StringRows(rows, byte_class, depths, loop)
-
-    @staticmethod
-    def of_trie(rows: NDArray[np.int32], byte_class: NDArray[np.uint8], num_content: int) -> StringRows:
-        """Do as `compressed`, for the result of `plain_trie`. Over any string, all plain text may follow in every
-        state.
-        """
-        depths = np.zeros((4, len(rows)), dtype=np.int32)
-        depths[:, :num_content] = walker.MANY
-        return StringRows(rows, byte_class, depths, num_content - 1)
-
-
-@cache
-def free_string() -> StringRows:
-    return StringRows.of(strings.free_string_rows())
-
-
-@cache
-def counted_string(closable: bool, last: bool) -> StringRows:
-    return StringRows.of(strings.counted_rows(CHUNK, closable, last))
 
 
 def renumbered(specs: tuple[tuple[Strings, ...], ...], number: dict[int, int]) -> tuple[tuple[Strings, ...], ...]:
@@ -199,7 +133,7 @@ def renumbered(specs: tuple[tuple[Strings, ...], ...], number: dict[int, int]) -
 @lru_cache(maxsize=1024)
 def string_rows(
     specs: tuple[tuple[Strings, ...], ...], sources: tuple[tuple[str, str], ...], max_states: int
-) -> tuple[StringRows, tuple[int, ...]]:
+) -> tuple[strings.Content, tuple[int, ...]]:
     """Return (rows, mask of tags of each exit). sources: (kind, source) of the languages; specs name them by index."""
     bases = tuple(tuple(s._replace(excluded=frozenset()) for s in tag if s.finite is None) for tag in specs)
     base, of_base = _base_rows(bases, sources, max_states) if any(bases) else (None, ())
@@ -222,13 +156,9 @@ def string_rows(
         return masks.index(mask)
 
     exits = {text: exit_of(mask) for text, mask in entries.items()}
-    if base is None:
-        plain = plain_trie(None, {t: e for t, e in exits.items() if e >= 0})
-        if plain is not None:
-            return StringRows.of_trie(*plain), tuple(masks)
-    content = overlay(base, exits)
+    content = overlay(base, exits if base is not None else {t: e for t, e in exits.items() if e >= 0})
     strings.trim(content.rows)
-    return StringRows.of(content), tuple(masks)
+    return content, tuple(masks)
 
 
 @lru_cache(maxsize=256)
@@ -374,85 +304,112 @@ def overlay(base: strings.Content | None, entries: dict[str, int]) -> strings.Co
     """Return a string table in which single strings have exits of their own. All other strings have those of `base`.
 
     entries: the exit of each single string, -1: refused. base: start 0; None: no other string is allowed. The result
-    may need trimming.
+    may need trimming. Its states are those of a trie, one for each beginning of the strings; then those inside of a
+    character that can be written in several ways; then those of `base`.
     """
-    if not entries and base is not None:
+    if not entries:
+        assert base is not None
         return base
-    own: list[int] = [0 if base is not None else -1]  # for each new row, the row of `base` that it extends (-1: none)
-    edges: list[tuple[int, int, int]] = []  # (new row, byte, entry)
-    children: list[dict[int, int]] = [{}]
-    old = None if base is None else base.rows
-    for text, exit_index in entries.items():
-        node = 0
-        for char in text:
-            node = _descend(char, node, old, own, children)
-        edges.append((node, strings.QUOTE, leave(exit_index) if exit_index >= 0 else REFUSE))
-    n = len(own)
-    extended = np.array(own)
-    if base is None or old is None:
-        rows = np.full((n, 256), REFUSE, dtype=np.int32)
-        num_content, beyond = 0, np.zeros(0, dtype=np.int64)
+    texts = sorted(entries)
+    flat = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    codes, symbols = np.unique(flat, return_inverse=True)
+    parents, read = np.zeros((2, len(flat) + 1), dtype=np.int64)
+    ends = np.zeros(len(texts), dtype=np.int64)
+    num_nodes = grow_trie(symbols.reshape(-1), np.array([len(t) for t in texts]), parents, read, ends)
+    # the edges: (state, byte, state after it); each state is reached by an earlier edge than those that leave it
+    is_plain = np.array([strings.is_plain(int(c)) for c in codes], dtype=np.bool_)[read[1:num_nodes]]
+    plain = 1 + np.flatnonzero(is_plain)
+    edges = np.stack([parents[plain], codes[read[plain]].astype(np.int64), plain], 1)
+    num_own = num_nodes
+    odd = 1 + np.flatnonzero(~is_plain)
+    if len(odd):
+        more, num_own = _odd_edges([(int(parents[n]), chr(codes[read[n]]), int(n)) for n in odd], num_nodes)
+        # by the node that they lead to
+        order = np.argsort(np.concatenate([plain, more[:, 3]]), kind="stable")
+        edges = np.concatenate([edges, more[:, :3]])[order]
+    used = np.unique(np.append(edges[:, 1], strings.QUOTE))
+    if base is None:
+        old, below = np.full((0, 1), REFUSE, dtype=np.int32), np.zeros(256, dtype=np.int64)
     else:
-        # layout: new rows [0, n), then those of base [n, n + len(base))
-        moved = np.where(old >= 0, old + n, old)
-        rows = np.concatenate([np.where((extended >= 0)[:, None], moved[np.maximum(extended, 0)], REFUSE), moved])
-        num_content = n + base.num_content
-        before = np.where(base.beyond >= 0, base.beyond + n, base.beyond)
-        inside = (extended < 0) | (extended >= base.num_content)  # between the bytes of a character: not known
-        beyond = np.concatenate([np.where(inside, -2, before[np.where(inside, 0, extended)]), before])
-    sources = [(i, b, c) for i, kids in enumerate(children) for b, c in kids.items()]
-    sources.extend(edges)
-    table = np.array(sources, dtype=np.int64).reshape(-1, 3)
-    rows[table[:, 0], table[:, 1]] = table[:, 2]
-    if base is not None:
-        # a row with its own target beyond ASCII leads to another state after some characters, but never to a refusal
-        other = np.unique(table[(table[:, 1] >= 0x80), 0])
-        beyond[other] = np.where(beyond[other] >= 0, beyond[other], -2)
-    return strings.Content(rows.astype(np.int32, copy=False), num_content, beyond)
+        old, below = base.rows, base.byte_class.astype(np.int64)
+    finer = below.copy()  # each byte on an edge is a class of its own
+    finer[used] = old.shape[1] + np.arange(len(used))
+    _, first, inverse = np.unique(finer, return_index=True, return_inverse=True)
+    byte_class, columns = inverse.reshape(-1).astype(np.uint8), below[first]
+    # for each own state, the state of `base` that it extends, -1 if there is none
+    extended = np.full(num_own, -1, dtype=np.int64)
+    extended[0] = 0 if base is not None else -1
+    follow_edges(edges[:, 0], below[edges[:, 1]], edges[:, 2], old, extended)
+    moved = np.ascontiguousarray(np.where(old >= 0, old + num_own, old)[:, columns])
+    refusing = np.full((1, len(columns)), REFUSE, dtype=np.int32)
+    rows = np.concatenate([np.concatenate([moved, refusing])[extended], moved])  # -1: the last row, which refuses
+    rows[edges[:, 0], byte_class[edges[:, 1]]] = edges[:, 2]
+    exits = [entries[text] for text in texts]
+    rows[ends, byte_class[strings.QUOTE]] = [leave(e) if e >= 0 else REFUSE for e in exits]
+    if base is None:
+        return strings.Content(rows, byte_class, 0, np.zeros(0, dtype=np.int64))
+    before = np.where(base.beyond >= 0, base.beyond + num_own, base.beyond)
+    inside = (extended < 0) | (extended >= base.num_content)  # between the bytes of a character: not known
+    beyond = np.concatenate([np.where(inside, -2, before[np.where(inside, 0, extended)]), before])
+    # a state with its own edge beyond ASCII leads to another state after some characters, but never to a refusal
+    other = np.unique(edges[edges[:, 1] >= 0x80, 0])
+    beyond[other] = np.where(beyond[other] >= 0, beyond[other], -2)
+    return strings.Content(rows, byte_class, num_own + base.num_content, beyond)
 
 
-def _descend(
-    char: str, node: int, base: NDArray[np.int32] | None, own: list[int], children: list[dict[int, int]]
-) -> int:
-    """Follow one code point from a trie node, in all ways to write it. They all end in one node."""
-    if char.isascii() and char >= " " and char not in '"\\/\x7f':
-        byte = ord(char)
-        found = children[node].get(byte)
-        if found is None:
-            found = len(own)
-            under = own[node]
-            own.append(int(base[under, byte]) if base is not None and under >= 0 else -1)
-            children.append({})
-            children[node][byte] = found
-        return found
-    end: int | None = None
-    ways = strings.char_sequences(char)
-    # the last byte of each way leads to the same node: reuse it if another string made it, else make it
-    for way in ways:
-        at: int | None = node
-        for step in way:
-            at = None if at is None else children[at].get(min(step))
-        if at is not None:
-            end = at
-            break
-    for way in ways:
-        at = node
-        for position, step in enumerate(way):
-            is_last = position + 1 == len(way)
-            following = children[at].get(min(step))
-            if following is None:
-                if is_last and end is not None:
-                    following = end
-                else:
-                    following = len(own)
-                    under = own[at]
-                    to = int(base[under, min(step)]) if base is not None and under >= 0 else -1
-                    own.append(to)
-                    children.append({})
-                    if is_last:
-                        end = following
-                for byte in step:
-                    children[at][byte] = following
-            at = following
-    assert end is not None
-    return end
+def _odd_edges(reads: list[tuple[int, str, int]], num_states: int) -> tuple[NDArray[np.int64], int]:
+    """Return the edges by which characters are read that can be written in several ways, or in several bytes.
+
+    reads: (state, character, state after it). Returns (edges, int64 [n, 4]: from, byte, to, the state after the whole
+    character; the number of states with those inside of characters, which follow the `num_states`).
+    """
+    inside: dict[tuple[int, int], int] = {}
+    edges: dict[tuple[int, int], tuple[int, int]] = {}
+    for before, char, after in reads:
+        for way in strings.char_sequences(char):
+            at = before
+            for step in way[:-1]:
+                key = (at, min(step))
+                if key not in inside:
+                    inside[key] = num_states
+                    num_states += 1
+                edges.update({(at, byte): (inside[key], after) for byte in step if (at, byte) not in edges})
+                at = inside[key]
+            edges.update({(at, byte): (after, after) for byte in way[-1]})
+    return np.array([(a, byte, to, after) for (a, byte), (to, after) in edges.items()], dtype=np.int64), num_states
+
+
+@loop
+def grow_trie(symbols, lengths, parents, read, ends):  # type: ignore[no-untyped-def]
+    """Lay out sorted texts as a trie; return the number of its nodes.
+
+    symbols: of all texts, one after the other. Fills the node before each node, which has a smaller number, and the
+    symbol that leads to it; and the node where each text ends.
+    """
+    path = np.zeros(len(symbols) + 1, dtype=np.int64)
+    used = 1
+    at = before = 0
+    for t in range(len(lengths)):
+        size = 0
+        if t:
+            shorter = min(lengths[t - 1], lengths[t])
+            while size < shorter and symbols[before + size] == symbols[at + size]:
+                size += 1
+        for i in range(size, lengths[t]):
+            parents[used] = path[i]
+            read[used] = symbols[at + i]
+            path[i + 1] = used
+            used += 1
+        ends[t] = path[lengths[t]]
+        before = at
+        at += lengths[t]
+    return used
+
+
+@loop
+def follow_edges(sources, classes, targets, rows, reached):  # type: ignore[no-untyped-def]
+    """Fill the row that each state reaches by its edges, in order; -1 stays where there is none."""
+    for i in range(len(sources)):
+        row = reached[sources[i]]
+        if row >= 0 and reached[targets[i]] < 0:
+            reached[targets[i]] = max(rows[row, classes[i]], -1)

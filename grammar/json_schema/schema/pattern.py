@@ -1,7 +1,8 @@
 """Regular expressions of JSON Schema (ECMA-262 with the u flag, leniently) to IR nodes over code points.
 
 A pattern is searched for, not matched whole. So `search` allows any text around it, except where it is anchored.
-Refused by name: back references, and lookbehinds of more than one character.
+Refused by name: lookbehinds of more than one character, and back references to other groups than those with few texts
+(see backreferences.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cache
 
 from ramet.errors import InvalidRegex
 from ramet.grammar import deadline, ir
+from ramet.grammar.regular.backreferences import without_backreferences
 from ramet.grammar.regular.lookbehind import END, without_lookbehinds
 
 _DIGITS: ir.Ranges = ((48, 57),)
@@ -35,6 +37,7 @@ _CONTROL = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11, "0": 0, "a": 7, "e": 27}
 MAX_REPEAT = 1_000_000
 MAX_DEPTH = 100
 MIN_COUNT = 100  # from this count on, repetitions of one class are counted without states
+_REFERENCE = re.compile(r"\\([1-9][0-9]*)|\\k<([^>]*)>|\(\?P=([^)]*)\)")
 _COUNTED = re.compile(r"\^(\.|\\[dDsSwW]|\[(?:[^\]\\]|\\.)+\])\{([0-9]{1,9})(?:(,)([0-9]{0,9}))?\}\$")
 
 
@@ -57,7 +60,12 @@ def search(pattern: str) -> ir.Node:
 
     Raises: InvalidRegex with the position; UnsupportedPattern naming the construct.
     """
-    return without_lookbehinds(ir.Concatenation((ir.ANY_TEXT, _Parser(pattern).parse(), ir.ANY_TEXT)))
+    node = _Parser(pattern).parse()
+    try:
+        node = without_backreferences(node)
+    except InvalidRegex as error:
+        raise UnsupportedPattern(f"pattern {pattern[:200]!r}: {error} is not supported") from error
+    return without_lookbehinds(ir.Concatenation((ir.ANY_TEXT, node, ir.ANY_TEXT)))
 
 
 def without_count(source: str) -> tuple[str, tuple[int, int | None]] | tuple[str]:
@@ -83,6 +91,9 @@ class _Parser:
         self.ignore_case = False
         self.dot_all = False
         self.depth = 0
+        self.num_groups = 0
+        # names and numbers; in a class, what looks like a reference is none, which is harmless
+        self.referred = {name for found in _REFERENCE.findall(pattern) for name in found}
 
     def parse(self) -> ir.Node:
         node = self.alternatives()
@@ -197,7 +208,7 @@ class _Parser:
 
     def group(self) -> ir.Node | None:
         if not self.take("?"):
-            return self.finish_group()
+            return self.captured("")
         if self.take(":"):
             return self.finish_group()
         if self.take("="):
@@ -218,11 +229,31 @@ class _Parser:
             end = self.text.find(">", self.at)
             if end < 0:
                 raise self.error("missing >")
-            self.at = end + 1
-            return self.finish_group()
+            name, self.at = self.text[self.at : end], end + 1
+            return self.captured(name)
         if self.take("P="):
-            raise self.unsupported("a back reference")
+            return self.reference_to(self.up_to(")"))
         return self.flags()
+
+    def captured(self, name: str) -> ir.Node:
+        self.num_groups += 1
+        number = str(self.num_groups)
+        node = self.finish_group()
+        for one in (number, name):
+            node = ir.Named(node, one) if one in self.referred - {""} else node
+        return node
+
+    def reference_to(self, name: str) -> ir.Node:
+        if self.ignore_case:
+            raise self.unsupported("a back reference that ignores case")
+        return ir.Reference(name)
+
+    def up_to(self, mark: str) -> str:
+        end = self.text.find(mark, self.at)
+        if end < 0:
+            raise self.error(f"missing {mark}")
+        begin, self.at = self.at, end + 1
+        return self.text[begin:end]
 
     def lookbehind(self, *, is_negative: bool) -> ir.Node:
         at = self.at
@@ -265,8 +296,13 @@ class _Parser:
         if c in _BOUNDARIES:
             self.at += 1
             return ir.Choice(tuple(map(ir.Concatenation, _BOUNDARIES[c])))
-        if (c.isdigit() and c != "0") or c == "k":
-            raise self.unsupported("a back reference")
+        if c in "123456789" and c:
+            begin = self.at
+            while self.peek().isascii() and self.peek().isdigit():
+                self.at += 1
+            return self.reference_to(self.text[begin : self.at])
+        if self.take("k<"):
+            return self.reference_to(self.up_to(">"))
         if c in ("A", "Z", "z"):  # not ECMA, but common
             self.at += 1
             return _START if c == "A" else END

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from ramet.grammar.tools.events import ArgumentsDelta, CallEnd, CallStart, Event, TextDelta, ToolCallReader
+from ramet.grammar.tools.events import ArgumentsDelta, CallEnd, CallStart, Event, ToolCallReader
 from ramet.runtime.server.openai.answers import AnsweredCall, CalledFunction
 from ramet.runtime.server.openai.reasoning import ReasoningSplitter
 from ramet.runtime.server.sending import Json
@@ -97,8 +97,8 @@ class AnswerReader:
     def _read(self, events: Sequence[Event]) -> list[Json]:
         deltas: list[Json] = []
         for event in events:
-            if isinstance(event, TextDelta):
-                text = self._held + event.text
+            if isinstance(event, str):
+                text = self._held + event
                 border = len(text.rstrip())
                 self._held = text[border:]
                 deltas += self._said(text[:border]) if border else []

@@ -64,7 +64,16 @@ def test_patterns_are_searched_as_python_does(source: str, parts: list[str]) -> 
     assert regular.compile_chars(pattern.search(source)).accepts(map(ord, text)) == bool(re.search(source, text))
 
 
-@pytest.mark.parametrize(("source", "what"), [("(?<=aa)b", "lookbehind"), (r"(a)\1", "back reference")])
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("(?<=aa)b", "lookbehind"),
+        (r"(a)?\1", "back reference to the group 1, which is not read exactly once"),
+        (r"(?<q>a|b)\k<x>", "back reference to the group x before its end"),
+        (r"\1(a)", "back reference to the group 1 before its end"),
+        (r"(.)\1", "more than 256 texts"),
+    ],
+)
 def test_unsupported_patterns_are_named(source: str, what: str) -> None:
     with pytest.raises(pattern.UnsupportedPattern, match=what):
         pattern.search(source)

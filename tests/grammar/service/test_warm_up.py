@@ -9,12 +9,13 @@ pytest.importorskip("numba")
 
 _CHECK = """
 from ramet.grammar.machine import walker
-from ramet.grammar.regular import partition, plain_trie, strings
+from ramet.grammar.json_schema.frames import tables
+from ramet.grammar.regular import partition, strings
 from ramet.grammar.service.warm_up import load_loops
 from numba.core.registry import CPUDispatcher
 
 load_loops()
-loops = [one for module in (walker, partition, plain_trie, strings) for one in vars(module).values()]
+loops = [one for module in (walker, partition, tables, strings) for one in vars(module).values()]
 assert len(loops) > 20
 print([one.__name__ for one in loops if isinstance(one, CPUDispatcher) and not one.signatures])
 """

@@ -150,8 +150,10 @@ def test_ignored_case_of_classes_is_that_of_re(pattern: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(a)\\1", r"a backreference \(position 3\)"),
-        ("(?P<x>a)(?P=x)", r"a backreference \(position 8\)"),
+        ("(a+)\\1", r"a back reference to the group 1, which has more than 256 texts \(position 4\)"),
+        ("(?P<x>a)?(?P=x)", r"a back reference to the group 1, which is not read exactly once \(position 9\)"),
+        (r"(a\b)\1", r"a back reference to the group 1, in which anchors or assertions stand"),
+        (r"(?i)(a)\1", r"a backreference that ignores case"),
         ("ab(?<=ab)c", r"a lookbehind of more than one character \(position 2\)"),
         ("(a)?(?(1)b|c)", r"a conditional group \(position 4\)"),
         ("(?>a+)b", r"an atomic group \(position 0\)"),
@@ -163,6 +165,36 @@ def test_ignored_case_of_classes_is_that_of_re(pattern: str) -> None:
 def test_what_is_refused_is_named_with_its_position(pattern: str, message: str) -> None:
     with pytest.raises(InvalidRegex, match=message):
         parse_regex(pattern)
+
+
+REFERRING = [
+    *(
+        r"(a|b)x\1",
+        r"(?P<q>['x])[ab]+(?P=q)",
+        r"(a|b|ab)\1{2}",
+        r"(a?)b\1",
+        r"()\1a",
+        r"(?:(a|b))\1",
+        r"x(a{1,3})x\1(b)\2?",
+    ),
+    *(
+        r"((a|b)x)\1\2",
+        r"((a)|b)\1",
+        r"([ab])(\1x)\2",
+        r"(a|b)([x'])(?:\2\1|\1)",
+        r"(a|b)(?!\1)[abx]",
+        r"(?=(a|b)\1).*",
+    ),
+    *(r"(a|b)\1|x", r"(?:(a|b)\1)*x", r"(a|b)(?:(x|')\2)+\1", r"(?:(a|b)x\1){2}", "(é|\U0001f600)x\\1"),
+]
+
+
+@pytest.mark.parametrize("pattern", REFERRING)
+def test_back_references_to_groups_with_few_texts_are_those_of_re(pattern: str) -> None:
+    found, searched = automaton(pattern), regular.compile_chars(search(pattern))
+    for text in [*all_texts("abx'", 6), "éxé", "éx\U0001f600", "\U0001f600x\U0001f600"]:
+        assert found.accepts(text.encode()) == bool(re.fullmatch(pattern, text)), text
+        assert searched.accepts(map(ord, text)) == bool(re.search(pattern, text)), text
 
 
 @pytest.mark.parametrize("pattern", ["a(?=b)", "^a", "a$", r"a\Z", r"\Aa", "(?<!b)a"])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.grammar.tools.events import ArgumentsDelta, CallEnd, CallStart, Event, TextDelta, ToolCallReader
+from ramet.grammar.tools.events import ArgumentsDelta, CallEnd, CallStart, Event, ToolCallReader
 from ramet.grammar.tools.formats import FORMATS, ToolFormat
 
 Call = tuple[str, Any]
@@ -39,8 +39,8 @@ def joined(events: list[Event]) -> list[Event]:
     out: list[Event] = []
     for event in events:
         last = out[-1] if out else None
-        if isinstance(event, TextDelta) and isinstance(last, TextDelta):
-            out[-1] = TextDelta(last.text + event.text)
+        if isinstance(event, str) and isinstance(last, str):
+            out[-1] = last + event
         elif isinstance(event, ArgumentsDelta) and isinstance(last, ArgumentsDelta) and event.index == last.index:
             out[-1] = ArgumentsDelta(last.index, last.text + event.text)
         else:
@@ -78,7 +78,7 @@ def test_events_give_back_what_was_written_under_any_chunking(name: str, data: s
     text = "" if layout.is_only_at_start and what else data.draw(st.text("ab <é\n[{", max_size=8))
     whole = written(layout, text, what).encode()
     events = joined(read(layout, cut(whole, data.draw(st.lists(st.integers(0, 10_000), max_size=30)))))
-    expected: list[Event] = [TextDelta(text)] if text else []
+    expected: list[Event] = [text] if text else []
     for i, (tool, arguments) in enumerate(what):
         expected += [CallStart(i, tool), ArgumentsDelta(i, json.dumps(arguments, ensure_ascii=False)), CallEnd(i, True)]
     assert events == expected
@@ -109,13 +109,13 @@ def test_any_bytes_are_read_alike_under_any_chunking_and_no_text_is_lost(
     assert joined(read(layout, cut(soup, cuts))) == whole
     assert joined(read(layout, [bytes((b,)) for b in soup])) == whole
     if not any(isinstance(e, CallStart) for e in whole):
-        assert "".join(e.text for e in whole if isinstance(e, TextDelta)) == soup.decode(errors="replace")
+        assert "".join(e for e in whole if isinstance(e, str)) == soup.decode(errors="replace")
 
 
 def test_white_space_in_the_layout_may_differ() -> None:
     text = b'ok <tool_call> { "name" : "add","arguments":\n{"a": 1} } </tool_call>'
     assert joined(read(FORMATS["hermes"], [text])) == [
-        TextDelta("ok "), CallStart(0, "add"), ArgumentsDelta(0, '{"a": 1}'), CallEnd(0, True)
+        "ok ", CallStart(0, "add"), ArgumentsDelta(0, '{"a": 1}'), CallEnd(0, True)
     ]  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_every_cut_of_two_calls_leaves_calls_that_are_whole_or_flagged_and_no_te
     marker = len(layout.marker)
     for end in range(marker, len(text) + 1):
         events = joined(read(layout, [text[:end].encode()]))
-        assert not [e for e in events if isinstance(e, TextDelta) and e.text.strip() not in layout.marker], text[:end]
+        assert not [e for e in events if isinstance(e, str) and e.strip() not in layout.marker], text[:end]
         started = [e.index for e in events if isinstance(e, CallStart)]
         ended = [e.index for e in events if isinstance(e, CallEnd)]
         assert started == ended == list(range(len(started)))
@@ -152,7 +152,7 @@ def test_a_text_that_was_to_go_on_has_no_part_of_a_marker_and_no_call_without_a_
     for end in range(len(text) + 1):
         reader = ToolCallReader(layout)
         events = [*reader.push(text[:end].encode()), *reader.finish(is_cut=True)]
-        assert not [e for e in events if isinstance(e, TextDelta) and e.text.strip()], text[:end]
+        assert not [e for e in events if isinstance(e, str) and e.strip()], text[:end]
         assert all(e.name for e in events if isinstance(e, CallStart)), text[:end]
 
 
@@ -165,10 +165,10 @@ def test_two_calls_in_one_piece_are_both_there() -> None:
 def test_text_between_calls_is_kept() -> None:
     text = written(FORMATS["hermes"], "", [("a", {})]) + " and " + written(FORMATS["hermes"], "", [("b", {})])
     events = joined(read(FORMATS["hermes"], [text.encode()]))
-    assert TextDelta(" and ") in events
+    assert " and " in events
     assert events[-1] == CallEnd(1, True)
 
 
 def test_what_looks_like_a_call_but_is_none_is_text() -> None:
     text = "<tool_call> is a tag; <tool_call>{no}"
-    assert joined(read(FORMATS["hermes"], [text.encode()])) == [TextDelta(text)]
+    assert joined(read(FORMATS["hermes"], [text.encode()])) == [text]

@@ -10,7 +10,7 @@ import pytest
 
 from ramet.errors import GrammarError, InvalidGrammar, UnsupportedSchema
 from ramet.grammar import CompiledGrammar, Vocabulary, compile_constraint
-from ramet.grammar.tools.events import CallEnd, CallStart, TextDelta, ToolCallReader
+from ramet.grammar.tools.events import CallEnd, CallStart, ToolCallReader
 from ramet.grammar.tools.formats import FORMATS, ToolFormat
 from ramet.grammar.tools.tool_set import ToolSet, with_marker_tokens
 
@@ -158,7 +158,7 @@ def test_random_texts_of_the_grammar_are_read_back_as_valid_calls(name: str) -> 
             assert CallEnd(start.index, True) in events
             num_calls += 1
         if not started:
-            assert "".join(e.text for e in events if isinstance(e, TextDelta)) == out.decode()
+            assert "".join(e for e in events if isinstance(e, str)) == out.decode()
     assert num_calls >= 15
 
 

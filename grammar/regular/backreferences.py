@@ -1,0 +1,126 @@
+r"""Removes back references to groups with few texts: `(["'])\w+\1` is `"\w+"` or `'\w+'`.
+
+The part of a pattern in which a group and all references to it stand is written out once for each text of the group. So
+the group must be read exactly once in that part: it stands in no alternative, repeat or assertion there. Patterns have
+groups as `Named`, and the references to them as `Reference`, until they become terminals.
+"""
+
+from __future__ import annotations
+
+from ramet.errors import GrammarTooLarge, InvalidRegex
+from ramet.grammar import ir
+from ramet.grammar.regular.dfas import Dfa
+from ramet.grammar.regular.languages import compile_chars
+
+MAX_TEXTS = 256  # of all groups that are referred to, multiplied
+
+
+def without_backreferences(node: ir.Node) -> ir.Node:
+    """Return the same texts without references to groups.
+
+    Raises: InvalidRegex if a group is not read exactly once, before the references to it, or has too many texts.
+    """
+    names = ir.references(node)
+    node = ir.changed(node, lambda one: _without_name(one, names))
+    if not names:
+        return node
+    _check_order(node, set())
+    node = _expanded(node, set())
+    for name in sorted(ir.references(node)):
+        raise InvalidRegex(f"a back reference to the group {name}, which is not read exactly once")
+    return node
+
+
+def _expanded(node: ir.Node, outside: set[str]) -> ir.Node:
+    """Write the parts of a node out that hold a group and all references to it. outside: referred to elsewhere."""
+    parts = ir.parts_of(node)
+    names = ir.references(node)
+    if not names or not parts:
+        return node
+    used = [ir.references(part) for part in parts]
+    others = [outside.union(*used[:i], *used[i + 1 :]) for i in range(len(parts))]
+    node = ir.with_parts(node, [_expanded(part, more) for part, more in zip(parts, others, strict=True)])
+    return _written_out(node, ir.references(node) - outside, 1)
+
+
+def _without_name(node: ir.Node, names: set[str]) -> ir.Node | None:
+    """Return a group's content if no reference names the group."""
+    if not isinstance(node, ir.Named) or node.name in names:
+        return None
+    return ir.changed(node.item, lambda one: _without_name(one, names))
+
+
+def _read_once(node: ir.Node) -> list[ir.Named]:
+    match node:
+        case ir.Concatenation(parts):
+            return [one for part in parts for one in _read_once(part)]
+        case ir.Named(item):
+            return [node, *_read_once(item)]
+    return []
+
+
+def _check_order(node: ir.Node, ended: set[str]) -> None:
+    """Raise InvalidRegex for a reference before the end of its group. ended: the groups that have ended."""
+    if isinstance(node, ir.Reference) and node.rule not in ended:
+        raise InvalidRegex(f"a back reference to the group {node.rule} before its end")
+    for part in ir.parts_of(node):
+        _check_order(part, ended)
+    if isinstance(node, ir.Named):
+        ended.add(node.name)
+
+
+def _written_out(node: ir.Node, names: set[str], num_ways: int) -> ir.Node:
+    """Write a node out for each text of each of these groups, those inside of others first."""
+    inner = [one for one in _read_once(node) if one.name in names and not ir.holds(one.item, _is_about_groups)]
+    if not inner:
+        return node
+    group = inner[0]
+    texts = _texts(group, MAX_TEXTS // num_ways)
+    ways = []
+    for text in texts:
+        literal = ir.Bytes(text.encode())
+
+        def change(one: ir.Node, literal: ir.Node = literal) -> ir.Node | None:
+            is_it = isinstance(one, ir.Named) and one.name == group.name
+            return literal if is_it or one == ir.Reference(group.name) else None
+
+        ways.append(_written_out(ir.changed(node, change), names, num_ways * len(texts)))
+    return ways[0] if len(ways) == 1 else ir.Choice(tuple(ways))
+
+
+def _is_about_groups(node: ir.Node) -> bool:
+    return isinstance(node, ir.Named | ir.Reference)
+
+
+def _texts(group: ir.Named, most: int) -> list[str]:
+    """Return the texts of a group. Raises: InvalidRegex if there are more than `most`."""
+    if ir.holds(group.item, lambda one: isinstance(one, ir.Lookahead | ir.Lookbehind)):
+        raise InvalidRegex(f"a back reference to the group {group.name}, in which anchors or assertions stand")
+    try:
+        found = _listed(compile_chars(group.item, max_states=4 * MAX_TEXTS), most)
+    except GrammarTooLarge:
+        found = None
+    if found is None:
+        raise InvalidRegex(f"a back reference to the group {group.name}, which has more than {most} texts")
+    return found
+
+
+def _listed(dfa: Dfa, most: int) -> list[str] | None:
+    """Return all texts of an automaton over code points; None if there are more than `most`."""
+    texts: list[str] = []
+    waiting = [(0, "")] if dfa.transitions else []
+    ends = [*dfa.starts[1:], dfa.max_symbol + 1]
+    while waiting:
+        state, text = waiting.pop()
+        if len(text) > len(dfa.transitions):  # a cycle
+            return None
+        if dfa.accepting[state]:
+            texts.append(text)
+        for start, end, symbol_class in zip(dfa.starts, ends, dfa.classes, strict=True):
+            to = dfa.transitions[state][symbol_class]
+            if to >= 0:
+                codes = [code for code in range(start, min(end, start + most + 1)) if not 0xD800 <= code <= 0xDFFF]
+                waiting += [(to, text + chr(code)) for code in codes]
+        if len(texts) + len(waiting) > most:
+            return None
+    return sorted(texts)
