@@ -15,6 +15,8 @@ rest is made from a seed (`quality_data.py`). Each row is asked with three examp
 that fit the schema. `tokens`: generated tokens; the first one of a text is not among them where it holds the space at
 the prompt's end. `ratio`: those over the tokens of the tokenizer's own split of the same texts. Other engines run in a
 process of their own (`quality_peers.py`), one question at a time: --peers-python names the Python that has them.
+`server` is Ramet's own server, asked by OpenAI's API with its defaults; it alone of these is asked for ages, by a
+pattern.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ Json = Any  # a decoded JSON value
 Program = Callable[[State, str], None]
 KEYS = [one.name for one in fields(Facts)]
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
-PEERS = ("llama.cpp", "guidance", "outlines")
+PEERS = ("llama.cpp", "guidance", "outlines", "server")
 SYSTEMS = ("ramet", *PEERS)
 
 # Options of `gen` that change how a value is written, by the name of their row. A row whose option this version of
@@ -161,7 +163,7 @@ def by_options(name: str, make: Callable[[dict[str, Json]], Program]) -> dict[st
 class Ages(Task):
     """The age of a person, four ways to ask for a number with text behind it."""
 
-    name, count, stop, max_tokens = "ages", 40, (" years",), 24
+    name, count, stop, max_tokens, kind = "ages", 40, (" years",), 24, "regex"
 
     def __init__(self, count: int, seed: int) -> None:
         self.seed, self.notes = seed, data.notes(count, seed)
@@ -173,6 +175,9 @@ class Ages(Task):
         shown = data.notes(examples, self.seed, "example")
         shots = "".join(f"{question(one)} {one.facts.age} years old.\n\n" for one in shown)
         return [shots + question(one) for one in self.notes]
+
+    def source(self, index: int) -> Json:
+        return "[0-9]{1,3}"
 
     def programs(self) -> dict[str, Program | str]:
         def typed(s: State, prompt: str) -> None:
@@ -489,7 +494,7 @@ def peer_rows(
     """Ask another engine, free and constrained, for the rows so named. Returns them, and its packages' versions."""
     rows, asks = list[Score](), list[dict[str, Json]]()
     places: list[tuple[Score, int]] = []
-    if task.kind is None:
+    if task.kind is None or (task.kind == "regex" and peer != "server"):
         return [], {}
     for examples in (3, 0):
         prompts = task.prompts(examples)[:count]
@@ -501,7 +506,7 @@ def peer_rows(
             for index, prompt in enumerate(prompts):
                 kind, source = ("free", None) if is_free else (task.kind, task.source(index))
                 # Free text begins with its own space, and so do choices here; JSON can't.
-                ask = {"kind": kind, "source": source, "prompt": prompt + " " * (kind == "json")}
+                ask = {"kind": kind, "source": source, "prompt": prompt + " " * (kind in ("json", "regex"))}
                 asks.append({**ask, "stop": list(task.stop) if is_free else [], "max_tokens": task.max_tokens})
                 places.append((score, index))
     with tempfile.TemporaryDirectory() as folder:
@@ -509,6 +514,7 @@ def peer_rows(
         asked.write_text(json.dumps(asks))
         script = Path(__file__).with_name("quality_peers.py")
         files = ("--model", model, "--asks", asked, "--answers", answered)
+        python = sys.executable if peer == "server" else python
         subprocess.run([python, script, "--peer", peer, *files], check=True, stderr=subprocess.DEVNULL)
         found = json.loads(answered.read_text())
     if "missing" in found:

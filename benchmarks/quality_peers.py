@@ -3,17 +3,23 @@
     python benchmarks/quality_peers.py --peer llama.cpp --model model.gguf --asks asks.json --answers answers.json
 
 `asks.json` is a list of {"prompt", "kind", "source", "stop", "max_tokens"}. Kinds: `free` (`stop` ends the text),
-`json` (a JSON schema), `choice` (a list of texts). `answers.json`: the packages' versions, and for each ask its text,
-the number of generated tokens (without the end of text), seconds, and the error if the engine refused. Greedy, one
-question at a time. Imports nothing of Ramet, so that the engines' needs don't meet.
+`json` (a JSON schema), `choice` (a list of texts), `regex` (a pattern; the server alone takes it). `answers.json`: the
+packages' versions, and for each ask its text, the number of generated tokens (without the end of text), seconds, and
+the error if the engine refused. Greedy, one question at a time. Imports nothing of Ramet, so that the engines' needs
+don't meet. The peer `server` is Ramet's own server, asked by OpenAI's API with its defaults.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib.metadata
 import json
+import re
+import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +32,7 @@ NEEDS = {
     "llama.cpp": ("llama-cpp-python",),
     "guidance": ("guidance", "llama-cpp-python"),
     "outlines": ("outlines", "transformers", "torch", "gguf", "accelerate"),
+    "server": ("ramet",),
 }
 
 
@@ -105,7 +112,38 @@ def outlines(model: str, threads: int) -> Answer:
     return ask
 
 
-MAKERS: dict[str, Callable[[str, int], Answer]] = {"llama.cpp": llama_cpp, "guidance": guidance, "outlines": outlines}
+def server(model: str, threads: int) -> Answer:
+    command = [sys.executable, "-m", "ramet.cli", "serve", model, "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    url = next(found[0] for line in process.stdout if (found := re.search(r"http://[0-9.]+:[0-9]+", line)))
+    atexit.register(process.wait)
+    atexit.register(process.terminate)
+
+    def ask(one: Ask) -> tuple[str, int]:
+        schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": one["source"]}}
+        constraint = {
+            "json": {"response_format": schema},
+            "choice": {"guided_choice": one["source"]},
+            "regex": {"regex": one["source"]},
+            "free": {"stop": one["stop"]},
+        }[one["kind"]]
+        body = {"prompt": one["prompt"], "max_tokens": one["max_tokens"], "temperature": 0, **constraint}
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        found = json.load(urllib.request.urlopen(request))
+        return found["choices"][0]["text"], found["usage"]["completion_tokens"]
+
+    return ask
+
+
+MAKERS: dict[str, Callable[[str, int], Answer]] = {
+    "llama.cpp": llama_cpp,
+    "guidance": guidance,
+    "outlines": outlines,
+    "server": server,
+}
 
 
 def main() -> None:

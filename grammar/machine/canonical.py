@@ -16,7 +16,7 @@ The split of X may depend on text on both sides that is not known here:
 No text of the language is lost: whatever it begins with, X, the first token of X's split is allowed, and the same rule
 holds in the state after it.
 
-What depends on X alone is kept by the vocabulary, for all grammars (`Vocabulary.beginning`). To follow the automaton
+What depends on X alone is kept by the vocabulary, for all grammars (`beginning`, `is_settled`). To follow the automaton
 into another frame may mean to make that frame. So X ends before that if it is *settled*: no token that begins in its
 first two tokens reaches past its end.
 """
@@ -138,10 +138,10 @@ class CanonicalTokens:
             run = self._run(state)
             text += run.text
             while run.leaves:
-                if run.following and vocabulary.beginning(text + run.following).is_settled:
+                if run.following and vocabulary.is_settled(text + run.following):
                     text += run.following  # the state after it is not needed: there are no cuts
                     break
-                if vocabulary.beginning(text).is_settled:
+                if vocabulary.is_settled(text):
                     break
                 if len(self._ways_of(run.end) or ()) > 1:
                     run = ForcedRun(b"", run.end, False, b"")
@@ -160,7 +160,7 @@ class CanonicalTokens:
             for byte, following in ways:
                 longer = text + bytes((byte,))
                 if following == UNKNOWN:
-                    if vocabulary.beginning(longer).is_settled:
+                    if vocabulary.is_settled(longer):
                         possible.append((longer, state))
                         continue
                     following = self.machine.step(state, byte)

@@ -53,14 +53,12 @@ class Beginning:
 
     shorter: the tokens that write a part of it. whole: those that write all of it. firsts: the tokens with which its
     splits begin; none if they are not known. cuts: where it may be cut otherwise, if a token there goes past its end.
-    is_settled: no token that begins inside of the first two tokens of its split goes past its end.
     """
 
     shorter: tuple[int, ...]
     whole: tuple[int, ...]
     firsts: frozenset[int]
     cuts: tuple[Cut, ...]
-    is_settled: bool
 
 
 class Splits:

@@ -11,14 +11,14 @@ import copy
 import hashlib
 import random
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ramet.grammar.machine.bitmask import num_words, pack
-from ramet.grammar.machine.splits import Beginning, Cut, Splits, Splitter, is_text, whole_characters
+from ramet.grammar.machine.splits import Beginning, Cut, Splits, Splitter, is_text
 from ramet.grammar.machine.walker import count_plain_chars, next_not_deeper
 
 SLICE_SIZES = (4, 8, 16, 32)
@@ -61,6 +61,7 @@ class Vocabulary:
         self._rest_tries: dict[tuple[int, int], TextTrie] = {}
         self._tries_after: dict[bytes, TextTrie] = {}
         self._beginnings: dict[tuple[bytes, int], Beginning] = {}
+        self._settled: dict[bytes, bool] = {}
 
     @cached_property
     def key(self) -> str:
@@ -325,22 +326,47 @@ class Vocabulary:
         whole = self.tokens_with_text(text)
         firsts: set[int] = set()
         cuts: list[Cut] = []
-        is_settled = False
         if is_text(text):
             firsts = {token for token in splits.firsts(text) if len(self.token_bytes[token]) >= num_before}
-            own = [len(self.token_bytes[token]) for token in splits.tokens(text)[:2]]
-            places = [at for at in range(min(sum(own), size)) if at != own[0] and self.goes_past(text[at:])]
-            is_settled = bool(own)
-            for at in places:
+            for at in self._places_to_cut(text, begin):
                 head, rest = text[:at], text[at:]
-                tokens = splits.tokens(head) if whole_characters(head) == head else ()
-                if tokens and tokens[0] in firsts:
-                    continue
-                is_settled = False
-                if tokens and at >= begin and tokens[0] in shorter:
+                tokens = splits.tokens(head) if is_text(head) else ()
+                if tokens and tokens[0] not in firsts and tokens[0] in shorter:
                     longer = self.longer_with_prefix(rest)
                     cuts.append(Cut(tokens[0], head, rest, longer[MAX_UNSURE:], longer[:MAX_UNSURE]))
-        return Beginning(tuple(shorter), tuple(whole), frozenset(firsts), tuple(cuts), is_settled)
+        return Beginning(tuple(shorter), tuple(whole), frozenset(firsts), tuple(cuts))
+
+    def is_settled(self, text: bytes) -> bool:
+        """Tell whether no token that begins inside of the first two tokens of a text's split, and changes the first,
+        goes past the text's end. Answers are kept. Needs `splits`.
+        """
+        found = self._settled.get(text)
+        if found is None:
+            if len(self._settled) > MAX_BEGINNINGS:
+                self._settled.clear()
+            found = self._settled[text] = self._find_settled(text)
+        return found
+
+    def _find_settled(self, text: bytes) -> bool:
+        splits = self.splits
+        assert splits is not None
+        if self.goes_past(text) or not is_text(text) or not splits.tokens(text):
+            return False
+        for at in self._places_to_cut(text, 1):
+            tokens = splits.tokens(text[:at]) if is_text(text[:at]) else ()
+            if not tokens or (tokens[0] != splits.tokens(text)[0] and tokens[0] not in splits.firsts(text)):
+                return False
+        return True
+
+    def _places_to_cut(self, text: bytes, begin: int) -> Iterator[int]:
+        """Yield the places from `begin` on, inside of the first two tokens of a text's split, from which a token may go
+        past its end.
+        """
+        assert self.splits is not None
+        own = [len(self.token_bytes[token]) for token in self.splits.tokens(text)[:2]]
+        for at in range(begin, min(sum(own), len(text))):
+            if at != own[0] and self.goes_past(text[at:]):
+                yield at
 
     def tokens_with_suffix(self, suffix: bytes) -> list[int]:
         """Return the content tokens that end with these bytes."""

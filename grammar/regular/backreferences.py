@@ -7,10 +7,8 @@ groups as `Named`, and the references to them as `Reference`, until they become 
 
 from __future__ import annotations
 
-from ramet.errors import GrammarTooLarge, InvalidRegex
+from ramet.errors import InvalidRegex
 from ramet.grammar import ir
-from ramet.grammar.regular.dfas import Dfa
-from ramet.grammar.regular.languages import compile_chars
 
 MAX_TEXTS = 256  # of all groups that are referred to, multiplied
 
@@ -96,31 +94,55 @@ def _texts(group: ir.Named, most: int) -> list[str]:
     """Return the texts of a group. Raises: InvalidRegex if there are more than `most`."""
     if ir.holds(group.item, lambda one: isinstance(one, ir.Lookahead | ir.Lookbehind)):
         raise InvalidRegex(f"a back reference to the group {group.name}, in which anchors or assertions stand")
-    try:
-        found = _listed(compile_chars(group.item, max_states=4 * MAX_TEXTS), most)
-    except GrammarTooLarge:
-        found = None
+    found = _listed(group.item, most)
     if found is None:
         raise InvalidRegex(f"a back reference to the group {group.name}, which has more than {most} texts")
+    return sorted(found)
+
+
+def _listed(node: ir.Node, most: int) -> set[str] | None:
+    """Return all texts of a node; None if there are more than `most`, or very long ones."""
+    found: set[str] | None = None
+    match node:
+        case ir.Bytes(value):
+            found = {value.decode()}
+        case ir.Chars(ranges):
+            if sum(high - low + 1 for low, high in ranges) <= most:
+                found = {
+                    chr(code) for low, high in ranges for code in range(low, high + 1) if not 0xD800 <= code <= 0xDFFF
+                }
+        case ir.Concatenation(parts):
+            found = {""}
+            for part in parts:
+                found = _joined(found, _listed(part, most), most)
+        case ir.Choice(options):
+            every = [_listed(option, most) for option in options]
+            found = None if None in every else set().union(*(some for some in every if some is not None))
+        case ir.Repeat(item, low, high):
+            found = _repeated(_listed(item, most), low, most + 1 if high is None else high, most)
+        case ir.Terminal(item) | ir.Named(item):
+            found = _listed(item, most)
+    return None if found is None or len(found) > most else found
+
+
+def _repeated(texts: set[str] | None, low: int, high: int, most: int) -> set[str] | None:
+    """Return the texts of `low` to `high` of these."""
+    if texts == {""} or high == 0:
+        return {""}
+    if high > most:
+        return None
+    found: set[str] | None = {""} if low == 0 else set()
+    longer: set[str] | None = {""}
+    for count in range(1, high + 1):
+        longer = _joined(longer, texts, most)
+        if longer is None or found is None:
+            return None
+        found = found | longer if count >= low else found
     return found
 
 
-def _listed(dfa: Dfa, most: int) -> list[str] | None:
-    """Return all texts of an automaton over code points; None if there are more than `most`."""
-    texts: list[str] = []
-    waiting = [(0, "")] if dfa.transitions else []
-    ends = [*dfa.starts[1:], dfa.max_symbol + 1]
-    while waiting:
-        state, text = waiting.pop()
-        if len(text) > len(dfa.transitions):  # a cycle
-            return None
-        if dfa.accepting[state]:
-            texts.append(text)
-        for start, end, symbol_class in zip(dfa.starts, ends, dfa.classes, strict=True):
-            to = dfa.transitions[state][symbol_class]
-            if to >= 0:
-                codes = [code for code in range(start, min(end, start + most + 1)) if not 0xD800 <= code <= 0xDFFF]
-                waiting += [(to, text + chr(code)) for code in codes]
-        if len(texts) + len(waiting) > most:
-            return None
-    return sorted(texts)
+def _joined(left: set[str] | None, right: set[str] | None, most: int) -> set[str] | None:
+    if left is None or right is None or len(left) * len(right) > most * most:
+        return None
+    found = {a + b for a in left for b in right}
+    return None if len(found) > most else found

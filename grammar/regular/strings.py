@@ -344,9 +344,9 @@ def _hex_sequences(low: int, high: int, digits: int) -> list[tuple[frozenset[int
     return out + tail
 
 
-def is_plain(code: int) -> bool:
-    """Tell whether a code point is written in one way, as one byte."""
-    return 0x20 <= code < 0x7F and code not in (QUOTE, BACKSLASH, 0x2F)
+def is_plain(text: str) -> bool:
+    """Tell whether each character of a text is written in one way, as one byte."""
+    return text.isascii() and text.isprintable() and '"' not in text and "\\" not in text and "/" not in text
 
 
 def char_sequences(char: str) -> list[tuple[frozenset[int], ...]]:

@@ -41,7 +41,7 @@ _SCHEMA = {
     "additionalProperties": {"type": "boolean"},
     "required": ["text"],
 }
-_CLOSED = {"type": "object", "properties": {"a": {}, "/": {}}, "additionalProperties": False}
+_CLOSED = {"properties": {"a": {}, "/": {}}, "patternProperties": {"^x": {}}, "additionalProperties": False}
 SAMPLES = (
     ("json_schema", json.dumps(_SCHEMA), rb'{"text": "a", "pattern": "b", "other": true, "set": [1, 2]}'),
     ("json_schema", json.dumps(_CLOSED), b'{"a": 1, "/": 2}'),

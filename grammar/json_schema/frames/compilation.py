@@ -37,7 +37,7 @@ from ramet.grammar.json_schema.frames.tables import (
     dispatch_rows,
 )
 from ramet.grammar.machine.automaton import Machine
-from ramet.grammar.machine.frame import Frame, FrameTable, target
+from ramet.grammar.machine.frame import Frame, FrameTable, length_to_exit, target
 from ramet.grammar.regular.strings import Content
 
 T = TypeVar("T")
@@ -192,7 +192,9 @@ class ValueFrame(Frame):
         return self.compilation.value(exprs, self.context.mask_twin(), local)
 
     def closing_exit(self, local: int) -> int:
-        """Return the kind of value that is shortest to write, together with all that follows."""
+        """Return the kind of value that is shortest to write, together with all that follows; inside a literal, its
+        kind.
+        """
         expressions, machine = self.compilation.expressions, self.compilation.machine
         own = self.compilation.frame(ValueFrame, self.exprs, self.context)
         ways: list[tuple[int, int]] = []
@@ -208,4 +210,5 @@ class ValueFrame(Frame):
             }
             rest = self.context.rest(tag)
             ways.extend((cost + rest, kind) for kind, cost in cheapest.items() if cost < INFINITE)
+        ways = [(cost, kind) for cost, kind in ways if length_to_exit(self.table, kind, local) is not None]
         return next(kind for _, kind in sorted(ways) if machine.exit_target(own, kind) >= 0)

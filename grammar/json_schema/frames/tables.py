@@ -307,54 +307,33 @@ def overlay(base: strings.Content | None, entries: dict[str, int]) -> strings.Co
     may need trimming. Its states are those of a trie, one for each beginning of the strings; then those inside of a
     character that can be written in several ways; then those of `base`.
     """
-    if not entries:
-        assert base is not None
+    if not entries and base is not None:
         return base
     texts = sorted(entries)
-    flat = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    codes, symbols = np.unique(flat, return_inverse=True)
-    parents, read = np.zeros((2, len(flat) + 1), dtype=np.int64)
-    ends = np.zeros(len(texts), dtype=np.int64)
-    num_nodes = grow_trie(symbols.reshape(-1), np.array([len(t) for t in texts]), parents, read, ends)
-    # the edges: (state, byte, state after it); each state is reached by an earlier edge than those that leave it
-    is_plain = np.array([strings.is_plain(int(c)) for c in codes], dtype=np.bool_)[read[1:num_nodes]]
-    plain = 1 + np.flatnonzero(is_plain)
-    edges = np.stack([parents[plain], codes[read[plain]].astype(np.int64), plain], 1)
-    num_own = num_nodes
-    odd = 1 + np.flatnonzero(~is_plain)
-    if len(odd):
-        more, num_own = _odd_edges([(int(parents[n]), chr(codes[read[n]]), int(n)) for n in odd], num_nodes)
-        # by the node that they lead to
-        order = np.argsort(np.concatenate([plain, more[:, 3]]), kind="stable")
-        edges = np.concatenate([edges, more[:, :3]])[order]
-    used = np.unique(np.append(edges[:, 1], strings.QUOTE))
-    if base is None:
-        old, below = np.full((0, 1), REFUSE, dtype=np.int32), np.zeros(256, dtype=np.int64)
-    else:
-        old, below = base.rows, base.byte_class.astype(np.int64)
-    finer = below.copy()  # each byte on an edge is a class of its own
-    finer[used] = old.shape[1] + np.arange(len(used))
-    _, first, inverse = np.unique(finer, return_index=True, return_inverse=True)
-    byte_class, columns = inverse.reshape(-1).astype(np.uint8), below[first]
-    # for each own state, the state of `base` that it extends, -1 if there is none
-    extended = np.full(num_own, -1, dtype=np.int64)
-    extended[0] = 0 if base is not None else -1
-    follow_edges(edges[:, 0], below[edges[:, 1]], edges[:, 2], old, extended)
-    moved = np.ascontiguousarray(np.where(old >= 0, old + num_own, old)[:, columns])
-    refusing = np.full((1, len(columns)), REFUSE, dtype=np.int32)
-    rows = np.concatenate([np.concatenate([moved, refusing])[extended], moved])  # -1: the last row, which refuses
-    rows[edges[:, 0], byte_class[edges[:, 1]]] = edges[:, 2]
-    exits = [entries[text] for text in texts]
-    rows[ends, byte_class[strings.QUOTE]] = [leave(e) if e >= 0 else REFUSE for e in exits]
-    if base is None:
-        return strings.Content(rows, byte_class, 0, np.zeros(0, dtype=np.int64))
-    before = np.where(base.beyond >= 0, base.beyond + num_own, base.beyond)
-    inside = (extended < 0) | (extended >= base.num_content)  # between the bytes of a character: not known
-    beyond = np.concatenate([np.where(inside, -2, before[np.where(inside, 0, extended)]), before])
-    # a state with its own edge beyond ASCII leads to another state after some characters, but never to a refusal
-    other = np.unique(edges[edges[:, 1] >= 0x80, 0])
-    beyond[other] = np.where(beyond[other] >= 0, beyond[other], -2)
-    return strings.Content(rows, byte_class, num_own + base.num_content, beyond)
+    joined = "".join(texts)
+    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype=np.int32)
+    sizes = np.array([len(text) for text in texts], dtype=np.int64)
+    exits = np.array([leave(e) if (e := entries[text]) >= 0 else REFUSE for text in texts], dtype=np.int32)
+    parents, read, ends = (np.zeros(size, dtype=np.int64) for size in (len(codes) + 1, len(codes) + 1, len(texts)))
+    num_own = num_nodes = lay_trie(codes, sizes, parents, read, ends)
+    odd = np.zeros((0, 4), dtype=np.int64)
+    if not strings.is_plain(joined):
+        nodes = [n for n in range(1, num_nodes) if not strings.is_plain(chr(read[n]))]
+        odd, num_own = _odd_edges([(int(parents[n]), chr(read[n]), n) for n in nodes], num_nodes)
+    below = _NOTHING if base is None else base
+    byte_class = np.zeros(256, dtype=np.uint8)
+    beyond = np.zeros(num_own + len(below.rows), dtype=np.int64)
+    rows = lay_over(
+        parents[:num_nodes], read, ends, exits, odd, num_own,
+        below.rows, below.byte_class, below.num_content, below.beyond, byte_class, beyond,
+    )  # fmt: skip
+    num_content = 0 if base is None else num_own + base.num_content
+    return strings.Content(rows, byte_class, num_content, beyond[:num_content])
+
+
+_NOTHING = strings.Content(
+    np.zeros((0, 1), dtype=np.int32), np.zeros(256, dtype=np.uint8), 0, np.zeros(0, dtype=np.int64)
+)
 
 
 def _odd_edges(reads: list[tuple[int, str, int]], num_states: int) -> tuple[NDArray[np.int64], int]:
@@ -380,36 +359,95 @@ def _odd_edges(reads: list[tuple[int, str, int]], num_states: int) -> tuple[NDAr
 
 
 @loop
-def grow_trie(symbols, lengths, parents, read, ends):  # type: ignore[no-untyped-def]
+def lay_trie(codes, sizes, parents, read, ends):  # type: ignore[no-untyped-def]
     """Lay out sorted texts as a trie; return the number of its nodes.
 
-    symbols: of all texts, one after the other. Fills the node before each node, which has a smaller number, and the
-    symbol that leads to it; and the node where each text ends.
+    codes: of all texts, one after the other. Fills the node before each node, which has a smaller number, and the code
+    that leads to it; and the node where each text ends.
     """
-    path = np.zeros(len(symbols) + 1, dtype=np.int64)
+    path = np.zeros(len(codes) + 1, dtype=np.int64)
     used = 1
     at = before = 0
-    for t in range(len(lengths)):
+    for t in range(len(sizes)):
         size = 0
         if t:
-            shorter = min(lengths[t - 1], lengths[t])
-            while size < shorter and symbols[before + size] == symbols[at + size]:
+            shorter = min(sizes[t - 1], sizes[t])
+            while size < shorter and codes[before + size] == codes[at + size]:
                 size += 1
-        for i in range(size, lengths[t]):
+        for i in range(size, sizes[t]):
             parents[used] = path[i]
-            read[used] = symbols[at + i]
+            read[used] = codes[at + i]
             path[i + 1] = used
             used += 1
-        ends[t] = path[lengths[t]]
+        ends[t] = path[sizes[t]]
         before = at
-        at += lengths[t]
+        at += sizes[t]
     return used
 
 
 @loop
-def follow_edges(sources, classes, targets, rows, reached):  # type: ignore[no-untyped-def]
-    """Fill the row that each state reaches by its edges, in order; -1 stays where there is none."""
-    for i in range(len(sources)):
-        row = reached[sources[i]]
-        if row >= 0 and reached[targets[i]] < 0:
-            reached[targets[i]] = max(rows[row, classes[i]], -1)
+def lay_over(  # type: ignore[no-untyped-def]
+    parents, read, ends, exits, odd, num_own, old, old_class, num_content, old_beyond, byte_class, beyond
+):
+    """Return the rows of a trie over another table, `old`; fill its byte classes, and `beyond` (see Content).
+
+    odd: edges as `_odd_edges` returns them, ordered by their nodes; the other nodes are reached by one byte.
+    """
+    quote = 0x22
+    is_odd = np.zeros(len(parents), dtype=np.bool_)
+    is_used = np.zeros(256, dtype=np.bool_)
+    is_used[quote] = True
+    for i in range(len(odd)):
+        is_odd[odd[i, 3]] = True
+        is_used[odd[i, 1]] = True
+    for n in range(1, len(parents)):
+        if not is_odd[n]:
+            is_used[read[n]] = True
+    # each byte on an edge is a class of its own
+    number = np.full(256 + old.shape[1], -1, dtype=np.int64)
+    columns = np.zeros(256, dtype=np.int64)
+    width = 0
+    for b in range(256):
+        kind = old.shape[1] + b if is_used[b] else np.int64(old_class[b])
+        if number[kind] < 0:
+            number[kind] = width
+            columns[width] = old_class[b]
+            width += 1
+        byte_class[b] = number[kind]
+    # the row of `old` that each own row extends, -1 if there is none
+    extended = np.full(num_own, -1, dtype=np.int64)
+    if len(old):
+        extended[0] = 0
+        k = 0
+        for n in range(1, len(parents)):
+            if not is_odd[n]:
+                row = extended[parents[n]]
+                if row >= 0:
+                    extended[n] = max(old[row, old_class[read[n]]], -1)
+            while k < len(odd) and odd[k, 3] == n:
+                row = extended[odd[k, 0]]
+                if row >= 0 and extended[odd[k, 2]] < 0:
+                    extended[odd[k, 2]] = max(old[row, old_class[odd[k, 1]]], -1)
+                k += 1
+    rows = np.full((num_own + len(old), width), -1, dtype=np.int32)
+    for s in range(len(rows)):
+        row = extended[s] if s < num_own else s - num_own
+        if row >= 0:
+            for c in range(width):
+                entry = old[row, columns[c]]
+                rows[s, c] = entry + num_own if entry >= 0 else entry
+        if row < 0 or row >= num_content:  # between the bytes of a character: not known
+            beyond[s] = -2
+        else:
+            beyond[s] = old_beyond[row] + num_own if old_beyond[row] >= 0 else old_beyond[row]
+    for n in range(1, len(parents)):
+        if not is_odd[n]:
+            rows[parents[n], byte_class[read[n]]] = n
+    for i in range(len(odd)):
+        rows[odd[i, 0], byte_class[odd[i, 1]]] = odd[i, 2]
+        # a state with its own edge beyond ASCII leads to another state after some characters, but never to a refusal
+        if odd[i, 1] >= 0x80 and beyond[odd[i, 0]] < 0:
+            beyond[odd[i, 0]] = -2
+    for t in range(len(ends)):
+        rows[ends[t], byte_class[quote]] = exits[t]
+    return rows
