@@ -21,6 +21,7 @@ engine's time is shown, too.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import platform
 import random
@@ -216,6 +217,8 @@ def measure_sources(num_sequences: int, num_cached: int) -> dict[str, float]:
         Sequence(Request(str(i), prompts[i % 1_000], SamplingParams(), length), status=Status.RUNNING, slot=i)
         for i in range(num_sequences)
     ]
+    gc.collect()
+    gc.freeze()  # as a server's engine does
     before = memory()
     seconds = []
     for step in range(20):

@@ -12,7 +12,9 @@ and it need not be right: `speculation` learns how often the drafts of each kind
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -88,9 +90,20 @@ def _kind_of(request: Request) -> tuple[str, str, bytes]:
 
 
 class TextDrafts:
-    """The array of one sequence, and the place in it that its text follows. Owner: `Speculation`."""
+    """The array of one sequence, and the place in it that its text follows. Owner: `Speculation`.
 
-    def __init__(self, sequence: Sequence, runs: EarlierRuns, cache: RadixCache | None = None) -> None:
+    `rivals`: the sources that the last search did not choose, each with its longest occurrence's length and the token
+    after it.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        runs: EarlierRuns,
+        cache: RadixCache | None = None,
+        worth: Callable[[int, int], float] = lambda source, length: 0.0,
+    ) -> None:
+        """worth: how often drafts of a source with a length are right. Sources are compared by it, then by length."""
         request, tail = sequence.request, sequence.request.prompt_ids[-_TAIL:]
         earlier = [part for run in runs.find(request) for part in (run, _APART)]
         cached: list[TokenIds] = []
@@ -108,6 +121,8 @@ class TextDrafts:
         self._tokens[: len(known)] = known  # the rest takes memory once it is written
         # Where the second source begins, and those after it.
         self._borders = tuple(accumulate(sum(map(len, parts)) for parts in (earlier, cached, expected)))
+        self._worth = worth
+        self.rivals: list[tuple[int, int, int]] = []
         self._ends = request.stop_ids
         self._place: int | None = None  # of the next token of the occurrence that the text's end repeats
         self._length = 0  # of that occurrence
@@ -119,6 +134,7 @@ class TextDrafts:
 
     def follow(self, new: list[int]) -> None:
         """Append new tokens, and follow the occurrence, or look for another one."""
+        self.rivals = []
         end = self._num_tokens + len(new)
         self._tokens[self._num_tokens : end] = new
         for token in new:
@@ -156,7 +172,10 @@ class TextDrafts:
         return Draft(tokens, sum(place >= border for border in self._borders), self._length) if tokens else None
 
     def _search(self) -> None:
-        """Find the longest earlier occurrence of the text's end; of several, the last. Vectorised over the array."""
+        """Find the longest earlier occurrence of the text's end in each source, and choose a source.
+
+        Of several of the same length, the last. Vectorised over the array.
+        """
         text, last = self._tokens[: self._num_tokens], self._num_tokens - 1
         if last < _SHORTEST:
             return
@@ -173,22 +192,24 @@ class TextDrafts:
             self._num_in_vain += 1
             self._num_to_skip = min(self._num_in_vain, 8)
             return
-        place, length = _longest(text, found)
-        self._place, self._length, self._num_in_vain = place + 1, length, 0
+        found += 1
+        longest: dict[int, tuple[int, int]] = {}  # by source: length and place
+        for place, length in zip(found.tolist(), _lengths(text, found).tolist(), strict=True):
+            source = bisect_right(self._borders, place)
+            longest[source] = max(longest.get(source, (0, 0)), (length, place))
+        source = max(longest, key=lambda one: (self._worth(one, longest[one][0]), longest[one]))
+        length, place = longest.pop(source)
+        self.rivals = [(other, size, int(text[at])) for other, (size, at) in longest.items()]
+        self._place, self._length, self._num_in_vain = place, length, 0
         if changed is not None and length < _PASSAGE:
             self._place, self._length = changed, 1
 
 
-def _longest(text: TokenIds, found: NDArray[np.intp]) -> tuple[int, int]:
-    """Return the place where the longest occurrence of the text's end ends, of several the last, and its length.
-
-    found: the places where occurrences end, in order. Lengths up to `_LONGEST` are told apart.
-    """
+def _lengths(text: TokenIds, places: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The lengths, up to `_LONGEST`, of the occurrences of the text's end that end before each of these places."""
     most = min(_LONGEST, len(text) - 1)
-    back = np.arange(most)
-    places = found[:, None] - back
-    same = text[places.clip(0)] == text[len(text) - 1 - back]
-    same &= places >= 0
-    lengths = np.where(same.all(axis=1), most, same.argmin(axis=1))
-    best = len(lengths) - 1 - int(lengths[::-1].argmax())
-    return int(found[best]), int(lengths[best])
+    back = np.arange(1, most + 1)
+    before = places[:, None] - back
+    same = text[before.clip(0)] == text[len(text) - back]
+    same &= before >= 0
+    return np.where(same.all(axis=1), most, same.argmin(axis=1))

@@ -166,7 +166,7 @@ class Speculation:
             num_known += sequence.num_tokens
             found = self._live.get(sequence)
             if found is None:
-                text = TextDrafts(sequence, self._runs, self._cache)
+                text = TextDrafts(sequence, self._runs, self._cache, self._share_right)
                 found = self._live[sequence] = _Drafted(text, len(sequence.output_ids))
             self._read(sequence, found)
             draft = found.draft = found.text.propose(MOST_DRAFTED)
@@ -219,8 +219,7 @@ class Speculation:
 
     def _ask(self, model: DraftModel, rows: list[Sequence], kv_len: float) -> None:
         """Let the model draft for the rows for which that is likelier to be right than the drafts that they have."""
-        kind = self._of_kind(Draft([], _MODEL, 0))
-        success = min(kind.num_right / kind.num_expected, _MOST_SUCCESS)
+        success = min(self._share_right(_MODEL, 0), _MOST_SUCCESS)
         asking = [s for s in rows if self._live[s].draft is None or self._live[s].success < success]
         count = self._num_by_model(success, len(rows), len(asking), kv_len) if asking else 0
         self._num_unasked += 1
@@ -269,26 +268,31 @@ class Speculation:
             pairs = list(zip(found.draft.tokens, new, strict=False))
             num_right = next((i for i, (drafted, token) in enumerate(pairs) if drafted != token), len(pairs))
             num_compared = min(num_right + 1, len(pairs))
-            self._of_kind(found.draft).note(num_right, num_compared, _FADE)
+            self._of_kind(found.draft.source, found.draft.length).note(num_right, num_compared, _FADE)
             found.own.note(num_right, num_compared * found.success, _FADE_OWN)
             source = SOURCES[found.draft.source]
             self.drafted[source] += found.num_verified
             self.accepted[source] += min(num_right, found.num_verified)
+        for rival, length, token in found.text.rivals:
+            self._of_kind(rival, length).note(token == new[0], 1, _FADE)
         found.draft, found.num_verified = None, 0
         found.num_output = len(sequence.output_ids)
         found.text.follow(new)
 
-    def _of_kind(self, draft: Draft) -> Successes:
-        kind = draft.source, bisect_right(_LENGTHS, draft.length)
+    def _share_right(self, source: int, length: int) -> float:
+        kind = self._of_kind(source, length)
+        return kind.num_right / kind.num_expected
+
+    def _of_kind(self, source: int, length: int) -> Successes:
+        kind = source, bisect_right(_LENGTHS, length)
         if kind not in self._kinds:
-            first = _FIRST_BY_MODEL if draft.source == _MODEL else _FIRST_SUCCESS
+            first = _FIRST_BY_MODEL if source == _MODEL else _FIRST_SUCCESS
             self._kinds[kind] = Successes(first * _FIRST_WEIGHT, _FIRST_WEIGHT)
         return self._kinds[kind]
 
     def _success(self, found: _Drafted, draft: Draft) -> float:
         """The probability of a drafted token: that of its kind, as far as the sequence's own drafts confirm it."""
-        kind, own = self._of_kind(draft), found.own
-        share = kind.num_right / kind.num_expected
+        share, own = self._share_right(draft.source, draft.length), found.own
         return min(share * (own.num_right + _OWN_WEIGHT) / (own.num_expected + _OWN_WEIGHT), _MOST_SUCCESS)
 
     def _choose(

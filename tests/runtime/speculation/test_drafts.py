@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,38 @@ def test_a_passage_goes_on_behind_a_word_that_the_text_changes() -> None:
         right += draft is not None and draft.tokens == [new[place]]
         drafts.follow([new[place]])
     assert right == len(new) - 10 - 3, "all but the changed words"
+
+
+def only(name: str) -> Callable[[int, int], float]:
+    return lambda source, length: float(SOURCES[source] == name)
+
+
+def test_of_two_sources_the_one_is_followed_whose_drafts_are_right() -> None:
+    tail, answer, given = [50, 51, 52, 53, 54, 55, 56, 57], [7, 8, 9, 10], [20, 21, 22, 23]
+    for better, other, found in (("runs", "given", answer), ("given", "runs", given)):
+        runs = EarlierRuns()
+        runs.add(make_sequence([1, *tail], answer))
+        sequence = make_sequence([2, *tail], [], expected_ids=np.asarray(given, dtype=np.int32))
+        drafts = TextDrafts(sequence, runs, worth=only(better))
+        assert drafts.propose(9) == (found, SOURCES.index(better), 8)
+        assert drafts.rivals == [(SOURCES.index(other), 8, (given if better == "runs" else answer)[0])]
+        drafts.follow(found[:1])
+        assert not drafts.rivals
+
+
+def test_a_source_that_was_not_followed_is_learned_from_too() -> None:
+    """A client gives the same wrong text each time; what was answered before is right."""
+    prompt, answer = [50, 51, 52, 53, 54, 55, 56, 57], list(range(100, 160))
+    speculation, wrong = Speculation(), np.asarray([20, 21, 22, 23], dtype=np.int32)
+    for _ in range(12):
+        sequence = make_sequence(prompt, [], max_tokens=60, expected_ids=wrong)
+        while len(sequence.output_ids) < 60:
+            step(speculation, [sequence], [answer], slope=0.1)
+        sequence.finish_reason = FinishReason.LENGTH
+        speculation.release(sequence)
+    again = make_sequence(prompt, [], max_tokens=60, expected_ids=wrong)
+    found = speculation.propose([again])[again]
+    assert found == answer[: len(found)] != []
 
 
 # --- how many
