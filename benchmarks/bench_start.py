@@ -2,8 +2,9 @@
 
     python benchmarks/bench_start.py [--model smollm2-135m] [--rounds 3] [--out benchmarks/results/start.jsonl]
 
-Each measurement is a process of its own, from its start until it has the answer. New: numba's cache is empty, so that
-all that a CPU runs compiled is compiled once (the model's file is there, and in the system's cache after a warm-up).
+Each measurement is a process of its own, from its start until it has the answer; its end is not counted. New: the
+caches of numba and of Python's bytecode are empty, so that all is compiled once (the model's file is there, and in the
+system's cache after a warm-up).
 Grammars alone: `bench_grammar_service.py --fresh`.
 """
 
@@ -25,24 +26,30 @@ from rich.console import Console
 from rich.table import Table
 
 CASES = {
-    "import ramet": "import ramet; ramet.Engine",
+    "import ramet": "import ramet; ramet.Engine; print('there', flush=True)",
     "first token": """
 import sys
 from ramet import Engine, SamplingParams
 with Engine(sys.argv[1]) as engine:
     engine.generate("Once", SamplingParams(max_tokens=1))
+    print("there", flush=True)
 """,
 }
 
 
-def run(code: str, model: str, numba_cache: Path | None) -> float:
-    """Seconds that a process with this code takes. Raises CalledProcessError."""
-    environment = dict(os.environ)
-    if numba_cache is not None:
-        environment["NUMBA_CACHE_DIR"] = str(numba_cache)
+def run(code: str, model: str, cache: Path | None) -> float:
+    """Seconds until a process with this code says that it is there."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    if cache is not None:
+        environment |= {"NUMBA_CACHE_DIR": str(cache / "numba"), "PYTHONPYCACHEPREFIX": str(cache / "python")}
     begin_s = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code, model], env=environment, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - begin_s
+    with subprocess.Popen([sys.executable, "-c", code, model], env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        is_there = process.stdout.readline() == b"there\n"
+        seconds = time.perf_counter() - begin_s
+    if not is_there:
+        raise SystemExit(f"the process ended with status {process.returncode}")
+    return seconds
 
 
 def measure(code: str, model: str, rounds: int) -> dict[str, float]:

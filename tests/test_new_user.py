@@ -129,13 +129,12 @@ def _failed(bin_folder: Path, code: str) -> str:
 def _serve(bin_folder: Path, command: str) -> None:
     """Start a server as the page says, on a free port, and look at what the page names."""
     words = re.sub(r"--port \d+", "--port 0", command).split()
-    process = subprocess.Popen([bin_folder / words[0], *words[1:]], stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        lines = iter(process.stderr.readline, "")
-        address = next(found[0] for line in lines if (found := re.search(r"http://[\d.]+:\d+", line)))
-        for path in ("/ui", "/docs", "/health", "/metrics"):
-            assert httpx.get(address + path).status_code == 200, path
-    finally:
-        process.terminate()
-        process.wait(60)
+    with subprocess.Popen([bin_folder / words[0], *words[1:]], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            lines = iter(process.stderr.readline, "")
+            address = next(found[0] for line in lines if (found := re.search(r"http://[\d.]+:\d+", line)))
+            for path in ("/ui", "/docs", "/health", "/metrics"):
+                assert httpx.get(address + path).status_code == 200, path
+        finally:
+            process.terminate()
