@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any, TypeVar
 
+from ramet.errors import ConfigError
 from ramet.lang import explain as explanations
 from ramet.lang.graph import ir
 from ramet.lang.recording.state import State
@@ -76,6 +77,13 @@ def run_rows(
             for state, recording in live:
                 recording.cancel()
                 state.cancel()
+
+
+def raises(failures: str) -> bool:
+    """Return whether a run raises what failed in it: "raise", or "keep". Raises ConfigError."""
+    if failures not in ("raise", "keep"):
+        raise ConfigError(f"failures is {failures!r}, but must be one of raise, keep")
+    return failures == "raise"
 
 
 @contextmanager

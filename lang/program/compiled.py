@@ -15,7 +15,7 @@ from ramet.lang.backends.protocol import Backend, TakesRows
 from ramet.lang.graph import ir
 from ramet.lang.graph.operations import follow
 from ramet.lang.graph.options import ProgramOptions, deadline
-from ramet.lang.program.batch import States, cancelling
+from ramet.lang.program.batch import States, cancelling, raises
 from ramet.lang.program.trace import ArgumentSource, as_argument
 from ramet.lang.recording.recorder import Recorder
 from ramet.lang.recording.state import State
@@ -71,19 +71,19 @@ class Compiled:
         `kwargs`: arguments by name, and `backend`, `timeout_s`, `token_budget`, `priority`, `cache_salt` and `adapter`
         as in Function.run. Raises ProgramError if a node failed, unless `failures` is "keep".
         """
-        state = self.start(**kwargs)
+        is_raised, state = raises(failures), self.start(**kwargs)
         with cancelling([state]):
             state.wait()
-        if failures == "raise":
+        if is_raised:
             state.recorder.run.check()
         return state
 
     async def arun(self, *, failures: str = "raise", **kwargs: Any) -> State:
         """`run` for an event loop."""
-        state = self.start(**kwargs)
+        is_raised, state = raises(failures), self.start(**kwargs)
         with cancelling([state]):
             await state
-        if failures == "raise":
+        if is_raised:
             state.recorder.run.check()
         return state
 

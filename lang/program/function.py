@@ -26,7 +26,7 @@ from ramet.lang.graph.options import ProgramOptions, deadline
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.graph.sampling import to_sampling
 from ramet.lang.passes.target import Target, target_of
-from ramet.lang.program.batch import States, arguments_in_text, cancelling, in_row_order, row_order, run_rows
+from ramet.lang.program.batch import States, arguments_in_text, cancelling, in_row_order, raises, row_order, run_rows
 from ramet.lang.program.compiled import Compiled
 from ramet.lang.program.stream import Stream
 from ramet.lang.program.trace import TraceStopped, TracingRun, symbolic
@@ -61,7 +61,6 @@ _OPTIONS = (
 )
 _STAGES = ("needed", "always")
 _ORDERS = ("given", "prefix")
-_FAILURES = ("raise", "keep")
 MAX_ARMS = 32  # ways through a program that a plan follows
 
 
@@ -339,7 +338,7 @@ class Function(Generic[P, R]):
             starts = row_order([call.arguments for call in calls], self._argument_order(calls[0].arguments))
             calls = [calls[index] for index in starts]
         states = in_row_order(starts, self._run_calls(calls, progress_bar, num_threads, max_live))
-        if kwargs.get("failures") == "raise":
+        if calls and raises(calls[0].options.get("failures", "keep")):
             states = (_checked(state, call) for state, call in zip(states, by_row, strict=True))
         return states if generator_style else States(states)
 
@@ -417,7 +416,8 @@ class Function(Generic[P, R]):
                 "explain(rows=...) can't analyze; run the batch, and explain its states", param="analyze"
             )
         plan = self.plan(args, kwargs)
-        after = explanations.explain_run(self.run(*args, **{"failures": "keep", **kwargs}).record)
+        options = {} if "failures" in self._signature.parameters else {"failures": "keep"}  # its own comes first
+        after = explanations.explain_run(self.run(*args, **{**options, **kwargs}).record)
         return replace(plan, measured=after.measured, stages=after.stages)
 
     def plan(
@@ -494,8 +494,7 @@ class Function(Generic[P, R]):
         stage = options.get("stage", "needed")
         if stage not in _STAGES:
             raise ConfigError(f"stage is {stage!r}, but must be one of {', '.join(_STAGES)}")
-        if options.get("failures", "raise") not in _FAILURES:
-            raise ConfigError(f"failures is {options['failures']!r}, but must be one of {', '.join(_FAILURES)}")
+        raises(options.get("failures", "raise"))  # an unknown wish is refused before anything runs
         seed = options.get("seed")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise InvalidRequest(f"{self.name}: seed is {seed!r}, but must be an integer, or None", param="seed")
@@ -573,7 +572,7 @@ class Function(Generic[P, R]):
 
 def _checked(state: State[R], call: _Call) -> State[R]:
     """Return the state of a run that is over. Raises its error, unless the call keeps errors."""
-    if call.options.get("failures", "raise") == "raise":
+    if raises(call.options.get("failures", "raise")):
         state.recorder.run.check()
     return state
 

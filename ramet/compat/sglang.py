@@ -500,7 +500,9 @@ class SglFunction:
         """
         options = _options(kwargs, backend)
         if not stream:
-            return ProgramState(self._program.run(*args, failures="keep", **options).recorder)
+            if all(parameter.name != "failures" for parameter in self._program.parameters):
+                options["failures"] = "keep"  # SGLang's programs leave them in the state
+            return ProgramState(self._program.run(*args, **options).recorder)
         found = self._program.stream(*args, **options)
         return ProgramState(found.state.recorder, _Events(found))
 

@@ -313,8 +313,11 @@ def test_run_raises_what_failed_unless_the_program_met_it_and_went_on(backend: A
     assert isinstance(kept.error(), ProgramError)
     assert meets.run(backend=backend)["y"]
     assert cancels.run(backend=backend)["y"]
-    with pytest.raises(ConfigError, match="failures is 'loud', but must be one of raise, keep"):
-        fails.run(backend=backend, failures="loud")
+    for run in (fails.run, fails.start, fails.compile().run):
+        with pytest.raises(ConfigError, match="failures is 'loud', but must be one of raise, keep"):
+            run(backend=backend, failures="loud")
+    with pytest.raises(ConfigError, match="failures is 'loud'"):
+        fails.run_batch([{}], backend=backend, failures="loud")
 
 
 def test_rows_keep_their_failures_unless_they_are_to_be_raised_in_their_turn(backend: Any) -> None:
