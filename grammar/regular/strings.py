@@ -49,7 +49,7 @@ class Content:
         """See FrameTable."""
         depths = np.zeros((4, len(self.rows)), dtype=np.int32)
         if self.num_content:
-            safe, word = (np.unique(self.byte_class[some]).astype(np.int64) for some in (_PLAIN, _WORD))
+            safe, word = (np.flatnonzero(np.bincount(self.byte_class[some])) for some in (_PLAIN, _WORD))
             safe_depths(self.rows, self.num_content, safe, word, self.beyond, depths)
         return depths
 
