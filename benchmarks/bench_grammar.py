@@ -40,7 +40,7 @@ from ramet.grammar.engines import FollowedGrammar, load_backend
 from ramet.grammar.service.warm_up import warm_up as make_ready
 from ramet.runtime.models.catalog import pull
 from ramet.runtime.models.description import describe_model
-from ramet.runtime.server.link.garbage import postpone_full_collections
+from ramet.runtime.server.link.process import postpone_full_collections
 
 Json = Any  # a decoded JSON document
 Case = tuple[str, Json, list[Json]]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ramet.grammar import Matcher, Vocabulary, compile_grammar
 from ramet.grammar.ir import JsonOptions, JsonSchema
 from ramet.grammar.service.warm_up import warm_up
-from ramet.runtime.server.link.garbage import postpone_full_collections
+from ramet.runtime.server.link.process import postpone_full_collections
 
 
 class Tok(Protocol):

@@ -30,7 +30,7 @@ _ODD_1, _ODD_2, _ODD_3 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1
 _LOW_BYTE = np.uint64(0xFF)
 
 
-class CacheChanges(msgspec.Struct, frozen=True, omit_defaults=True):
+class CacheChanges(msgspec.Struct, frozen=True, tag="cache", omit_defaults=True):
     """Keys that a cache gained and lost since the changes numbered one less. `is_whole`: `added` are all its keys."""
 
     number: int

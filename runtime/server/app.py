@@ -35,7 +35,7 @@ from ramet.runtime.server.link.launchers import LocalLauncher
 from ramet.runtime.server.link.protocol import Hello
 from ramet.runtime.server.link.proxy import EngineProxy, Listener
 from ramet.runtime.server.link.replicas import MakeProxy, Replicas
-from ramet.runtime.server.link.tracing import Tracing
+from ramet.runtime.server.link.tracing import make_provider
 from ramet.runtime.server.native.generate import generate_endpoints
 from ramet.runtime.server.native.status import status_endpoints
 from ramet.runtime.server.openai.chat import ChatEndpoint
@@ -70,7 +70,7 @@ def create_app(served: ServedModel) -> Starlette:
         yield
         await served.proxy.stop(served.config.drain_s)
         if tracing is not None:
-            await asyncio.to_thread(tracing.close)
+            await asyncio.to_thread(tracing.shutdown)
         served.pool.shutdown(wait=False, cancel_futures=True)
 
     chat, store = ChatEndpoint(served), ProgramStore(served)
@@ -114,7 +114,7 @@ def make_server(
         on_ray.connect(config.ray_address)
     name, tokenizer, context_length = open_tokenizer(model)
     own_tokenizer, tenants = tokenizer, Tenants(config)
-    tracing = None if config.otlp_endpoint is None else Tracing(config.otlp_endpoint)
+    tracing = None if config.otlp_endpoint is None else make_provider(config.otlp_endpoint)
 
     def engines(
         model: str | None, engine: dict[str, Any]

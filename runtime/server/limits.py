@@ -12,6 +12,7 @@ import re
 import time
 import uuid
 import zlib
+from typing import TYPE_CHECKING
 
 import zstandard
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,8 +21,11 @@ from ramet.errors import EngineStopped
 from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.keys import digest_of_key
-from ramet.runtime.server.link.tracing import Tracing
+from ramet.runtime.server.link.tracing import traced
 from ramet.runtime.server.tenants import Held, Tenants, Used
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,9 @@ ADMIN_PATHS = frozenset(
 class HttpLimits:
     """The middleware. It puts the key's name and the connection into `scope["state"]["client"]`."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, tenants: Tenants, tracing: Tracing | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, config: ServerConfig, tenants: Tenants, tracing: TracerProvider | None = None
+    ) -> None:
         self._app = app
         self._tracing = tracing
         self._tenants = tenants
@@ -59,9 +65,9 @@ class HttpLimits:
             await self._answer(scope, receive, send)
         else:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-            with self._tracing.request(scope["method"], scope["path"], headers) as trace:
+            with traced(self._tracing, scope["method"], scope["path"], headers) as span:
                 status = await self._answer(scope, receive, send)
-                trace.span.set_attribute("http.response.status_code", status)
+                span.set_attribute("http.response.status_code", status)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
         """Answer a request. Returns the status."""

@@ -231,15 +231,15 @@ def labelled(name: str, text: str, label: str, counts: Tally[str]) -> CounterMet
 
 def _engine_metrics(proxy: EngineProxy, hit_rate: float, *, compat: bool) -> Iterator[Family]:
     """One engine's own gauges and counters, as of its last heartbeat."""
-    stats, counters = proxy.stats, proxy.counters
+    stats = proxy.stats
     yield gauge("ramet_engine_up", "1 while the engine is ready", float(proxy.hello is not None))
-    yield counter("ramet_engine_starts", "engine processes started", counters.num_starts)
-    yield counter("ramet_engine_crashes", "engine processes that ended on their own", counters.num_crashes)
-    yield counter("ramet_aborted_requests", "requests and programs aborted by clients", counters.num_aborts)
+    yield counter("ramet_engine_starts", "engine processes started", proxy.num_starts)
+    yield counter("ramet_engine_crashes", "engine processes that ended on their own", proxy.num_crashes)
+    yield counter("ramet_aborted_requests", "requests and programs aborted by clients", proxy.num_aborts)
     yield gauge("ramet_in_flight", "requests and programs between arrival and end", proxy.num_in_flight)
     yield gauge("ramet_running_programs", "programs between arrival and end", proxy.num_programs)
     if compat:
-        yield counter("sglang:num_aborted_requests", "requests aborted by clients", counters.num_aborts)
+        yield counter("sglang:num_aborted_requests", "requests aborted by clients", proxy.num_aborts)
     if stats:
         yield from _heartbeat_metrics(proxy, stats, hit_rate, compat=compat)
 

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
 
@@ -18,10 +18,12 @@ from ramet.runtime.server.config import ServerConfig
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.link.replicas import MakeProxy, Replicas
-from ramet.runtime.server.link.tracing import Tracing
 from ramet.runtime.server.prompt_log import PromptLog
 from ramet.runtime.server.tenants import Tenants
 from ramet.runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 T = TypeVar("T")
 LITTLE_BYTES = 1024  # a conversation of this size is rendered and tokenised in 0.2 ms
@@ -48,7 +50,7 @@ class ServedModel:
     configured_context_length: int | None = None
     others: Callable[[str | None, dict[str, Any]], MakeProxy] | None = None  # Any: fields of EngineConfig
     before_shutdown: list[Callable[[], None]] = field(default_factory=list)  # ends what would run for ever
-    tracing: Tracing | None = None
+    tracing: TracerProvider | None = None
     prompts: PromptLog = field(init=False)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="ramet-text"))
 

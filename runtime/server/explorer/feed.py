@@ -143,7 +143,7 @@ def engine_json(number: int | None, proxy: EngineProxy, view: EngineView, *, wit
         "reason": startup["reason"],
         "hello": None if hello is None else msgspec.to_builtins(hello),
         "stats": proxy.stats,
-        "starts": proxy.counters.num_starts,
+        "starts": proxy.num_starts,
         "activity": activity,
     }
 

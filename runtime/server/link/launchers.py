@@ -24,9 +24,7 @@ _END_S = 10.0  # for an engine to end on SIGTERM; then it is killed
 
 
 class Launcher(Protocol):
-    """Starts the processes of one engine, one after the other. One event loop owns it. is_local: on this machine."""
-
-    is_local: bool
+    """Starts the processes of one engine, one after the other. One event loop owns it."""
 
     def listen(self, kind: int, name: str) -> tuple[zmq.Socket[bytes], str]:
         """Make a socket of the parent, and return it with the address for the process to connect to."""
@@ -49,8 +47,6 @@ class Launcher(Protocol):
 
 class LocalLauncher:
     """Processes of this machine. They reach their parent through sockets in a folder that only this user can read."""
-
-    is_local = True
 
     def __init__(self) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

@@ -7,7 +7,8 @@ prefix, and the source gives what its cache has at that moment. So whenever a mo
 evicts the pages, or the request is aborted) no page is lost and nothing is to be cleaned up; the target computes what
 it lacks. Engines of other models are refused, see `Hello.identity`.
 
-Not here: how bytes get across (`transport`), what moves and when (`replicas`).
+The bytes go over the link, through this process: to any machine, encrypted between machines. Not here: what moves and
+when (`replicas`).
 """
 
 from __future__ import annotations
@@ -15,18 +16,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 
 from ramet.errors import EngineStopped, InvalidRequest
-from ramet.runtime.server.link.protocol import GivePages, Hello, PagesPart, TakePages
+from ramet.runtime.server.link.protocol import Hello
 from ramet.runtime.server.link.proxy import EngineProxy
-from ramet.runtime.server.link.transport import open_transport
 from ramet.runtime.types import TokenIds
 
+_PART_BYTES = 4 << 20  # what else is said on the link waits for a part
 _PART_S = 120.0  # a step of a long prompt may come before a part; an engine that dies ends the wait at once
 _FADE = 0.9  # weight of the measured time of a token, compared with that of the move after it
 _FORGET = 0.98  # of that time, whenever a move was not worth it: so one is tried again at times
@@ -84,39 +83,31 @@ async def move(
     prefix = np.ascontiguousarray(tokens, dtype=np.int32).tobytes()
     page_tokens_bytes = 4 * giver.page_size
     num_wanted = len(tokens) // giver.page_size
+    most = max(_PART_BYTES // giver.page_bytes, 1)
+
+    async def take(first: int, pages: bytes) -> int:
+        last = first + len(pages) // giver.page_bytes if pages else num_wanted
+        known = prefix[: last * page_tokens_bytes]
+        whose = {"cache_salt": cache_salt, "identity": giver.identity}
+        return int(await target.ask("take_pages", _PART_S, tokens=known, first=first, pages=pages, **whose))
+
     moves.num_moves += 1
     is_whole = False
     try:
-        is_local = source.is_local and target.is_local
-        opened = await asyncio.to_thread(open_transport, giver.page_bytes, num_wanted, is_local=is_local)
-        with closing(opened) as transport:
-            most = max(transport.part_bytes // giver.page_bytes, 1)
-
-            async def take(first: int, part: PagesPart) -> int:
-                name = target.new_id("take")
-                last = first + part.num_bytes // giver.page_bytes if part.num_bytes else num_wanted
-                known = prefix[: last * page_tokens_bytes]
-                command = TakePages(name, known, cache_salt, first, part, transport.address, giver.identity)
-                return int(msgspec.json.decode(await target.answer(command, _PART_S)))
-
-            cached = await take(0, PagesPart())
-            while cached < num_wanted:
-                begun_s, news = time.monotonic(), None if more is None else more()
-                name = source.new_id("give")
-                known = prefix[: (cached + most) * page_tokens_bytes]
-                question = GivePages(name, known, cache_salt, cached, most, transport.address)
-                given = await source.answer(question, _PART_S)
-                part = msgspec.msgpack.decode(given, type=PagesPart)
-                if not part.num_bytes:
-                    if news is None:
-                        break
-                    await asyncio.wait([news])  # others may wait for it, too: it must not be cancelled
-                    continue
-                before, cached = cached, await take(cached, part)
-                if cached <= before:
-                    break  # it has no room, or evicted what it had
-                num_tokens = (cached - before) * giver.page_size
-                moves.note(num_tokens, part.num_bytes, time.monotonic() - begun_s)
+        cached = await take(0, b"")
+        while cached < num_wanted:
+            begun_s, news = time.monotonic(), None if more is None else more()
+            where = {"tokens": prefix[: (cached + most) * page_tokens_bytes], "cache_salt": cache_salt}
+            pages = await source.ask("give_pages", _PART_S, first=cached, most=most, **where)
+            if not pages:
+                if news is None:
+                    break
+                await asyncio.wait([news])  # others may wait for it, too: it must not be cancelled
+                continue
+            before, cached = cached, await take(cached, pages)
+            if cached <= before:
+                break  # it has no room, or evicted what it had
+            moves.note((cached - before) * giver.page_size, len(pages), time.monotonic() - begun_s)
         is_whole = True
     finally:
         moves.num_failed += not is_whole

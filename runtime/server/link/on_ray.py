@@ -143,8 +143,6 @@ class EngineActor:
 class RayLauncher:
     """Processes wherever Ray has placed the engine's actor. See `launchers.Launcher`."""
 
-    is_local = False
-
     def __init__(self, config: EngineConfig) -> None:
         """config: says what the engine needs of its node. The cluster was joined by `connect`."""
         import ray

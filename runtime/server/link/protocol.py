@@ -52,10 +52,11 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
     heals: bool = False
 
 
-class Abort(msgspec.Struct, frozen=True, tag="abort"):
-    """End a request or a program, by its exact id."""
+class Abort(msgspec.Struct, frozen=True, tag="abort", omit_defaults=True):
+    """End a request or program, by its exact id. `nodes`: only these nodes of a program, and all that need them."""
 
     id: str
+    nodes: list[int] | None = None
 
 
 class StartProgram(msgspec.Struct, frozen=True, tag="program", omit_defaults=True):
@@ -105,13 +106,6 @@ class ExtendProgram(msgspec.Struct, frozen=True, tag="extend", omit_defaults=Tru
     is_last: bool = False
 
 
-class CancelNodes(msgspec.Struct, frozen=True, tag="cancel_nodes"):
-    """Cancel these nodes of a program and all nodes that depend on them."""
-
-    id: str
-    nodes: list[int]
-
-
 class ProvideTool(msgspec.Struct, frozen=True, tag="tool", omit_defaults=True):
     """The answer to a tool call of a program's node. `value`: JSON. `error`: the message of a failed call instead."""
 
@@ -121,58 +115,18 @@ class ProvideTool(msgspec.Struct, frozen=True, tag="tool", omit_defaults=True):
     error: str | None = None
 
 
-class Ask(msgspec.Struct, frozen=True, tag="ask"):
-    """A question to the engine; the reply is an `Answer`.
+class Ask(msgspec.Struct, frozen=True, tag="ask", omit_defaults=True):
+    """A question to the engine, or something that it is to do; the reply is an `Answer`.
 
-    `what`: stats, flush_cache, check_integrity, whole_cache, latest_prefixes, activity or segments; or load_adapter
-    (with `name` and `path`) and unload_adapter, which answer with the names of all adapters.
+    `what`: a key of `EngineServer.questions`. `arguments`: those of the function there, by name.
     """
 
     id: str
     what: str
-    name: str = ""
-    path: str = ""
+    arguments: dict[str, Any] = {}  # Any: of what msgpack has
 
 
-class PagesPart(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A part of the pages that move, in a `Transport`. `told`: what the transport says of it."""
-
-    num_bytes: int = 0
-    told: bytes = b""
-
-
-class GivePages(msgspec.Struct, frozen=True, tag="give", omit_defaults=True):
-    """Give up to `most` cached pages of a prefix, from page `first` on. The `Answer` is a `PagesPart`, in msgpack.
-
-    `tokens`: the prefix, int32. `transport`: the address of the transport that takes the part.
-    """
-
-    id: str
-    tokens: bytes
-    cache_salt: str
-    first: int
-    most: int
-    transport: str
-
-
-class TakePages(msgspec.Struct, frozen=True, tag="take", omit_defaults=True):
-    """Take in a part of a prefix's pages, from page `first` on. The `Answer` is the number of its pages cached now.
-
-    `tokens`, `transport`: as in `GivePages`. `identity`: of the engine that gave the pages (`Hello`).
-    """
-
-    id: str
-    tokens: bytes
-    cache_salt: str
-    first: int
-    part: PagesPart
-    transport: str
-    identity: str
-
-
-Command: TypeAlias = (
-    Submit | Abort | StartProgram | ExtendProgram | CancelNodes | ProvideTool | Ask | GivePages | TakePages
-)
+Command: TypeAlias = Submit | Abort | StartProgram | ExtendProgram | ProvideTool | Ask
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -224,8 +178,12 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
-    def absorb(self, later: Output) -> None:
-        """Merge the next increment into this one, so a slow reader holds only one object."""
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None
+
+    def absorb(self, later: Output) -> bool:
+        """Merge the next increment into this one, so a slow reader holds only one object. Returns True."""
         self.text += later.text
         self.token_ids += later.token_ids
         self.logprobs = _joined(self.logprobs, later.logprobs)
@@ -239,6 +197,7 @@ class Output(msgspec.Struct, tag="output", omit_defaults=True):
         self.incomplete, self.was_closed = later.incomplete, later.was_closed
         self.vector = later.vector
         self.timings = later.timings if later.timings is not None else self.timings
+        return True
 
 
 def _joined(mine: list[T] | None, more: list[T] | None) -> list[T] | None:
@@ -248,25 +207,31 @@ def _joined(mine: list[T] | None, more: list[T] | None) -> list[T] | None:
     return mine
 
 
-class ProgramEvent(msgspec.Struct, frozen=True, tag="event"):
-    """One node's event."""
+class ProgramEvent(msgspec.Struct, tag="event", omit_defaults=True):
+    """One node's event; without one: the program has ended. `error`: why it could not be started."""
 
     id: str
-    event: NodeEvent
-
-
-class ProgramEnd(msgspec.Struct, frozen=True, tag="program_end", omit_defaults=True):
-    """A program has ended. `error`: why it could not be started."""
-
-    id: str
+    event: NodeEvent | None = None
     error: ErrorInfo | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.event is None
+
+    def absorb(self, later: ProgramEvent) -> bool:
+        """Merge the next event into this one, if both are text of one node. Returns whether it did."""
+        mine, more = self.event, later.event
+        if mine is None or more is None or not mine.kind == more.kind == "text" or mine.node != more.node:
+            return False
+        self.event = msgspec.structs.replace(more, text=mine.text + more.text)
+        return True
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer", omit_defaults=True):
-    """The answer to an `Ask`: JSON, or an error. To a `GivePages`: msgpack."""
+    """The answer to an `Ask`, or an error."""
 
     id: str
-    value: bytes = b"null"
+    value: Any = None  # Any: of what msgpack has
     error: ErrorInfo | None = None
 
 
@@ -298,12 +263,6 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     stats: dict[str, float]
 
 
-class CacheReport(msgspec.Struct, frozen=True, tag="cache"):
-    """What the cache of one engine among several gained and lost, sent before the outputs of the same step."""
-
-    changes: CacheChanges
-
-
 class Starting(msgspec.Struct, frozen=True, tag="starting"):
     """The current stage of the process before it sends Hello."""
 
@@ -316,9 +275,8 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="engine_failed"):
     error: ErrorInfo
 
 
-Report: TypeAlias = (
-    Output | ProgramEvent | ProgramEnd | Answer | Hello | Heartbeat | CacheReport | Starting | EngineFailed
-)
+# CacheChanges: of one engine among several, sent before the outputs of the same step.
+Report: TypeAlias = Output | ProgramEvent | Answer | Hello | Heartbeat | CacheChanges | Starting | EngineFailed
 
 command_decoder = msgspec.msgpack.Decoder(list[Command])
 report_decoder = msgspec.msgpack.Decoder(list[Report])
@@ -327,18 +285,13 @@ __all__ = [
     "Abort",
     "Answer",
     "Ask",
-    "CacheReport",
-    "CancelNodes",
     "Command",
     "EngineFailed",
     "ErrorInfo",
     "ExtendProgram",
-    "GivePages",
     "Heartbeat",
     "Hello",
     "Output",
-    "PagesPart",
-    "ProgramEnd",
     "ProgramEvent",
     "ProvideTool",
     "Report",
@@ -346,7 +299,6 @@ __all__ = [
     "StartProgram",
     "Starting",
     "Submit",
-    "TakePages",
     "command_decoder",
     "new_id",
     "report_decoder",

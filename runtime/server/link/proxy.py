@@ -19,24 +19,21 @@ import msgspec
 import zmq
 
 from ramet.errors import EngineStopped, InvalidRequest, RametError, RequestCancelled
-from ramet.lang.graph.events import Usage
+from ramet.lang.graph.events import NodeEvent, Usage
+from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.server.link.launchers import Launcher, LocalLauncher
 from ramet.runtime.server.link.logs import LogFormat
 from ramet.runtime.server.link.protocol import (
     Abort,
     Answer,
     Ask,
-    CacheReport,
-    CancelNodes,
     Command,
     EngineFailed,
     ErrorInfo,
     ExtendProgram,
-    GivePages,
     Heartbeat,
     Hello,
     Output,
-    ProgramEnd,
     ProgramEvent,
     ProvideTool,
     Report,
@@ -44,11 +41,11 @@ from ramet.runtime.server.link.protocol import (
     Starting,
     StartProgram,
     Submit,
-    TakePages,
     new_id,
     report_decoder,
 )
-from ramet.runtime.server.link.streams import OutputStream, ProgramStream
+from ramet.runtime.server.link.streams import AnyStream, Stream
+from ramet.runtime.server.link.tracing import add_output
 
 logger = logging.getLogger(__name__)
 
@@ -56,18 +53,9 @@ _RESTART_PAUSES_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # pause before the n-th restart 
 _NOBODY = ("",)  # the client of a request whose reader has left
 # Hears of the life of one engine among several, on the proxy's event loop: a process is ready, with an empty cache; its
 # cache has changed; it has ended (None), and what is in flight ends after this call.
-Listener = Callable[[Hello | CacheReport | None], None]
+Listener = Callable[[Hello | CacheChanges | None], None]
 _LOADING_S = 300.0  # until an adapter is read
 LASTS_S = 60.0  # an engine that was ready for this long did not end early: its end is no crash loop
-
-
-@dataclass(slots=True)
-class ProxyCounters:
-    """Totals since the start, for metrics. Owner: the proxy."""
-
-    num_starts: int = 0
-    num_crashes: int = 0
-    num_aborts: int = 0
 
 
 class Accounts(Protocol):
@@ -113,11 +101,13 @@ class _InFlight:
 
     client: tuple[str, ...]
     num_waiting: int
-    stream: OutputStream | ProgramStream
+    stream: AnyStream
+    is_program: bool
     arrived_s: float  # time.monotonic()
     accounts: Accounts | None
     is_held: bool
     num_generated: int = 0
+    heard_s: float | None = None  # time.monotonic() of the last increment
 
     @property
     def name(self) -> str:
@@ -169,7 +159,10 @@ class EngineProxy:
         self._max_failures = max_engine_failures
         self._accounts = accounts
         self._in_flight: dict[str, _InFlight] = {}
-        self.counters = ProxyCounters()
+        # Totals since the start, for metrics.
+        self.num_starts = 0
+        self.num_crashes = 0
+        self.num_aborts = 0
         self._replica = replica
         self._listener = listener
         self._launcher = launcher or LocalLauncher()
@@ -177,7 +170,7 @@ class EngineProxy:
         self._settings = Settings("", address, model, config, log_level, log_format, replica)
         self._commands: zmq.Socket[bytes] | None = None
         self._state = _State()
-        self._questions: dict[str, asyncio.Future[bytes]] = {}
+        self._questions: dict[str, asyncio.Future[Any]] = {}  # Any: as `ask`
         self._ready = asyncio.Event()
         self._given_up: asyncio.Future[EngineStopped] | None = None
         self._is_stopping = False
@@ -243,14 +236,14 @@ class EngineProxy:
         """
         state = self._state
         if state.hello is not None:
-            return {"ready": True, "stage": "ready", "attempt": self.counters.num_starts, "reason": None}
+            return {"ready": True, "stage": "ready", "attempt": self.num_starts, "reason": None}
         reason = None if state.before is None else str(state.before)
         seconds = round(time.monotonic() - state.started_s, 1)
         return {
             "ready": False,
             "stage": state.stage,
             "seconds": seconds,
-            "attempt": self.counters.num_starts,
+            "attempt": self.num_starts,
             "reason": reason,
         }
 
@@ -264,17 +257,12 @@ class EngineProxy:
         return [(None, self)]
 
     @property
-    def is_local(self) -> bool:
-        """True if the engine runs on this machine."""
-        return self._launcher.is_local
-
-    @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
     @property
     def num_programs(self) -> int:
-        return sum(isinstance(request.stream, ProgramStream) for request in self._in_flight.values())
+        return sum(request.is_program for request in self._in_flight.values())
 
     def health(self, patience_s: float = 20.0) -> str | None:
         """None if the engine is healthy; otherwise the problem: not ready, silent, or working without progress."""
@@ -301,17 +289,17 @@ class EngineProxy:
         command: Submit,
         *,
         is_whole: bool = False,
-        stream: OutputStream | None = None,
+        stream: Stream[Output] | None = None,
         is_held: bool = False,
         is_counted: bool = True,
-    ) -> OutputStream:
+    ) -> Stream[Output]:
         """Send a request. `is_whole`: the reader wants only the complete output. `stream`: gets it; None makes one.
 
         `is_held`: it is admitted now, and sent by `send_held`. `is_counted`: False for a part of a request that another
         engine's proxy counts.
         Raises: Overloaded, EngineStopped (not ready), InvalidRequest (the id is in use).
         """
-        stream = stream or OutputStream(command.id, self.drop, is_whole=is_whole)
+        stream = stream or Stream(command.id, self.drop, is_whole=is_whole)
         accounts = self._accounts if is_counted else None
         self._admit(command, [stream], [len(command.prompt_ids)], accounts, is_held=is_held)
         return stream
@@ -323,13 +311,15 @@ class EngineProxy:
             request.is_held = False
             self._send(command)
 
-    def start_program(self, command: StartProgram, *, streams: Sequence[ProgramStream] = ()) -> Sequence[ProgramStream]:
+    def start_program(
+        self, command: StartProgram, *, streams: Sequence[Stream[ProgramEvent]] = ()
+    ) -> Sequence[Stream[ProgramEvent]]:
         """Send a program. Returns each row's stream: `streams`, or new ones. Raises as `submit`; nothing is sent."""
-        streams = streams or [ProgramStream(name, self.drop) for name in command.row_ids()]
+        streams = streams or [Stream(name, self.drop) for name in command.row_ids()]
         self._admit(command, streams, command.num_tokens(), self._accounts)
         return streams
 
-    def send_to_program(self, command: ExtendProgram | CancelNodes | ProvideTool) -> None:
+    def send_to_program(self, command: ExtendProgram | Abort | ProvideTool) -> None:
         """Send a command to a running program. It has no effect if the program has ended."""
         self._send(command)
 
@@ -338,7 +328,7 @@ class EngineProxy:
         request = self._in_flight.get(request_id)
         if request is None:
             return False
-        self.counters.num_aborts += 1
+        self.num_aborts += 1
         if request.is_held:
             info = ErrorInfo.of(RequestCancelled(f"request {request_id} was aborted"))
             self._take(Output(request_id, 0, 0, 0, finish_reason="abort", error=info))
@@ -356,23 +346,20 @@ class EngineProxy:
         return [
             (name, one.name, now_s - one.arrived_s, one.num_waiting, one.num_generated)
             for name, one in self._in_flight.items()
-            if isinstance(one.stream, OutputStream)
+            if not one.is_program
         ]
 
-    async def change_adapters(self, what: Literal["load_adapter", "unload_adapter"], name: str, path: str = "") -> None:
+    async def change_adapters(self, what: Literal["load_adapter", "unload_adapter"], **arguments: str) -> None:
         """Load or unload an adapter. Raises as `ask`."""
-        adapters = await self.ask(what, _LOADING_S, name=name, path=path)
+        adapters = await self.ask(what, _LOADING_S, **arguments)
         if self._state.hello is not None:
             self._state.hello = msgspec.structs.replace(self._state.hello, adapters=adapters)
 
-    async def ask(self, what: str, timeout_s: float = 10.0, **details: str) -> Any:  # Any: JSON
-        """Ask the engine's thread. Raises the engine's error, TimeoutError, or EngineStopped."""
-        return msgspec.json.decode(await self.answer(Ask(self.new_id("ask"), what, **details), timeout_s))
-
-    async def answer(self, question: Ask | GivePages | TakePages, timeout_s: float = 10.0) -> bytes:
-        """Send a question with a new id, and return the value of its `Answer`. Raises as `ask`."""
+    async def ask(self, what: str, timeout_s: float = 10.0, **arguments: object) -> Any:  # Any: of what msgpack has
+        """Ask the engine (`EngineServer.questions`). Raises the engine's error, TimeoutError, or EngineStopped."""
         self._check_ready()
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        question = Ask(self.new_id("ask"), what, arguments)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._questions[question.id] = future
         self._send(question)
         try:
@@ -387,7 +374,7 @@ class EngineProxy:
     def _admit(
         self,
         command: Submit | StartProgram,
-        streams: Sequence[OutputStream | ProgramStream],
+        streams: Sequence[AnyStream],
         tokens: Sequence[int],
         accounts: Accounts | None,
         *,
@@ -397,12 +384,12 @@ class EngineProxy:
         self._check_ready()
         check_unused([stream.id for stream in streams], self._in_flight)
         client = command.client or _NOBODY
+        is_program = isinstance(command, StartProgram)
         if accounts is not None:
-            is_program = isinstance(command, StartProgram)
             accounts.enter(client[0], len(streams), sum(tokens), is_program=is_program)
         now_s = time.monotonic()
         for stream, num_tokens in zip(streams, tokens, strict=True):
-            self._in_flight[stream.id] = _InFlight(client, num_tokens, stream, now_s, accounts, is_held)
+            self._in_flight[stream.id] = _InFlight(client, num_tokens, stream, is_program, now_s, accounts, is_held)
         try:
             if is_held:
                 self._encoded(command)  # what cannot be sent is refused now
@@ -429,7 +416,7 @@ class EngineProxy:
     def drop(self, request_id: str) -> None:
         """Remove the stream of a reader that left, and abort its request in the engine."""
         if request_id in self._in_flight:
-            self.counters.num_aborts += 1
+            self.num_aborts += 1
             self._leave(request_id)
             self._send(Abort(request_id))
 
@@ -466,25 +453,16 @@ class EngineProxy:
                     self._take(report)
 
     def _take(self, report: Report) -> None:
-        if isinstance(report, Output):
+        if isinstance(report, Output | ProgramEvent):
             request = self._in_flight.get(report.id)
-            self._count(request, report)
-            if request is not None and isinstance(request.stream, OutputStream):
-                if report.finish_reason is not None:
+            if isinstance(report, Output):
+                self._count(request, report)
+            elif request is not None and report.event is not None:
+                self._count_event(request, report.event)
+            if request is not None:
+                if report.is_last:
                     self._leave(report.id)
-                gap_s = request.stream.push(report)
-                if gap_s is not None and report.token_ids and request.accounts is not None:
-                    request.accounts.note_gap(gap_s)
-        elif isinstance(report, ProgramEvent | ProgramEnd):
-            request = self._in_flight.get(report.id)
-            if request is not None and isinstance(request.stream, ProgramStream):
-                if isinstance(report, ProgramEvent) and (report.event.usage is not None or report.event.kind == "text"):
-                    self._begin(request)  # the model has written something
-                if isinstance(report, ProgramEnd):
-                    self._leave(report.id)
-                elif report.event.usage is not None and self._accounts is not None:
-                    reason = report.event.finish_reason or report.event.kind
-                    self._accounts.note_node(request.client, report.event.usage, reason)
+                    _trace_end(request, report)
                 request.stream.push(report)
         elif isinstance(report, Answer):
             future = self._questions.get(report.id)
@@ -502,7 +480,7 @@ class EngineProxy:
             if self._listener is not None:
                 self._listener(report)
             self._ready.set()
-        elif isinstance(report, CacheReport):
+        elif isinstance(report, CacheChanges):
             if self._listener is not None:
                 self._listener(report)
         elif isinstance(report, Starting):
@@ -520,11 +498,21 @@ class EngineProxy:
             return
         if request is not None:
             self._begin(request)
+            now_s = time.monotonic()
             if output.token_ids:
                 request.num_generated += len(output.token_ids)
                 accounts.note_tokens(request.name, len(output.token_ids))
+                if request.heard_s is not None:
+                    accounts.note_gap(now_s - request.heard_s)
+            request.heard_s = now_s
         if output.finish_reason is not None:
             accounts.note_finish(_NOBODY if request is None else request.client, output)
+
+    def _count_event(self, request: _InFlight, event: NodeEvent) -> None:
+        if event.usage is not None or event.kind == "text":
+            self._begin(request)  # the model has written something
+        if event.usage is not None and self._accounts is not None:
+            self._accounts.note_node(request.client, event.usage, event.finish_reason or event.kind)
 
     def _note_heartbeat(self, stats: dict[str, float]) -> None:
         state, now_s = self._state, time.monotonic()
@@ -548,7 +536,7 @@ class EngineProxy:
                 return
             lasted = was_ready and time.monotonic() - ready_s >= LASTS_S
             failures = 0 if lasted else failures + 1
-            self.counters.num_crashes += 1
+            self.num_crashes += 1
             cause = str(failure) if failure is not None else end
             if failures >= self._max_failures:
                 self._give_up(failures, cause)
@@ -589,8 +577,8 @@ class EngineProxy:
         """Start a process, and wait for its end. Returns it in words."""
         if self._commands is not None:
             self._commands.close(0)
-        number = self.counters.num_starts
-        self.counters.num_starts += 1
+        number = self.num_starts
+        self.num_starts += 1
         self._commands, address = self._launcher.listen(zmq.PUSH, f"commands-{number}")
         self._outbox.clear()
         try:
@@ -602,18 +590,30 @@ class EngineProxy:
 
     def _fail_in_flight(self, error: EngineStopped) -> None:
         info = ErrorInfo.of(error)
-        streams = [request.stream for request in self._in_flight.values()]
-        for stream in streams:  # before they are told: what is lost may be sent elsewhere
-            self._leave(stream.id)
-        for stream in streams:
-            if isinstance(stream, OutputStream):
-                stream.push(Output(stream.id, 0, 0, 0, finish_reason="error", error=info))
+        requests = list(self._in_flight.items())
+        for request_id, _ in requests:  # before they are told: what is lost may be sent elsewhere
+            self._leave(request_id)
+        for request_id, request in requests:
+            if request.is_program:
+                end: Output | ProgramEvent = ProgramEvent(request_id, error=info)
             else:
-                stream.push(ProgramEnd(stream.id, info))
+                end = Output(request_id, 0, 0, 0, finish_reason="error", error=info)
+            request.stream.push(end)
         for future in self._questions.values():
             if not future.done():
                 future.set_exception(error)
         self._outbox.clear()
+
+
+def _trace_end(request: _InFlight, report: Output | ProgramEvent) -> None:
+    add = request.stream.trace
+    if add is None:
+        return
+    if isinstance(report, Output):
+        add_output(add, report)
+    else:
+        error = "" if report.error is None else report.error.kind
+        add("program", request.arrived_s, time.monotonic(), {"ramet.program": report.id, "error.type": error})
 
 
 def check_unused(request_ids: Sequence[str], in_flight: Collection[str]) -> None:

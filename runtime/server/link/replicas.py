@@ -20,6 +20,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -33,21 +34,19 @@ from ramet.runtime.cluster.router import Placement, RoutedRequest, Router, Route
 from ramet.runtime.server.config import MAX_REPLICAS
 from ramet.runtime.server.link.moving import Moves, move
 from ramet.runtime.server.link.protocol import (
-    CacheReport,
-    CancelNodes,
+    Abort,
     ErrorInfo,
     ExtendProgram,
     Hello,
     Output,
-    ProgramEnd,
     ProgramEvent,
     ProvideTool,
     StartProgram,
     Submit,
     new_id,
 )
-from ramet.runtime.server.link.proxy import EngineProxy, Listener, ProxyCounters, check_unused
-from ramet.runtime.server.link.streams import OutputStream, ProgramStream
+from ramet.runtime.server.link.proxy import EngineProxy, Listener, check_unused
+from ramet.runtime.server.link.streams import AnyStream, Stream
 from ramet.runtime.types import SamplingParams, TokenIds
 
 logger = logging.getLogger(__name__)
@@ -61,66 +60,31 @@ _FIRST_TOKEN = SamplingParams(
 MakeProxy = Callable[[int, Listener], EngineProxy]
 
 
-class _RoutedOutput(OutputStream):
-    """A request's output from whichever replica has it."""
+@dataclass(slots=True, eq=False)
+class _Routed:
+    """A request, or a row of a program, and the replica that has it. `command`: of a row, starts this row alone.
 
-    def __init__(self, replicas: Replicas, command: Submit, *, is_whole: bool) -> None:
-        super().__init__(command.id, replicas.drop, is_whole=is_whole)
-        self.command = command
-        self.placement: Placement | None = None
-        self.failed_on: set[int] = set()
-        self.bringing: asyncio.Task[None] | None = None  # its pages, while it waits for them
-        self._replicas = replicas
-        self.has_begun = False
-
-    def push(self, output: Output) -> float | None:
-        is_lost = _is_lost(output.error) and self.is_untouched
-        if is_lost and self._replicas.send_elsewhere(self):
-            self.forget()
-            self.has_begun = False
-            return None
-        if output.finish_reason is not None:
-            self._replicas.note_end(self)
-        elif output.token_ids and not self.has_begun:
-            self.has_begun = True
-            self._replicas.note_begun(self)
-        return super().push(output)
-
-
-class _RoutedProgram(ProgramStream):
-    """A program's events from whichever replica runs it.
-
-    `commands`: to run it anew, until the model has written something for it. Texts that it states itself are told only
-    once, even if it runs anew.
+    `commands`: to run a program anew, until the model has written something for it; so texts that it states itself
+    (`stated`: their nodes) are told only once. `bringing`: its pages, while it waits for them.
     """
 
-    def __init__(self, replicas: Replicas, name: str, command: StartProgram) -> None:
-        """command: starts this row alone."""
-        super().__init__(name, replicas.drop)
-        self.command = command
-        self.commands: list[ExtendProgram | CancelNodes | ProvideTool] = []
-        self.placement: Placement | None = None
-        self.failed_on: set[int] = set()
-        self.has_begun = False
-        self._replicas = replicas
-        self._stated: set[int] = set()  # nodes that were done without the model
+    command: Submit | StartProgram
+    stream: AnyStream
+    placement: Placement | None = None
+    failed_on: set[int] = field(default_factory=set)
+    has_begun: bool = False
+    bringing: asyncio.Task[None] | None = None
+    commands: list[ExtendProgram | Abort | ProvideTool] = field(default_factory=list)
+    stated: set[int] = field(default_factory=set)
 
-    def push(self, report: ProgramEvent | ProgramEnd) -> None:
-        if isinstance(report, ProgramEnd):
-            if _is_lost(report.error) and not self.has_begun and self._replicas.send_elsewhere(self):
-                return
-            self._replicas.note_end(self)
-        elif not self.has_begun:
-            event = report.event
-            if event.kind == "done" and event.usage is None:
-                if event.node in self._stated:
-                    return
-                self._stated.add(event.node)
-            else:
-                self.has_begun = True
-                self.commands.clear()
-                self._replicas.note_begun(self)
-        super().push(report)
+    @property
+    def id(self) -> str:
+        return self.stream.id
+
+    def stop_bringing(self) -> None:
+        if self.bringing is not None:
+            self.bringing.cancel()
+            self.bringing = None
 
 
 def _is_lost(error: ErrorInfo | None) -> bool:
@@ -160,7 +124,7 @@ class Replicas:
         self.moves = Moves()
         self._news: dict[int, asyncio.Future[None]] = {}  # done when the cache of this replica has changed
         self._members = {n: make_proxy(n, partial(self.note, n)) for n in range(count + num_prefill)}
-        self._in_flight: dict[str, _RoutedOutput | _RoutedProgram] = {}
+        self._in_flight: dict[str, _Routed] = {}
         self._page_size = 16
         self._is_stopping = False
         self._changing = asyncio.Lock()
@@ -378,7 +342,7 @@ class Replicas:
         """As `EngineProxy.startup`: ready while one replica is."""
         states = [self._members[number].startup for number in self._answering()]
         ready = [state for state in states if state["ready"]]
-        attempts = self.counters.num_starts
+        attempts = sum(proxy.num_starts for proxy in self._proxies())
         if not ready:
             return {**states[0], "attempt": attempts}
         stage = "ready" if len(ready) == len(states) else f"{len(ready)} of {len(states)} replicas ready"
@@ -388,16 +352,6 @@ class Replicas:
     def stats(self) -> dict[str, float]:
         """The sums of all replicas' counters at their last heartbeats; of the longest steps, the longest."""
         return _together([proxy.stats for proxy in self._proxies()])
-
-    @property
-    def counters(self) -> ProxyCounters:
-        """The sums of all proxies' counters."""
-        every = [proxy.counters for proxy in self._proxies()]
-        return ProxyCounters(
-            sum(one.num_starts for one in every),
-            sum(one.num_crashes for one in every),
-            sum(one.num_aborts for one in every),
-        )
 
     @property
     def num_in_flight(self) -> int:
@@ -425,59 +379,58 @@ class Replicas:
         """Return a new unique id."""
         return new_id(prefix)
 
-    def submit(self, command: Submit, *, is_whole: bool = False) -> OutputStream:
+    def submit(self, command: Submit, *, is_whole: bool = False) -> Stream[Output]:
         """Send a request to the replica that the router chooses. Raises the errors of `EngineProxy.submit`."""
         self._admit([command.id])
-        stream = _RoutedOutput(self, command, is_whole=is_whole)
-        self._place(stream)
-        self._in_flight[command.id] = stream
+        stream: Stream[Output] = Stream(command.id, self.drop, is_whole=is_whole, passes=self._hear_output)
+        routed = _Routed(command, stream)
+        self._place(routed)
+        self._in_flight[command.id] = routed
         return stream
 
-    def start_program(self, command: StartProgram) -> Sequence[ProgramStream]:
+    def start_program(self, command: StartProgram) -> Sequence[Stream[ProgramEvent]]:
         """Send each row of a program to the replica that the router chooses, where it runs whole.
 
         Returns the stream of each row. Raises the errors of `submit`; nothing runs then.
         """
         names = command.row_ids()
         self._admit(names)
-        streams = [
-            _RoutedProgram(self, name, msgspec.structs.replace(command, rows=(row,), numbers=(number,)))
-            for number, (name, row) in enumerate(zip(names, command.rows, strict=True))
-        ]
-        placed: dict[int, list[_RoutedProgram]] = {}
+        rows: list[_Routed] = []
+        placed: dict[int, list[int]] = {}
         try:
-            for stream in streams:
-                stream.placement = self._choose(stream)
-                placed.setdefault(stream.placement.replica, []).append(stream)
-            for replica, some in placed.items():  # one message each: its rows share the graph
-                rows = tuple(stream.command.rows[0] for stream in some)
-                numbers = tuple(number for stream in some for number in stream.command.numbers or ())
-                part = msgspec.structs.replace(command, rows=rows, numbers=numbers)
-                self._members[replica].start_program(part, streams=some)
-                self._in_flight.update((stream.id, stream) for stream in some)
+            for number, (name, row) in enumerate(zip(names, command.rows, strict=True)):
+                alone = msgspec.structs.replace(command, rows=(row,), numbers=(number,))
+                rows.append(_Routed(alone, Stream(name, self.drop, passes=self._hear_program)))
+                rows[-1].placement = placement = self._choose(rows[-1])
+                placed.setdefault(placement.replica, []).append(number)
+            for replica, numbers in placed.items():  # one message each: its rows share the graph
+                arguments = tuple(command.rows[number] for number in numbers)
+                part = msgspec.structs.replace(command, rows=arguments, numbers=tuple(numbers))
+                self._members[replica].start_program(part, streams=[rows[number].stream for number in numbers])
+                self._in_flight.update((rows[number].id, rows[number]) for number in numbers)
         except RametError:
-            for stream in streams:
-                if stream.id in self._in_flight:
-                    self.drop(stream.id)
-                elif stream.placement is not None and self._router is not None:
-                    self._router.finished(stream.placement)
+            for routed in rows:
+                if routed.id in self._in_flight:
+                    self.drop(routed.id)
+                elif routed.placement is not None and self._router is not None:
+                    self._router.finished(routed.placement)
             raise
-        return streams
+        return [routed.stream for routed in rows]
 
-    def send_to_program(self, command: ExtendProgram | CancelNodes | ProvideTool) -> None:
+    def send_to_program(self, command: ExtendProgram | Abort | ProvideTool) -> None:
         """Send a command to a running program. It has no effect if the program has ended."""
-        stream = self._in_flight.get(command.id)
-        if isinstance(stream, _RoutedProgram) and stream.placement is not None:
-            if not stream.has_begun:
-                stream.commands.append(command)
-            proxy = self._members.get(stream.placement.replica)
+        routed = self._in_flight.get(command.id)
+        if routed is not None and routed.placement is not None:
+            if not routed.has_begun:
+                routed.commands.append(command)
+            proxy = self._members.get(routed.placement.replica)
             if proxy is not None:
                 proxy.send_to_program(command)
 
     def abort(self, request_id: str) -> bool:
         """Abort by exact id. Its reader gets RequestCancelled. Returns False if this id is not in flight."""
-        stream = self._in_flight.get(request_id)
-        proxy = None if stream is None or stream.placement is None else self._members.get(stream.placement.replica)
+        routed = self._in_flight.get(request_id)
+        proxy = None if routed is None or routed.placement is None else self._members.get(routed.placement.replica)
         return proxy is not None and proxy.abort(request_id)
 
     def in_flight(self) -> list[str]:
@@ -498,41 +451,41 @@ class Replicas:
             raise EngineStopped("the server is shutting down")
         check_unused(request_ids, self._in_flight)
 
-    def _place(self, stream: _RoutedOutput | _RoutedProgram) -> None:
+    def _place(self, routed: _Routed) -> None:
         """Choose a replica and send. Replicas that turn out to have gone are passed over."""
         while True:
-            placement = self._choose(stream)
+            placement = self._choose(routed)
             assert self._router is not None
             proxy = self._members[placement.replica]
-            is_held = self._lacks_pages(stream, placement)
+            is_held = self._lacks_pages(routed, placement)
             try:
-                if isinstance(stream, _RoutedOutput):
-                    proxy.submit(stream.command, stream=stream, is_held=is_held)
+                if isinstance(routed.command, Submit):
+                    proxy.submit(routed.command, stream=routed.stream, is_held=is_held)
                 else:
-                    proxy.start_program(stream.command, streams=[stream])
-                    for command in stream.commands:
+                    proxy.start_program(routed.command, streams=[routed.stream])
+                    for command in routed.commands:
                         proxy.send_to_program(command)
             except EngineStopped:
                 self._router.failed(placement, time.monotonic())
-                stream.failed_on.add(placement.replica)
+                routed.failed_on.add(placement.replica)
                 continue
             except RametError:
                 self._router.finished(placement)
                 raise
-            stream.placement = placement
-            if stream.trace is not None:
+            routed.placement = placement
+            if routed.stream.trace is not None:
                 where = {"ramet.replica": placement.replica, "ramet.cached_tokens": placement.num_cached}
-                stream.trace.add("route", placement.placed_s, time.monotonic(), where)
-            if is_held and isinstance(stream, _RoutedOutput):
-                stream.bringing = self._run(self._bring(stream, placement, proxy))
+                routed.stream.trace("route", placement.placed_s, time.monotonic(), where)
+            if is_held and isinstance(routed.command, Submit):
+                routed.bringing = self._run(self._bring(routed, routed.command, placement, proxy))
             return
 
-    def _lacks_pages(self, stream: _RoutedOutput | _RoutedProgram, placement: Placement) -> bool:
+    def _lacks_pages(self, routed: _Routed, placement: Placement) -> bool:
         """Whether a request waits for pages from another replica, which has them, or is there to compute them."""
         router, request = self._router, placement.request
-        if isinstance(stream, _RoutedProgram) or router is None or not request.keys:
+        if isinstance(routed.command, StartProgram) or router is None or not request.keys:
             return False
-        options = stream.command.options
+        options = routed.command.options
         if options.score_from is not None or options.adapter:  # scored where they are asked; an adapter's pages stay
             return False
         if self._prefill_router is not None:
@@ -541,12 +494,12 @@ class Replicas:
         computing_s = router.computing_s(placement.replica, num_moved)
         return placement.source is not None and self.moves.pays(num_moved, computing_s)
 
-    async def _bring(self, stream: _RoutedOutput, placement: Placement, target: EngineProxy) -> None:
+    async def _bring(self, routed: _Routed, command: Submit, placement: Placement, target: EngineProxy) -> None:
         """Let the replica of a held request have its pages, and send it then.
 
         If that fails, whatever the reason, the replica computes what it lacks.
         """
-        command, start_s = stream.command, time.monotonic()
+        start_s = time.monotonic()
         tokens = np.asarray(command.prompt_ids, dtype=np.int32)
         try:
             if self._prefill_router is not None:
@@ -557,10 +510,10 @@ class Replicas:
         except (RametError, TimeoutError) as error:
             logger.info("request %s: its replica computes what it lacks: %s", command.id, error)
         finally:
-            if stream.trace is not None:
+            if routed.stream.trace is not None:
                 where = {"ramet.replica": placement.replica}
-                stream.trace.add("move pages", start_s, time.monotonic(), where)
-            if stream.placement is placement:  # it has not been sent elsewhere meanwhile
+                routed.stream.trace("move pages", start_s, time.monotonic(), where)
+            if routed.placement is placement:  # it has not been sent elsewhere meanwhile
                 if command.options.deadline_s is not None:
                     left_s = max(command.options.deadline_s - (time.monotonic() - start_s), 0.0)
                     options = command.options.changed({"deadline_s": left_s})
@@ -611,12 +564,12 @@ class Replicas:
         if news is not None:
             news.set_result(None)
 
-    def _choose(self, stream: _RoutedOutput | _RoutedProgram) -> Placement:
+    def _choose(self, routed: _Routed) -> Placement:
         """Ask the router. Raises EngineStopped with the replicas' own problems."""
         if self._router is None:
             raise EngineStopped(self.health() or "no replica is ready")
         try:
-            return self._router.place(self._described(stream.command), time.monotonic(), stream.failed_on)
+            return self._router.place(self._described(routed.command), time.monotonic(), routed.failed_on)
         except EngineStopped as error:
             problems = self.health()
             raise EngineStopped(str(error) if problems is None else f"{error} ({problems})") from error
@@ -635,48 +588,81 @@ class Replicas:
 
     # -- what streams and members say ----------------------------------------------------------------------------
 
-    def send_elsewhere(self, stream: _RoutedOutput | _RoutedProgram) -> bool:
-        """Send what a replica has lost to another one. Returns False if none can take it."""
-        if self._is_stopping or self._router is None or stream.id not in self._in_flight:
+    def _hear_output(self, output: Output) -> bool:
+        """Note an increment. Returns whether its reader gets it: not the end of a request that is sent elsewhere."""
+        routed = self._in_flight.get(output.id)
+        if routed is None:
+            return True
+        if _is_lost(output.error) and routed.stream.is_untouched and self._send_elsewhere(routed):
+            routed.stream.forget()
+            routed.has_begun = False
             return False
-        assert stream.placement is not None
-        _stop_bringing(stream)
-        self._router.failed(stream.placement, time.monotonic())
-        stream.failed_on.add(stream.placement.replica)
+        if output.is_last:
+            self._note_end(routed)
+        elif output.token_ids:
+            self._note_begun(routed)
+        return True
+
+    def _hear_program(self, report: ProgramEvent) -> bool:
+        """Note an event. Returns whether its reader gets it: not what a program that runs anew has told before."""
+        routed, event = self._in_flight.get(report.id), report.event
+        if routed is None:
+            return True
+        if event is None:
+            if _is_lost(report.error) and not routed.has_begun and self._send_elsewhere(routed):
+                return False
+            self._note_end(routed)
+        elif event.kind != "done" or event.usage is not None:
+            routed.commands.clear()
+            self._note_begun(routed)
+        elif not routed.has_begun:
+            if event.node in routed.stated:
+                return False
+            routed.stated.add(event.node)
+        return True
+
+    def _send_elsewhere(self, routed: _Routed) -> bool:
+        """Send what a replica has lost to another one. Returns False if none can take it."""
+        if self._is_stopping or self._router is None:
+            return False
+        assert routed.placement is not None
+        routed.stop_bringing()
+        self._router.failed(routed.placement, time.monotonic())
+        routed.failed_on.add(routed.placement.replica)
         try:
-            self._place(stream)
+            self._place(routed)
         except RametError as error:
-            logger.warning("request %s is lost: %s", stream.id, error)
+            logger.warning("request %s is lost: %s", routed.id, error)
             return False
         self.num_retries += 1
         return True
 
-    def note_begun(self, stream: _RoutedOutput | _RoutedProgram) -> None:
-        if self._router is not None and stream.placement is not None:
+    def _note_begun(self, routed: _Routed) -> None:
+        if routed.has_begun:
+            return
+        routed.has_begun = True
+        if self._router is not None and routed.placement is not None:
             now_s = time.monotonic()
-            self._router.begun(stream.placement, now_s)
+            self._router.begun(routed.placement, now_s)
             if self._scaling is not None:
-                self._first_tokens.append((now_s, now_s - stream.placement.placed_s))
+                self._first_tokens.append((now_s, now_s - routed.placement.placed_s))
 
-    def note_end(self, stream: _RoutedOutput | _RoutedProgram) -> None:
-        _stop_bringing(stream)
-        if (
-            self._in_flight.pop(stream.id, None) is not None
-            and self._router is not None
-            and stream.placement is not None
-        ):
-            self._router.finished(stream.placement)
+    def _note_end(self, routed: _Routed) -> None:
+        routed.stop_bringing()
+        del self._in_flight[routed.id]
+        if self._router is not None and routed.placement is not None:
+            self._router.finished(routed.placement)
 
     def drop(self, request_id: str) -> None:
         """Remove the stream of a reader that left, and abort its request in the engine."""
-        stream = self._in_flight.get(request_id)
-        if stream is not None and stream.placement is not None:
-            self.note_end(stream)
-            proxy = self._members.get(stream.placement.replica)
+        routed = self._in_flight.get(request_id)
+        if routed is not None and routed.placement is not None:
+            self._note_end(routed)
+            proxy = self._members.get(routed.placement.replica)
             if proxy is not None:
                 proxy.drop(request_id)
 
-    def note(self, number: int, report: Hello | CacheReport | None) -> None:
+    def note(self, number: int, report: Hello | CacheChanges | None) -> None:
         """Hear of a replica: it is ready, its cache has changed, or it takes no requests any more (None)."""
         if isinstance(report, Hello) and self._router is None:
             self._page_size = report.page_size
@@ -688,8 +674,8 @@ class Replicas:
         self._tell_news(number)
         if report is None:
             router.remove(number)
-        elif isinstance(report, CacheReport):
-            if not router.apply(number, report.changes):
+        elif isinstance(report, CacheChanges):
+            if not router.apply(number, report):
                 self._run(self._resync(number, router))
         elif number in self._members:
             router.add(number, report.num_kv_tokens // report.page_size)
@@ -710,12 +696,6 @@ class Replicas:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _stop_bringing(stream: _RoutedOutput | _RoutedProgram) -> None:
-    if isinstance(stream, _RoutedOutput) and stream.bringing is not None:
-        stream.bringing.cancel()
-        stream.bringing = None
 
 
 def _together(every: list[dict[str, float]]) -> dict[str, float]:

@@ -163,7 +163,7 @@ class StatusEndpoints:
         """Load an adapter (LoRA) from a PEFT folder on the server's machine. It is gone after the engine's restart."""
         if body.lora_name in ("default", self._served.name):
             raise HttpError(400, f"{body.lora_name!r} is the model's own name", param="lora_name")
-        await self._single().change_adapters("load_adapter", body.lora_name, body.lora_path)
+        await self._single().change_adapters("load_adapter", name=body.lora_name, path=body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload_adapter(self, request: Request, body: UnloadAdapterBody) -> Response:
@@ -173,7 +173,7 @@ class StatusEndpoints:
             raise HttpError(
                 404, f"no adapter {body.lora_name!r} is loaded", param="lora_name", code="adapter_not_found"
             )
-        await engine.change_adapters("unload_adapter", body.lora_name)
+        await engine.change_adapters("unload_adapter", name=body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     def _single(self) -> EngineProxy:

@@ -20,7 +20,7 @@ from msgspec import UNSET, UnsetType
 from ramet.errors import InvalidProgram, RametError
 from ramet.lang.graph.ir import Argument, Graph, GraphIndex, NodeEvent, ToolCall
 from ramet.runtime.server.errors import HttpError
-from ramet.runtime.server.link.protocol import CancelNodes, ExtendProgram, ProvideTool, StartProgram, row_id
+from ramet.runtime.server.link.protocol import Abort, ExtendProgram, ProgramEvent, ProvideTool, StartProgram, row_id
 from ramet.runtime.server.sending import AnswerStruct
 from ramet.runtime.server.served_model import ServedModel
 
@@ -246,7 +246,7 @@ class ProgramStore:
     def cancel_nodes(self, program: StoredProgram, row: int, nodes: Sequence[int]) -> None:
         """Cancel nodes of a program. Raises HttpError."""
         self._check_nodes(program, row, nodes)
-        self._served.proxy.send_to_program(CancelNodes(program.rows[row].id, list(nodes)))
+        self._served.proxy.send_to_program(Abort(program.rows[row].id, list(nodes)))
 
     def _check_nodes(self, program: StoredProgram, row: int, nodes: Sequence[int]) -> None:
         if not 0 <= row < len(program.rows):
@@ -321,12 +321,13 @@ class ProgramStore:
         finally:
             program.followers.remove(changed)
 
-    async def _follow(self, program: StoredProgram, number: int, events: AsyncIterator[NodeEvent]) -> None:
+    async def _follow(self, program: StoredProgram, number: int, events: AsyncIterator[ProgramEvent]) -> None:
         """Read the engine's events of one row."""
         row = program.rows[number]
         try:
-            async for event in events:
-                program.note(number, event)
+            async for report in events:
+                if report.event is not None:  # the last one has none
+                    program.note(number, report.event)
         except RametError as error:
             row.fail(type(error).__name__, str(error))
         if row.status == "running":

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from ramet.runtime.engine.step_watch import StepWatch
 from ramet.runtime.server.link.protocol import Output
-from ramet.runtime.server.link.proxy import EngineProxy, ProxyCounters
+from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.metrics import CacheHitRate, Histogram, RequestCollector, make_registry
 
 STATS = {
@@ -36,7 +36,7 @@ class FakeProxy:
 
     def __init__(self) -> None:
         self.stats = dict(STATS)
-        self.counters = ProxyCounters()
+        self.num_starts = self.num_crashes = self.num_aborts = 0
         self.hello = None
         self.num_in_flight = 2
         self.num_programs = 1

@@ -96,7 +96,7 @@ def test_engines_that_never_come_up_are_given_up_with_the_reason(monkeypatch: py
             with pytest.raises(EngineStopped, match="3 engine processes in a row"):
                 proxy.submit(Submit("x", [1], SamplingParams()))
             assert proxy.startup["stage"] == "given up"
-            assert proxy.counters.num_starts == proxy.counters.num_crashes == 3
+            assert proxy.num_starts == proxy.num_crashes == 3
         finally:
             await proxy.stop()
 

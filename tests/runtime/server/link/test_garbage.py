@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ramet.runtime.server.link import garbage
+from ramet.runtime.server.link import process
 
 IDLE = {"num_running": 0.0, "num_waiting": 0.0}
 
@@ -30,21 +30,21 @@ def full() -> Iterator[list[int]]:
 
 
 def test_full_collections_wait_for_an_idle_engine(full: list[int]) -> None:
-    garbage.postpone_full_collections()
+    process.postpone_full_collections()
     full.clear()
     for _ in range(40):
         gc.collect(1)
     for busy in ({"num_running": 1.0, "num_waiting": 0.0}, {"num_running": 0.0, "num_waiting": 2.0}):
-        garbage.collect_if_idle(busy)
+        process.collect_if_idle(busy)
     kept = [[[]] for _ in range(30_000)]  # type: ignore[var-annotated]
     assert len(kept) == 30_000
     assert not full
-    garbage.collect_if_idle(IDLE)
+    process.collect_if_idle(IDLE)
     assert len(full) == 1
-    garbage.collect_if_idle(IDLE)
+    process.collect_if_idle(IDLE)
     assert len(full) == 1, "there is nothing new"
 
 
 def test_what_existed_before_is_not_looked_at_again(full: list[int]) -> None:
-    garbage.postpone_full_collections()
+    process.postpone_full_collections()
     assert gc.get_freeze_count() > 0

@@ -15,12 +15,10 @@ from ramet.errors import EngineStopped, InvalidRequest, RequestCancelled
 from ramet.lang.graph.ir import Constraint
 from ramet.runtime.cluster.router import Placement, RoutedRequest, Router
 from ramet.runtime.models.catalog import TINY_MODEL
-from ramet.runtime.server.link.launchers import LocalLauncher
 from ramet.runtime.server.link.moving import Moves, move
-from ramet.runtime.server.link.protocol import Output, PagesPart, Submit, TakePages
+from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.proxy import EngineProxy, Listener
 from ramet.runtime.server.link.replicas import Replicas
-from ramet.runtime.server.link.transport import LinkTransport, MemoryTransport, open_transport, transport_at
 from ramet.runtime.types import RequestOptions, SamplingParams
 
 CONFIG = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu", "num_threads": 1, "context_length": 2048}
@@ -37,19 +35,9 @@ class Steered(Router):
         return super().place(request, now_s, {*avoid, *others})
 
 
-class Far(LocalLauncher):
-    """Processes that the server may only reach over the link."""
-
-    is_local = False
-
-
-def run(
-    scenario: Scenario, count: int = 2, num_prefill: int = 0, launcher: Callable[[], LocalLauncher] = LocalLauncher
-) -> None:
+def run(scenario: Scenario, count: int = 2, num_prefill: int = 0) -> None:
     def make_proxy(replica: int, listener: Listener) -> EngineProxy:
-        return EngineProxy(
-            TINY_MODEL, CONFIG, launcher=launcher(), replica=replica, listener=listener, log_level="ERROR"
-        )
+        return EngineProxy(TINY_MODEL, CONFIG, replica=replica, listener=listener, log_level="ERROR")
 
     async def main() -> None:
         Steered.to = None
@@ -89,8 +77,7 @@ def kill(replicas: Replicas, number: int) -> None:
     os.kill(hello.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("launcher", [LocalLauncher, pytest.param(Far, marks=pytest.mark.slow)])
-def test_a_request_takes_its_prefix_along_to_another_replica(launcher: Callable[[], LocalLauncher]) -> None:
+def test_a_request_takes_its_prefix_along_to_another_replica() -> None:
     async def scenario(replicas: Replicas) -> None:
         prompt = ids(1, 1000)
         own = await on(replicas, 0, request(replicas, prompt))
@@ -106,7 +93,7 @@ def test_a_request_takes_its_prefix_along_to_another_replica(launcher: Callable[
         assert (await on(replicas, 1, request(replicas, ids(2, 100)))).text == short.text
         assert replicas.moves.num_tokens == 992  # too few tokens to be worth a move
 
-    run(scenario, launcher=launcher)
+    run(scenario)
 
 
 def test_a_replica_that_leaves_gives_its_conversations_to_the_others() -> None:
@@ -202,16 +189,12 @@ def test_a_move_ends_with_an_error_when_an_engine_dies_and_pages_of_other_models
         prompt = np.asarray(ids(1, 1000), dtype=np.int32)
         moves = Moves()
         assert await move(source, target, prompt[:320], "", moves) == 20
-        foreign = TakePages("t", prompt.tobytes(), "", 20, PagesPart(16, b"x" * 16), "", "another model")
-        with pytest.raises(InvalidRequest, match="another model, data type or page size"):
-            await target.answer(foreign)
         assert source.hello is not None
-        short = msgspec.structs.replace(foreign, id="u", part=PagesPart(15, b"x" * 15), identity=source.hello.identity)
+        given = {"tokens": prompt.tobytes(), "cache_salt": "", "first": 20}
+        with pytest.raises(InvalidRequest, match="another model, data type or page size"):
+            await target.ask("take_pages", 10.0, **given, pages=b"x" * 16, identity="another model")
         with pytest.raises(InvalidRequest, match="nothing was taken in"):
-            await target.answer(short)
-        gone = msgspec.structs.replace(short, id="v", transport=f"{os.getpid()}/999999/ramet-pages-x")
-        with pytest.raises(InvalidRequest, match="is gone"):
-            await target.answer(gone)
+            await target.ask("take_pages", 10.0, **given, pages=b"x" * 15, identity=source.hello.identity)
         await replicas.ask("check_integrity")
         moving = asyncio.create_task(move(source, target, prompt, "", moves))
         await asyncio.sleep(0)
@@ -224,29 +207,6 @@ def test_a_move_ends_with_an_error_when_an_engine_dies_and_pages_of_other_models
             await move(source, target, prompt, "", moves)
 
     run(scenario)
-
-
-def test_a_transport_gives_what_was_put_and_refuses_what_is_not_its_own() -> None:
-    pages = np.arange(200, dtype=np.uint8)
-    for made in (open_transport(100, 5, is_local=True), open_transport(100, 5, is_local=False)):
-        other = transport_at(made.address)
-        assert other.part_bytes == made.part_bytes
-        for part in (pages, pages[:0], pages[7:50]):
-            assert np.array_equal(made.get(other.put(part), len(part)), part)
-        with pytest.raises(InvalidRequest, match="a part of a move has"):
-            made.get(b"too much", 3)
-        with pytest.raises(InvalidRequest, match="a part of a move has"):
-            made.get(b"", made.part_bytes + 1)
-        other.close()
-        made.close()
-    assert isinstance(open_transport(1, 1, is_local=False), LinkTransport)
-    memory = MemoryTransport.create(1)
-    owner, number, _ = memory.address.split("/")
-    with pytest.raises(InvalidRequest, match="its owner has closed it"):
-        transport_at(f"{owner}/{number}/ramet-pages-other")  # the number stands for another file
-    memory.close()
-    with pytest.raises(InvalidRequest, match="is gone"):
-        transport_at(memory.address)
 
 
 def test_a_move_that_takes_longer_than_computing_is_not_made_but_tried_again_at_times() -> None:

@@ -148,7 +148,7 @@ def test_a_tour_of_the_protocol() -> None:
         assert proxy.abort(cancelled.id)
         assert not proxy.abort("no such id")
         await settled(proxy)
-        assert proxy.counters.num_aborts == 2
+        assert proxy.num_aborts == 2
         assert await proxy.ask("flush_cache") > 0
 
     run(scenario)
@@ -160,7 +160,9 @@ def test_a_program_runs_in_the_engine_process_and_its_events_come_in_order() -> 
         sampling = Sampling(max_tokens=8, temperature=0.0)
         nodes = (Text(id=0, parts=("Say: ",)), Generate(id=1, parent=0, name="x", sampling=sampling))
         command = StartProgram(proxy.new_id("program"), Graph(nodes).to_json())
-        events = [event async for event in proxy.start_program(command)[0]]
+        reports = [report async for report in proxy.start_program(command)[0]]
+        assert [report.is_last for report in reports] == [False] * (len(reports) - 1) + [True]
+        events = [report.event for report in reports if report.event is not None]
         assert [e.node for e in events if e.kind == "done"] == [0, 1]
         streamed = "".join(e.text for e in events if e.kind == "text")
         assert streamed == next(e.value for e in events if e.kind == "done" and e.node == 1)
@@ -233,7 +235,7 @@ def test_killing_the_engine_fails_what_is_in_flight_and_another_one_takes_over()
         second = await proxy.wait_ready(180)
         assert second.pid != hello.pid
         assert len((await proxy.submit(submit(proxy)).collect()).token_ids) == 20
-        assert proxy.counters.num_crashes == 1
+        assert proxy.num_crashes == 1
         await settled(proxy)
 
     run(scenario)
@@ -316,7 +318,7 @@ def test_an_engine_that_stops_by_itself_says_why(caplog: pytest.LogCaptureFixtur
 
         proxy = EngineProxy(TINY_MODEL, CONFIG, launcher=ScriptedLauncher(stops))
         await proxy.start()
-        while proxy.counters.num_starts < 2:
+        while proxy.num_starts < 2:
             await asyncio.sleep(0.01)
         with pytest.raises(TimeoutError):  # the next one may well be ready; it has not failed
             await proxy.wait_ready(0.05)
@@ -373,7 +375,7 @@ def test_an_engine_that_ends_is_not_ready_from_that_moment_on(how: str) -> None:
         assert proxy.health() is not None
         with pytest.raises(EngineStopped):
             proxy.submit(submit(proxy))
-        assert proxy.counters.num_crashes == 0, "it is noted before its last reports have been read"
+        assert proxy.num_crashes == 0, "it is noted before its last reports have been read"
         await proxy.stop()
 
     asyncio.run(asyncio.wait_for(main(), 30))

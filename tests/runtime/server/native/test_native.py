@@ -258,7 +258,7 @@ def test_unknown_paths_and_methods_have_the_same_error_shape(server: Server) -> 
 
 
 def test_a_client_that_leaves_in_the_middle_frees_its_pages(server: Server) -> None:
-    before = server.served.proxy.counters.num_aborts
+    before = server.served.proxy.num_aborts
     with server.client.stream(
         "POST",
         "/generate",
@@ -267,11 +267,11 @@ def test_a_client_that_leaves_in_the_middle_frees_its_pages(server: Server) -> N
         next(response.iter_bytes())
     stats = settled(server)
     assert stats["num_free_pages"] + stats["num_evictable_pages"] == stats["num_pages"]
-    assert server.served.proxy.counters.num_aborts == before + 1
+    assert server.served.proxy.num_aborts == before + 1
 
 
 def test_a_client_that_leaves_before_a_whole_answer_frees_its_pages(server: Server) -> None:
-    before = server.served.proxy.counters.num_aborts
+    before = server.served.proxy.num_aborts
     body = json.dumps({"text": "leaving", "sampling_params": {**GREEDY, "max_new_tokens": 480}}).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as raw:
@@ -279,9 +279,9 @@ def test_a_client_that_leaves_before_a_whole_answer_frees_its_pages(server: Serv
         head += "\r\n\r\n"
         raw.sendall(head.encode() + body)
         while not server.client.get("/get_server_info").json()["in_flight"]:
-            assert server.served.proxy.counters.num_aborts == before
+            assert server.served.proxy.num_aborts == before
     settled(server)
-    assert server.served.proxy.counters.num_aborts == before + 1
+    assert server.served.proxy.num_aborts == before + 1
 
 
 def test_abort_takes_exact_ids_only(server: Server) -> None:

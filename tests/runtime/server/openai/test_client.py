@@ -239,7 +239,7 @@ def test_errors_are_the_clients_own_classes(api: openai.OpenAI) -> None:
 def test_closing_a_stream_ends_the_request(api: openai.OpenAI, server: Server) -> None:
     extra: Any
     for extra in ({}, {"n": 3}):
-        aborted = server.served.proxy.counters.num_aborts
+        aborted = server.served.proxy.num_aborts
         stream = api.chat.completions.create(
             model="tiny-random",
             messages=MESSAGES,
@@ -251,16 +251,16 @@ def test_closing_a_stream_ends_the_request(api: openai.OpenAI, server: Server) -
         next(iter(stream))
         stream.close()
         settled(server)
-        assert server.served.proxy.counters.num_aborts == aborted + extra.get("n", 1)
+        assert server.served.proxy.num_aborts == aborted + extra.get("n", 1)
 
 
 def test_a_client_that_leaves_before_the_whole_answer_ends_the_request(server: Server) -> None:
-    aborted = server.served.proxy.counters.num_aborts
+    aborted = server.served.proxy.num_aborts
     body = {"messages": MESSAGES, "max_tokens": 420, "ignore_eos": True, "n": 4}
     with pytest.raises(httpx.TimeoutException):
         server.client.post("/v1/chat/completions", json=body, timeout=0.05)
     settled(server)
-    assert server.served.proxy.counters.num_aborts == aborted + 4
+    assert server.served.proxy.num_aborts == aborted + 4
 
 
 def test_a_conversation_computes_only_what_is_new(api: openai.OpenAI, server: Server) -> None:
