@@ -473,9 +473,12 @@ def decision_cost(num_replicas: int, num_requests: int) -> dict[str, Any]:
     shared = prefix_keys(tools, 16)
     before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     number = itertools.count(1)
+    # By replica: keys of its first content that are still there, the longest prefix last; and the keys that came since.
+    old, came_later = list[array[int]](), [set(shared) for _ in range(num_replicas)]
     for replica in range(num_replicas):
         own = [(next(number) << 8) | (i & 0xFF) for i in range(65, KV_TOKENS // 16)]
         router.add(replica, KV_TOKENS // 16)
+        old.append(array("Q", own[-4096:]))
         router.apply(replica, CacheChanges(1, shared + own, is_whole=True))
     held_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb
     full = {"max_keys": config.max_keys, "keys": router.index.num_keys, "grain_pages": router.index.grain}
@@ -485,7 +488,7 @@ def decision_cost(num_replicas: int, num_requests: int) -> dict[str, Any]:
     gc.disable()
     for i in range(num_requests):
         prompt = np.concatenate([tools, docs[int(200 * rng.random() ** 3)], rng.integers(0, 9, 128).astype(np.int32)])
-        told, every = prefix_keys(prompt, 16), router.index.grain  # an engine tells all its keys; that work is its own
+        whole_keys, every = prefix_keys(prompt, 16), router.index.grain  # an engine knows these; that work is its own
         at = [time.thread_time()]
         keys = prefix_keys(prompt, 16, every=every)
         at.append(time.thread_time())
@@ -495,10 +498,16 @@ def decision_cost(num_replicas: int, num_requests: int) -> dict[str, Any]:
         router.finished(placement)
         at.append(time.thread_time())
         numbers[placement.replica] += 1
-        router.apply(placement.replica, CacheChanges(numbers[placement.replica], told))
+        mine, full_of = came_later[placement.replica], old[placement.replica]
+        came = [key for key in whole_keys if key not in mine]
+        mine.update(came)
+        went = [full_of.pop() for _ in came if full_of]  # it is full: as many pages go
+        changes = CacheChanges(numbers[placement.replica], came, went)
         at.append(time.thread_time())
-        for name, start, stop in zip(costs, at, at[1:], strict=False):
-            costs[name].append(stop - start)
+        router.apply(placement.replica, changes)
+        at.append(time.thread_time())
+        for name, start, stop in zip(costs, (0, 1, 2, 4), (1, 2, 3, 5), strict=True):
+            costs[name].append(at[stop] - at[start])
     parts = {f"{name}_us": round(1e6 * float(np.median(values)), 1) for name, values in costs.items()}
     whole = sum(np.array(values) for values in costs.values())
     cores = num_replicas * RATE * float(np.mean(whole))

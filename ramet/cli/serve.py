@@ -35,6 +35,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-path", help=argparse.SUPPRESS)
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--enable-metrics", action="store_true", help="metrics are always on; taken for SGLang's sake")
+    parser.add_argument("--disaggregation-mode", choices=("null", "prefill", "decode"), help=argparse.SUPPRESS)
     add_flags(parser, ServerConfig, "server")
     add_flags(parser, EngineConfig, "engine")
 
@@ -49,6 +50,12 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
     if arguments.model is not None and arguments.model_path is not None:
         raise ConfigError("the model is named twice; leave --model-path out")
+    if arguments.disaggregation_mode in ("prefill", "decode"):
+        raise ConfigError(
+            f"--disaggregation-mode {arguments.disaggregation_mode} is for engines that are started apart; here one "
+            "server starts those for prompts and those that decode: --prefill-replicas P --decode-replicas D, on "
+            "several machines with --ray-address (docs/scaling.md)"
+        )
     model = arguments.model if arguments.model is not None else arguments.model_path
     level = arguments.log_level.upper()
     config = ServerConfig(**{**_environment(), **given_values(arguments, ServerConfig)})

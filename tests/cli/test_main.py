@@ -111,3 +111,11 @@ def test_urls_and_drawings_that_cannot_be_are_errors_in_one_line(
 def test_pull_of_the_default_model_prints_its_path(smollm2_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pull"]) == 0
     assert capsys.readouterr().out.strip() == str(smollm2_path)
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_engines_that_are_started_apart_are_refused_with_what_starts_them_together(
+    mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "tiny-random", "--disaggregation-mode", mode]) == 1
+    assert "--prefill-replicas P --decode-replicas D" in capsys.readouterr().err

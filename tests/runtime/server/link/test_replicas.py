@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import msgspec
 import pytest
@@ -15,6 +15,7 @@ from ramet.errors import ConfigError, EngineStopped, InvalidRequest, ModelNotFou
 from ramet.lang.graph.ir import Generate, Graph, Sampling, Text
 from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.cluster.autoscaler import ScalingRule
+from ramet.runtime.cluster.router import Placement, RoutedRequest, Router, RouterConfig
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.loading import config_of_replica
 from ramet.runtime.models.catalog import TINY_MODEL
@@ -29,12 +30,28 @@ CONFIG = {"num_kv_tokens": 4096, "max_running_requests": 8, "device": "cpu", "nu
 Scenario = Callable[[Replicas], Awaitable[None]]
 
 
+class Steady(Router):
+    """Takes all replicas for equally fast, whatever else this machine does: prompts that are ten seconds apart, each of
+    whose tokens took a millisecond.
+    """
+
+    now_s = 0.0
+
+    def place(self, request: RoutedRequest, now_s: float, avoid: Collection[int] = ()) -> Placement:
+        self.now_s += 10.0
+        return super().place(request, self.now_s, avoid)
+
+    def begun(self, placement: Placement, now_s: float) -> None:
+        super().begun(placement, placement.placed_s + 1e-3 * placement.num_lacking)
+
+
 def run(
     scenario: Scenario,
     count: int = 2,
     model: str = TINY_MODEL,
     max_in_flight: int = 100,
     scaling: ScalingRule | None = None,
+    make_router: Callable[[RouterConfig], Router] = Router,
 ) -> None:
     tenants = Tenants(ServerConfig(max_in_flight=max_in_flight))
 
@@ -42,7 +59,7 @@ def run(
         return EngineProxy(model, CONFIG, accounts=tenants, replica=replica, listener=listener, log_level="ERROR")
 
     async def main() -> None:
-        replicas = Replicas(count, make_proxy, scaling=scaling)
+        replicas = Replicas(count, make_proxy, make_router=make_router, scaling=scaling)
         await replicas.start()
         try:
             await replicas.wait_ready(120)
@@ -97,7 +114,7 @@ def test_requests_go_where_their_prefixes_are_and_new_ones_to_the_less_busy() ->
             await where(replicas, request(replicas, b"x", 1))
             await replicas.ask("flush_cache")
 
-    run(scenario)
+    run(scenario, make_router=Steady)
 
 
 def test_a_killed_replica_loses_no_request_that_had_not_begun() -> None:
