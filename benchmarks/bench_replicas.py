@@ -331,7 +331,7 @@ async def beside_chats(arguments: argparse.Namespace, num_prefill: int) -> dict[
 
     async def chat() -> None:
         while not is_over:
-            await ask(32, 64, gaps)
+            await ask(32, arguments.chat_tokens, gaps)
             counts["chats"] += 1
 
     for num_tokens in (64, arguments.prompt_tokens, arguments.prompt_tokens):
@@ -374,6 +374,7 @@ async def prefill(arguments: argparse.Namespace) -> dict[str, Any]:
     both, apart = (sorted(runs, key=lambda run: float(run["itl_p99_ms"]))[len(runs) // 2] for runs in rows.values())
     return {
         **rows,
+        "chat_tokens": arguments.chat_tokens,
         "itl_p99_better": round(both["itl_p99_ms"] / apart["itl_p99_ms"], 2),
         "throughput_of": round(apart["tokens_s"] / both["tokens_s"], 3),
     }
@@ -422,6 +423,7 @@ def main() -> None:
     parser.add_argument("--prefill", action="store_true", help="compare with prefill apart from decode instead")
     parser.add_argument("--moves", action="store_true", help="measure moves of KV pages instead")
     parser.add_argument("--chats", type=int, default=6, help="of --prefill: that run at once")
+    parser.add_argument("--chat-tokens", type=int, default=512, help="of --prefill: that each chat writes")
     parser.add_argument("--prompts", type=int, default=16, help="of --prefill: long ones, one after the other")
     parser.add_argument("--prompt-tokens", type=int, default=2000, help="of --prefill: of a long one")
     parser.add_argument("--interval", type=float, default=3.0, help="of --prefill: seconds between two long ones")

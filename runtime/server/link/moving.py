@@ -25,7 +25,8 @@ from ramet.runtime.server.link.protocol import Hello
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.types import TokenIds
 
-_PART_BYTES = 4 << 20  # what else is said on the link waits for a part
+_PART_BYTES = 2 << 20  # what else is said on the link waits for a part
+_AT_ONCE = 16  # parts, of which this process holds the bytes
 _PART_S = 120.0  # a step of a long prompt may come before a part; an engine that dies ends the wait at once
 _FADE = 0.9  # weight of the measured time of a token, compared with that of the move after it
 _FORGET = 0.98  # of that time, whenever a move was not worth it: so one is tried again at times
@@ -85,29 +86,46 @@ async def move(
     num_wanted = len(tokens) // giver.page_size
     most = max(_PART_BYTES // giver.page_bytes, 1)
 
+    async def give(first: int) -> bytes:
+        known = prefix[: (first + most) * page_tokens_bytes]
+        where = {"tokens": known, "cache_salt": cache_salt, "first": first, "most": most}
+        pages: bytes = await source.ask("give_pages", _PART_S, **where)
+        return pages
+
     async def take(first: int, pages: bytes) -> int:
         last = first + len(pages) // giver.page_bytes if pages else num_wanted
         known = prefix[: last * page_tokens_bytes]
-        whose = {"cache_salt": cache_salt, "identity": giver.identity}
-        return int(await target.ask("take_pages", _PART_S, tokens=known, first=first, pages=pages, **whose))
+        where = {"tokens": known, "cache_salt": cache_salt, "first": first, "identity": giver.identity}
+        return int(await target.ask("take_pages", _PART_S, **where, pages=pages))
 
     moves.num_moves += 1
     is_whole = False
     try:
-        cached = await take(0, b"")
-        while cached < num_wanted:
-            begun_s, news = time.monotonic(), None if more is None else more()
-            where = {"tokens": prefix[: (cached + most) * page_tokens_bytes], "cache_salt": cache_salt}
-            pages = await source.ask("give_pages", _PART_S, first=cached, most=most, **where)
-            if not pages:
-                if news is None:
+        cached, has_room = await take(0, b""), True
+        while cached < num_wanted and has_room:
+            begun_s, before, news = time.monotonic(), cached, None if more is None else more()
+            # Asked together: the source's thread answers all between two of its steps.
+            asked = {n: asyncio.create_task(give(n)) for n in range(cached, num_wanted, most)[:_AT_ONCE]}
+            try:
+                for first, part in asked.items():
+                    pages = await part
+                    if not pages or first != cached:  # the source has no more, or another part of it now
+                        break
+                    cached = await take(first, pages)
+                    has_room = cached > first  # otherwise it has evicted what it had, or its pages are in use
+                    if not has_room:
+                        break
+                    now_s = time.monotonic()
+                    moves.note((cached - first) * giver.page_size, len(pages), now_s - begun_s)
+                    begun_s = now_s
+            finally:
+                for part in asked.values():
+                    part.cancel()
+                await asyncio.gather(*asked.values(), return_exceptions=True)
+            if cached == before:
+                if news is None or not has_room:
                     break
                 await asyncio.wait([news])  # others may wait for it, too: it must not be cancelled
-                continue
-            before, cached = cached, await take(cached, pages)
-            if cached <= before:
-                break  # it has no room, or evicted what it had
-            moves.note((cached - before) * giver.page_size, len(pages), time.monotonic() - begun_s)
         is_whole = True
     finally:
         moves.num_failed += not is_whole
