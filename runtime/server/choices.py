@@ -21,7 +21,7 @@ from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import Output, Submit
 from ramet.runtime.server.link.proxy import EngineProxy
 from ramet.runtime.server.link.replicas import Replicas
-from ramet.runtime.server.link.streams import Stream
+from ramet.runtime.server.link.streams import ReportStream
 from ramet.runtime.server.sampling_fields import seed_of_choice
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.stops import StopScanner
@@ -361,7 +361,7 @@ async def scored(proxy: EngineProxy | Replicas, wanted: Sequence[Submit]) -> lis
     """
     outputs: list[Output] = []
     for start in range(0, len(wanted), MAX_SCORED_TOGETHER):
-        streams: list[Stream[Output]] = []
+        streams: list[ReportStream[Output]] = []
         try:
             for command in wanted[start : start + MAX_SCORED_TOGETHER]:
                 streams.append(proxy.submit(command, is_whole=True))

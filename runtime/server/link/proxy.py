@@ -44,7 +44,7 @@ from ramet.runtime.server.link.protocol import (
     new_id,
     report_decoder,
 )
-from ramet.runtime.server.link.streams import AnyStream, Stream
+from ramet.runtime.server.link.streams import AnyStream, ReportStream
 from ramet.runtime.server.link.tracing import add_output
 
 logger = logging.getLogger(__name__)
@@ -289,17 +289,17 @@ class EngineProxy:
         command: Submit,
         *,
         is_whole: bool = False,
-        stream: Stream[Output] | None = None,
+        stream: ReportStream[Output] | None = None,
         is_held: bool = False,
         is_counted: bool = True,
-    ) -> Stream[Output]:
+    ) -> ReportStream[Output]:
         """Send a request. `is_whole`: the reader wants only the complete output. `stream`: gets it; None makes one.
 
         `is_held`: it is admitted now, and sent by `send_held`. `is_counted`: False for a part of a request that another
         engine's proxy counts.
         Raises: Overloaded, EngineStopped (not ready), InvalidRequest (the id is in use).
         """
-        stream = stream or Stream(command.id, self.drop, is_whole=is_whole)
+        stream = stream or ReportStream(command.id, self.drop, is_whole=is_whole)
         accounts = self._accounts if is_counted else None
         self._admit(command, [stream], [len(command.prompt_ids)], accounts, is_held=is_held)
         return stream
@@ -312,10 +312,10 @@ class EngineProxy:
             self._send(command)
 
     def start_program(
-        self, command: StartProgram, *, streams: Sequence[Stream[ProgramEvent]] = ()
-    ) -> Sequence[Stream[ProgramEvent]]:
+        self, command: StartProgram, *, streams: Sequence[ReportStream[ProgramEvent]] = ()
+    ) -> Sequence[ReportStream[ProgramEvent]]:
         """Send a program. Returns each row's stream: `streams`, or new ones. Raises as `submit`; nothing is sent."""
-        streams = streams or [Stream(name, self.drop) for name in command.row_ids()]
+        streams = streams or [ReportStream(name, self.drop) for name in command.row_ids()]
         self._admit(command, streams, command.num_tokens(), self._accounts)
         return streams
 

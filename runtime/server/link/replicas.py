@@ -46,7 +46,7 @@ from ramet.runtime.server.link.protocol import (
     new_id,
 )
 from ramet.runtime.server.link.proxy import EngineProxy, Listener, check_unused
-from ramet.runtime.server.link.streams import AnyStream, Stream
+from ramet.runtime.server.link.streams import AnyStream, ReportStream
 from ramet.runtime.types import SamplingParams, TokenIds
 
 logger = logging.getLogger(__name__)
@@ -379,16 +379,16 @@ class Replicas:
         """Return a new unique id."""
         return new_id(prefix)
 
-    def submit(self, command: Submit, *, is_whole: bool = False) -> Stream[Output]:
+    def submit(self, command: Submit, *, is_whole: bool = False) -> ReportStream[Output]:
         """Send a request to the replica that the router chooses. Raises the errors of `EngineProxy.submit`."""
         self._admit([command.id])
-        stream: Stream[Output] = Stream(command.id, self.drop, is_whole=is_whole, passes=self._hear_output)
+        stream: ReportStream[Output] = ReportStream(command.id, self.drop, is_whole=is_whole, passes=self._hear_output)
         routed = _Routed(command, stream)
         self._place(routed)
         self._in_flight[command.id] = routed
         return stream
 
-    def start_program(self, command: StartProgram) -> Sequence[Stream[ProgramEvent]]:
+    def start_program(self, command: StartProgram) -> Sequence[ReportStream[ProgramEvent]]:
         """Send each row of a program to the replica that the router chooses, where it runs whole.
 
         Returns the stream of each row. Raises the errors of `submit`; nothing runs then.
@@ -400,7 +400,7 @@ class Replicas:
         try:
             for number, (name, row) in enumerate(zip(names, command.rows, strict=True)):
                 alone = msgspec.structs.replace(command, rows=(row,), numbers=(number,))
-                rows.append(_Routed(alone, Stream(name, self.drop, passes=self._hear_program)))
+                rows.append(_Routed(alone, ReportStream(name, self.drop, passes=self._hear_program)))
                 rows[-1].placement = placement = self._choose(rows[-1])
                 placed.setdefault(placement.replica, []).append(number)
             for replica, numbers in placed.items():  # one message each: its rows share the graph

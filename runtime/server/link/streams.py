@@ -16,7 +16,7 @@ from ramet.runtime.server.link.tracing import CURRENT
 ReportT = TypeVar("ReportT", Output, ProgramEvent)
 
 
-class Stream(Generic[ReportT]):
+class ReportStream(Generic[ReportT]):
     """The increments of one request, or the events of one program. Iterate over them.
 
     Leaving the iteration early, or `close`, aborts the request or program.
@@ -101,4 +101,4 @@ class Stream(Generic[ReportT]):
         return whole
 
 
-AnyStream: TypeAlias = Stream[Any]  # Any: of either kind of report
+AnyStream: TypeAlias = ReportStream[Any]  # Any: of either kind of report
