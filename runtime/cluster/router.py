@@ -175,7 +175,7 @@ class Router:
         self.config = config = config or RouterConfig()
         self.index = PrefixIndex(config.max_keys)
         self._replicas: dict[int, _Replica] = {}
-        self._order: list[int] = []  # to draw from, in any order
+        self._order: list[int] = []  # to draw from
         self._promised = HolderTable()  # keys of prompts that are being computed
         self._promise_every = max(config.promise_tokens // config.page_size, 1)
         self._groups: OrderedDict[str, int] = OrderedDict()  # where the last request of a group went
@@ -357,11 +357,10 @@ class Router:
         """Usable replicas drawn at random, besides `others`. Looks at all replicas only if nothing else is usable."""
         found: list[int] = []
         order = self._order
-        for i in range(min(self.config.num_drawn, len(order))):
-            other = i + int(self._random.random() * (len(order) - i))  # each once: those drawn stand in front
-            order[i], order[other] = order[other], order[i]
-            if order[i] not in others and self._takes(order[i], now_s, avoid):
-                found.append(order[i])
+        for _ in range(self.config.num_drawn if order else 0):
+            replica = order[int(self._random.random() * len(order))]
+            if replica not in others and replica not in found and self._takes(replica, now_s, avoid):
+                found.append(replica)
         if not found and not others:
             found = [replica for replica in order if self._takes(replica, now_s, avoid)]
         return found

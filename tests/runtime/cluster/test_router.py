@@ -74,13 +74,6 @@ def test_without_a_cached_prefix_the_less_busy_one_gets_it() -> None:
     assert router.place(prompt(2), 0.0).replica != first.replica
 
 
-def test_of_two_replicas_both_are_looked_at_for_every_request() -> None:
-    router = make(2, num_drawn=2)
-    for seed in range(40):
-        router.place(prompt(seed, pages=4), 0.0)
-    assert router.load(0) == router.load(1)
-
-
 def test_requests_that_wait_for_the_same_prefix_wait_where_it_is_being_computed() -> None:
     router = make(8)
     placements = [router.place(prompt(1), 0.0) for _ in range(4)]
