@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -41,19 +42,22 @@ if TYPE_CHECKING:
     from ramet.grammar import CompiledGrammar
 
 _EMPTY = Path()
-_PATIENCE_S = 0.005  # before a step, for the function of a program that goes on because of the last one
+PATIENCE_S = 0.005  # before a step, for functions of programs that go on because of the last one
 
 
 class ProgramHost:
     """Runs programs in one engine. `model`: what they share: compiled grammars, the template's marks.
 
-    `share_nodes`: generations of a program that always write the same text are run once.
+    `share_nodes`: generations of a program that always write the same text are run once. `patience_s`: how long the
+    next step waits for functions of programs.
     """
 
     def __init__(self, engine: ProgramEngine, *, share_nodes: bool = True) -> None:
         self.engine = engine
         self.share_nodes = share_nodes
         self.num_ended = 0  # requests of all programs: their clock
+        self.patience_s = PATIENCE_S
+        self._going_on: list[threading.Event] = []  # each set when a function rests
         self.model = ProgramModel(
             engine.tokenizer,
             context_length=engine.context_length,
@@ -97,6 +101,22 @@ class ProgramHost:
             return prompt, sampling, grammar
         return prompt[:-1], with_one_more(sampling), self.model.grammars.between(grammar, again, b"")
 
+    def let_go_on(self, rests: threading.Event) -> None:
+        """Let what a program's function asks for, until `rests` is set, be part of the next step.
+
+        The step waits for all such functions together, but not long: where one took longer, the next wait is shorter.
+        """
+        self._going_on.append(rests)
+        self.engine.before_next_step(self._wait_for_functions)
+
+    def _wait_for_functions(self) -> None:
+        going_on, self._going_on = self._going_on, []
+        if not going_on:
+            return  # another call of this step waited for them
+        end_s = time.monotonic() + self.patience_s
+        is_in_time = all(rests.wait(max(0.0, end_s - time.monotonic())) for rests in going_on)
+        self.patience_s = PATIENCE_S if is_in_time else self.patience_s / 4
+
     def count_ended(self) -> None:
         """Count an ended request of a program."""
         self.num_ended += 1
@@ -129,7 +149,6 @@ class ProgramExecutor:
         self._following: dict[int, ir.Template] = {}  # constrained node -> the text after it, where one is known
         self._at_engine: dict[int, _AtEngine] = {}
         self._hints = CacheHints(host.engine, options.cache_salt, self._graph.nodes, self._path_of)
-        self._patience_s = _PATIENCE_S
         self._is_pumping = False
         self._is_complete = False
         self._has_told_end = False  # to the cache
@@ -390,17 +409,9 @@ class ProgramExecutor:
             self._failed(run, error)
         if has_news:
             self._pump()
-        if self._graph.rests is not None:
-            self._host.engine.before_next_step(self._let_go_on)
-
-    def _let_go_on(self) -> None:
-        """Let what the program's function asks for, because of the last step's outputs, be part of the next step.
-
-        That step waits for it, but not long: a function that took longer is waited for less the next time.
-        """
         rests, self._graph.rests = self._graph.rests, None
         if rests is not None:
-            self._patience_s = _PATIENCE_S if rests.wait(self._patience_s) else self._patience_s / 4
+            self._host.let_go_on(rests)
 
     def _request_ended(self, run: NodeRun, at: _AtEngine, output: RequestOutput) -> None:
         with self._lock:

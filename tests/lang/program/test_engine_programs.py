@@ -17,8 +17,8 @@ from ramet import Engine, State, function, gen, select
 from ramet.errors import ContextOverflow, InvalidProgram, ProgramCancelled, ProgramError
 from ramet.lang.backends.in_process import EngineBackend
 from ramet.lang.backends.protocol import Session
-from ramet.lang.graph.events import NodeEvent, OnEvent
-from ramet.lang.graph.ir import Generate, Graph, Sampling, Text
+from ramet.lang.graph.events import OnEvent
+from ramet.lang.graph.ir import Generate, Graph
 from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.programs import executor
@@ -156,7 +156,7 @@ class Gated:
 def test_what_a_branch_asks_for_once_it_has_read_is_part_of_the_next_step(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, is_checked: bool
 ) -> None:
-    monkeypatch.setattr(executor, "_PATIENCE_S", 60.0)
+    monkeypatch.setattr(executor, "PATIENCE_S", 60.0)
     first = gen("a", where=lambda text: len(text) > 0) if is_checked else gen("a")
 
     @function(temperature=0, max_tokens=3, ignore_eos=True)
@@ -188,39 +188,20 @@ def test_what_a_branch_asks_for_once_it_has_read_is_part_of_the_next_step(
     assert steps(lambda: program.run(backend=backend)) == steps(replay)
 
 
-def test_a_function_that_takes_long_is_waited_for_less_and_less(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[float] = []
-
-    class Rests(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            assert timeout is not None
-            asked.append(timeout)
-            return self.is_set()
-
-    rests, ended = Rests(), threading.Semaphore(0)
-    waits: list[Callable[[], object]] = []
+def test_functions_that_take_long_are_waited_for_less_and_less(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, waits = executor.ProgramHost(engine), list[Callable[[], object]]()
     monkeypatch.setattr(engine, "before_next_step", waits.append)
-
-    def on_event(event: NodeEvent) -> threading.Event | None:
-        if event.kind == "done" and event.usage is not None:
-            ended.release()
-        return rests
-
-    session = EngineBackend(engine).start(ProgramOptions(), on_event)
-    for index in range(5):
-        if index == 3:
-            rests.set()
-        text = Text(id=2 * index, parts=("some text",))
-        written = Generate(id=2 * index + 1, parent=2 * index, sampling=Sampling(max_tokens=1))
-        session.extend(Graph((text, written), first=2 * index))
-        assert ended.acquire(timeout=60)
-        while len(waits) <= index:
-            time.sleep(0.001)
-        waits[index]()
-    first = executor._PATIENCE_S
-    assert asked == [first, first / 4, first / 16, first / 64, first]
+    slow, quick = threading.Event(), threading.Event()
+    quick.set()
+    patience = []
+    for rests in ([slow], [quick, slow], [slow], [quick, quick]):
+        for one in rests:
+            host.let_go_on(one)
+        while waits:
+            waits.pop()()
+        patience.append(host.patience_s)
+    first = executor.PATIENCE_S
+    assert patience == [first / 4, first / 16, first / 64, first]
 
 
 @pytest.mark.parametrize(
