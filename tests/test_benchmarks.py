@@ -11,6 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from ramet.runtime.models.weights import expected_tensors
+from ramet.runtime.testing.dummy import describe_tiny, dummy_decoder
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -193,3 +197,22 @@ def test_a_feature_that_fails_on_a_machine_costs_itself_alone(
     assert (tmp_path / "flags.txt").read_text().splitlines() == flags
     on = next(line["on"] for line in reversed(lines) if "on" in line)
     assert on == [name for name in RUNGS if name not in plants or name == RUNGS[-1]]
+
+
+@pytest.mark.parametrize("script", ["gptq"], indirect=True)
+def test_a_calibration_makes_the_products_of_4_bit_weights_better(script: ModuleType) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2000, 96) @ torch.randn(96, 96) * torch.logspace(-1, 1, 96)
+    weight = torch.randn(40, 96)
+    plain, calibrated = script.in_4_bits(weight), script.in_4_bits_for(weight, x.T @ x)
+    errors = [float(((rounded - weight) @ x.T).norm()) for rounded in (plain, calibrated)]
+    assert errors[1] < 0.8 * errors[0], errors
+    for rounded in (plain, calibrated):  # 16 values a group of columns
+        assert all(len(group.unique()) <= 16 for row in rounded for group in row.split(script.group_of(96)))
+    tiny = describe_tiny()
+    decoder = dummy_decoder(tiny.config, "cpu", torch.float32)
+    found = script.calibrate(decoder, [[i % 200 for i in range(start, start + 64)] for start in range(4)])
+    shapes = expected_tensors(tiny.config)
+    assert {name: tuple(matrix.shape) for name, matrix in found.items()} == {
+        name: shape for name, shape in shapes.items() if ".layers." in name and len(shape) == 2
+    }
