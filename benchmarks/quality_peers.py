@@ -121,9 +121,8 @@ def server(model: str, threads: int) -> Answer:
     atexit.register(process.terminate)
 
     def ask(one: Ask) -> tuple[str, int]:
-        schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": one["source"]}}
         constraint = {
-            "json": {"response_format": schema},
+            "json": {"json_schema": one["source"]},
             "choice": {"guided_choice": one["source"]},
             "regex": {"regex": one["source"]},
             "free": {"stop": one["stop"]},

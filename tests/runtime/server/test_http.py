@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import zstandard
 
+from ramet import Remote, State, function, gen
 from ramet.runtime.server import sending
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.sending import COMMENT, EventStream
@@ -27,6 +28,33 @@ def test_every_answer_has_an_id_which_may_be_the_clients(server: Server) -> None
         made = server.client.get("/v1/models", headers={"x-request-id": wrong}).headers["x-request-id"]
         assert re.fullmatch("[0-9a-f]{32}", made)
     assert server.client.get("/nowhere").headers["x-request-id"]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "b": {"enum": ["x", "é/"]},
+        "a": {"type": "integer"},
+        "list": {"items": {"type": "boolean"}, "maxItems": 2},
+    },
+    "required": ["a", "b"],
+}
+
+
+@pytest.mark.parametrize("prompt", ["Note: Ada is 36. JSON: ", "A list of facts:\n"])
+def test_a_schema_is_answered_over_completions_as_the_language_answers_it(server: Server, prompt: str) -> None:
+    body = {"prompt": prompt, "max_tokens": 60, "temperature": 0, "json_schema": SCHEMA}
+    answer = server.client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+    @function(temperature=0)
+    def program(s: State) -> None:
+        s += prompt
+        s += gen("facts", SCHEMA, max_tokens=60)
+
+    with Remote(server.url) as remote:
+        said = program.run(backend=remote).text()
+    assert said == prompt + answer
+    assert list(json.loads(answer))[:2] == ["b", "a"]
 
 
 def test_a_wrong_method_is_told_the_right_ones(server: Server) -> None:
