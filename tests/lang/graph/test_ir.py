@@ -160,6 +160,7 @@ GEN = {"kind": "generate", "id": 0, "name": "x"}
         ([{"kind": "role", "id": 0, "role": "wizard", "is_open": True}], "roles are system, user"),
         ([{"kind": "join", "id": 0, "branches": []}], "joins no branches"),
         ([GEN, {"kind": "capture", "id": 1, "start": 0}], "not on its branch"),
+        ([GEN, {"kind": "capture", "id": 1, "parent": 0, "start": 0, "of": "tokens"}], "path begins with the branch"),
         ([{"kind": "argument", "id": 0, "name": "a"}, {"kind": "argument", "id": 1, "name": "a"}], "second time"),
         ([{"kind": "spell", "id": 0}], "not a program graph: Invalid value 'spell'"),
         ([{"kind": "text", "id": "0", "parts": []}], r"\$\.nodes"),
