@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ from ramet.runtime.types import Request, Sequence, TokenIds
 SOURCES = ("runs", "tree", "given", "text", "model")  # in the order of a sequence's array; a model is none of it
 _APART = np.full(1, -1, dtype=np.int32)  # no token: where one part of an array ends
 _SHORTEST, _LONGEST = 2, 16  # tokens of an occurrence: fewer mean nothing, more are not counted
+_MOST_PLACES = 128  # occurrences: of more, only the longer ones are looked at, and of a source only the last ones
 _REACH = 16_384  # tokens of the client's draft, and of the text's end, in which occurrences are looked for
 _TAIL = 8  # tokens of a prompt's end by which earlier answers are found
 _MAX_RUNS, _MAX_RUN_TOKENS = 4, 2_048  # earlier answers of one kind of prompt, and the tokens kept of each
@@ -179,8 +180,9 @@ class TextDrafts:
         text, last = self._tokens[: self._num_tokens], self._num_tokens - 1
         if last < _SHORTEST:
             return
-        # Places of the last token of an occurrence.
-        found = 1 + np.flatnonzero((text[1:last] == text[last]) & (text[: last - 1] == text[last - 1]))
+        # Places of the last token of an occurrence, behind which a token follows.
+        same = (text[1:last] == text[last]) & (text[: last - 1] == text[last - 1]) & (text[2 : last + 1] >= 0)
+        found = 1 + np.flatnonzero(same)
         changed = self._changed
         if changed is not None:
             near = found[(found >= changed - 1) & (found < changed + _NEAR)]
@@ -193,6 +195,16 @@ class TextDrafts:
             self._num_to_skip = min(self._num_in_vain, 8)
             return
         found += 1
+        size = _SHORTEST
+        while len(found) > _MOST_PLACES and size < _LONGEST:
+            longer = found[found > size]
+            longer = longer[text[longer - 1 - size] == text[last - size]]
+            if not len(longer):
+                break
+            found, size = longer, size + 1
+        if len(found) > _MOST_PLACES:
+            cuts = [0, *np.searchsorted(found, self._borders).tolist(), len(found)]
+            found = np.concatenate([found[max(low, high - _MOST_PLACES) : high] for low, high in pairwise(cuts)])
         longest: dict[int, tuple[int, int]] = {}  # by source: length and place
         for place, length in zip(found.tolist(), _lengths(text, found).tolist(), strict=True):
             source = bisect_right(self._borders, place)

@@ -8,13 +8,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.probe import following
 from ramet.runtime.cache.radix_cache import RadixCache
+from ramet.runtime.speculation import drafts as drafts_module
 from ramet.runtime.speculation.drafts import SOURCES, EarlierRuns, TextDrafts
 from ramet.runtime.speculation.speculation import Speculation, StepTimes
-from ramet.runtime.types import Batch, FinishReason, Request, SamplingParams, ScheduledSequence, Sequence, Status
+from ramet.runtime.types import (
+    Batch,
+    FinishReason,
+    Request,
+    SamplingParams,
+    ScheduledSequence,
+    Sequence,
+    Status,
+    TokenIds,
+)
 
 END = 999
 
@@ -152,6 +163,27 @@ def test_a_passage_goes_on_behind_a_word_that_the_text_changes() -> None:
         right += draft is not None and draft.tokens == [new[place]]
         drafts.follow([new[place]])
     assert right == len(new) - 10 - 3, "all but the changed words"
+
+
+def test_of_thousands_of_occurrences_a_few_hundred_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at = []
+
+    def counted(text: TokenIds, places: NDArray[np.intp]) -> NDArray[np.intp]:
+        looked_at.append(len(places))
+        return lengths(text, places)
+
+    lengths = drafts_module._lengths
+    monkeypatch.setattr(drafts_module, "_lengths", counted)
+    tail, runs = [50, 51, 52, 53, 54, 55, 7, 7], EarlierRuns()
+    runs.add(make_sequence([1, *tail], [7] * 2_000, max_tokens=2_000))
+    given = np.full(8_000, 7, dtype=np.int32)
+    drafts = TextDrafts(make_sequence([*[7] * 8_000, *tail], [], expected_ids=given), runs, worth=only("runs"))
+    assert drafts.propose(3) == ([7, 7, 7], SOURCES.index("runs"), 8)
+    drafts = TextDrafts(make_sequence([7] * 8_000, [], expected_ids=given), runs, worth=only("given"))
+    assert drafts.propose(3) == ([7], SOURCES.index("given"), 16), "what follows its last occurrence"
+    assert 128 < max(looked_at) <= 4 * 128
 
 
 def only(name: str) -> Callable[[int, int], float]:
