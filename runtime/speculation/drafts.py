@@ -116,12 +116,12 @@ class TextDrafts:
         if request.expected_ids is not None:
             expected = [tail, request.expected_ids[:_REACH], _APART]
         own = sequence.tokens(max(sequence.num_tokens - _REACH, 0), sequence.num_tokens)
-        known = np.concatenate([*earlier, *cached, *expected, own])
-        self._num_tokens = len(known)
-        self._tokens = np.empty(len(known) + request.max_tokens - len(sequence.output_ids), dtype=np.int32)
-        self._tokens[: len(known)] = known  # the rest takes memory once it is written
         # Where the second source begins, and those after it.
         self._borders = tuple(accumulate(sum(map(len, parts)) for parts in (earlier, cached, expected)))
+        self._num_tokens = self._borders[-1] + len(own)
+        self._tokens = np.empty(self._num_tokens + request.max_tokens - len(sequence.output_ids), dtype=np.int32)
+        # What is not written yet takes no memory.
+        np.concatenate([*earlier, *cached, *expected, own], out=self._tokens[: self._num_tokens])
         self._worth = worth
         self.rivals: list[tuple[int, int, int]] = []
         self._ends = request.stop_ids
