@@ -135,11 +135,11 @@ class EngineServer:
         self._lock = threading.Lock()
         self.questions: dict[str, Callable[..., object]] = {
             "stats": engine.stats,
-            "flush_cache": engine.flush_cache,
-            "check_integrity": engine.check_integrity,
-            "whole_cache": engine.whole_cache,
-            "activity": engine.take_activity,
-            "segments": engine.segments,
+            "flush_cache": lambda: engine.flush_cache(),  # engines of tests need not have what nobody asks for
+            "check_integrity": lambda: engine.check_integrity(),
+            "whole_cache": lambda: engine.whole_cache(),
+            "activity": lambda: engine.take_activity(),
+            "segments": lambda: engine.segments(),
             "load_adapter": self._load_adapter,
             "unload_adapter": self._unload_adapter,
             "latest_prefixes": self._latest_prefixes,
