@@ -74,10 +74,10 @@ class Clock:
             return launch(batch)
 
         def run_once_timed() -> bool:
-            before = core.num_steps
+            before = core.scheduler.counters.num_steps
             begun = time.thread_time()
             goes_on = run_once()
-            if core.num_steps > before:
+            if core.scheduler.counters.num_steps > before:
                 self.steps[self.kind].append(time.thread_time() - begun)
             return goes_on
 

@@ -113,7 +113,8 @@ class Walk:
     def run(self, name: str) -> None:
         device, core = self.device, self.core
         device.phase = name
-        replays, steps = device.replays, core.num_steps
+        replays, counters = device.replays, core.scheduler.counters
+        steps = counters.num_steps
         while core.has_work:
             core.step()
         core.scheduler.check_integrity()
@@ -123,7 +124,7 @@ class Walk:
         self.sequences.clear()
         waits = {what: count for (phase, what), count in device.waits.items() if phase == name}
         print(
-            f"    {name:10} {core.num_steps - steps:4d} steps, {device.replays - replays:4d} graphs, "
+            f"    {name:10} {counters.num_steps - steps:4d} steps, {device.replays - replays:4d} graphs, "
             f"{device.launches.get(name, 0):5d} launches by the host" + (f", waits {waits}" if waits else "")
         )
 

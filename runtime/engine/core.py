@@ -59,7 +59,6 @@ class EngineCore:
         self.grammars = grammars
         self.overlap = overlap
         self.context_length = context_length
-        self.num_steps = 0
         self._in_flight: LaunchedStep | None = None
         self.watch = StepWatch()
         self._launched_s: deque[float] = deque()  # of the steps that are not collected
@@ -167,7 +166,6 @@ class EngineCore:
 
     def launch(self, batch: Batch) -> LaunchedStep:
         """Start a step on the device, with the host's masks, grammar states and edits."""
-        self.num_steps += 1
         self._launched_s.append(time.monotonic())
         self._worked_s = time.thread_time()
         extends = batch.items[batch.num_decode :]

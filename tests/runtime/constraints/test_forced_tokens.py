@@ -45,9 +45,9 @@ def both(engine: Engine, grammar: Any, sampling: SamplingParams) -> tuple[Any, A
             if not appends:
                 patch.setattr(HostAutomaton, "forced_run", lambda automaton, token: [])
             engine.flush_cache()
-            before = engine._core.num_steps
+            before = engine._core.scheduler.counters.num_steps
             result = engine.generate("Data: ", sampling, grammar=grammar)
-        found.append((result, engine._core.num_steps - before))
+        found.append((result, engine._core.scheduler.counters.num_steps - before))
     engine.check_integrity()
     (first, steps), (second, steps_decoded) = found
     return first, second, steps, steps_decoded

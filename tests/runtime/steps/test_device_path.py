@@ -221,7 +221,7 @@ def test_edited_logits_and_log_probabilities_give_the_tokens_of_the_host(
         step_sync = core.step_sync
 
         def note() -> list[Update]:
-            synchronous.append(core.num_steps)
+            synchronous.append(core.scheduler.counters.num_steps)
             return step_sync()
 
         monkeypatch.setattr(core, "step_sync", note)
