@@ -268,6 +268,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=160, help="of an answer, at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--draft", help="a model that drafts, too")
+    parser.add_argument(
+        "--auto-first", action="store_true", help="make the engine with drafts first: the second is slower"
+    )
     parser.add_argument("--sources", action="store_true", help="measure the drafts alone")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path)
@@ -281,6 +284,8 @@ def main() -> None:
         return
     settings = {"dtype": arguments.dtype, "num_threads": arguments.threads, "num_kv_tokens": 1 << 17, "device": "cpu"}
     modes = {"off": {}, "auto": {"speculative_draft": arguments.draft}}
+    if arguments.auto_first:
+        modes = dict(reversed(modes.items()))
     engines = {mode: Engine(arguments.model, speculative=mode, **more, **settings) for mode, more in modes.items()}
     # Each has its own grammar: whoever is first at a state of a grammar makes its mask.
     works = {mode: Work(engine, arguments.tokens, arguments.clock) for mode, engine in engines.items()}
