@@ -256,12 +256,14 @@ class Select(Node, frozen=True, tag="select"):
 class Fork(Node, frozen=True, tag="fork"):
     """The start of branch `index` of `width`.
 
-    All Fork nodes of one fork have the same parent and the same `group`, the id of the first of them.
+    All Fork nodes of one fork have the same parent and the same `group`, the id of the first of them. `is_race`: one
+    branch of the fork is enough, so a failure does not end the program while another branch has not failed.
     """
 
     group: int
     index: int
     width: int
+    is_race: bool = False
 
     is_border = True
 

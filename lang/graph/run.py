@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -104,6 +104,7 @@ class GraphRun:
         self._arguments: dict[str, ir.JsonValue] = {}
         self._ready: deque[NodeRun] = deque()
         self._stopped: list[NodeRun] = []
+        self._failed_branches: defaultdict[int, set[int]] = defaultdict(set)  # of forks that are races
         self._num_over = 0
         self._is_cancelled = False
         self._budget_left = options.token_budget
@@ -240,15 +241,26 @@ class GraphRun:
             self._satisfy(user)
 
     def failed(self, run: NodeRun, error: Exception) -> None:
-        """Fail a node and all that needs it, and cancel the rest of the program."""
+        """Fail a node and all that needs it, and cancel the rest of the program, unless other branches race with it."""
         if run.is_over:
             return
         self._fail_all([run], error)
-        if not isinstance(error, ProgramCancelled):
+        if not isinstance(error, ProgramCancelled) and not self._has_rivals(run.node):
             line = f" ({run.node.line})" if run.node.line else ""
             sibling = ProgramCancelled(f"cancelled because node {run.node.id}{line} failed: {error}")
             sibling.__cause__ = error
             self._fail_all(self.nodes, sibling)
+
+    def _has_rivals(self, node: ir.Node | None) -> bool:
+        """Note that a node's branches have failed. Returns whether one of them races with a branch that has not."""
+        while node is not None:
+            if isinstance(node, ir.Fork) and node.is_race:
+                failed = self._failed_branches[node.group]
+                failed.add(node.index)
+                if len(failed) < node.width:
+                    return True
+            node = None if node.parent is None else self.nodes[node.parent].node
+        return False
 
     def cancel(self, nodes: Sequence[int] | None = None) -> None:
         """Stop these nodes and all that need them. None stops the whole program, including its later parts."""

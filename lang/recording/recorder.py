@@ -324,14 +324,15 @@ class Recorder:
 
     # Branches.
 
-    def fork(self, width: int) -> list[Recorder]:
-        """Split into branches that continue from here. This one continues as well."""
+    def fork(self, width: int, *, is_race: bool = False) -> list[Recorder]:
+        """Split into branches that continue from here. This one continues as well. `is_race`: see ir.Fork."""
         if not isinstance(width, int) or width < 1:
             raise InvalidProgram(f"fork({width!r}): a fork needs at least one branch", program=self.program)
         self.check_open()
         self.record_late()
         self._num_forks += 1
-        return [self._branch(tip, index) for index, tip in enumerate(self.run.record_fork(self.tip, width))]
+        tips = self.run.record_fork(self.tip, width, is_race=is_race)
+        return [self._branch(tip, index) for index, tip in enumerate(tips)]
 
     def fork_for(self, items: Iterable[T]) -> Iterator[tuple[Recorder, T]]:
         """Split off a branch for each item, when the item comes. Like a fork, but its width is not known before."""

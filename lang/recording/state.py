@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
-from ramet.errors import InvalidProgram, ProgramError, UndefinedVariable
+from ramet.errors import CheckFailed, InvalidProgram, ProgramError, UndefinedVariable
 from ramet.lang import explain as explanations
 from ramet.lang.backends.default import choose_backend
 from ramet.lang.graph import ir
@@ -251,13 +251,25 @@ class State(Generic[R]):
     def first_of(self, *items: Appendable) -> int:
         """Append each item on its own branch, continue as the first branch that is done, and cancel the others.
 
-        Returns its index. Failed branches are skipped; if all fail, the first one's error is raised.
+        Returns its index. Failed branches are skipped; if all fail, the first one's error is raised. Checks in Python
+        (`where`) of all items are waited for.
         """
-        branches = self.recorder.fork(len(items))
-        for branch, item in zip(branches, items, strict=True):
-            branch.append(item)
-            branch.record_late()
-        index = self.recorder.run.first_done([branch.tip for branch in branches if branch.tip is not None])
+        branches = self.recorder.fork(len(items), is_race=True)
+
+        def write(branch: Recorder, item: Appendable) -> CheckFailed | None:
+            try:
+                branch.append(item)
+                branch.record_late()
+            except CheckFailed as error:  # of a check in Python; other nodes fail while the race is waited for
+                return error
+            return None
+
+        run = self.recorder.run
+        failures = run.together(write, branches, items)
+        left = [i for i, failure in enumerate(failures) if failure is None]
+        if not left and failures[0] is not None:
+            raise failures[0]
+        index = left[run.first_done([tip for i in left if (tip := branches[i].tip) is not None])]
         for other, branch in enumerate(branches):
             if other != index:
                 branch.cancel()

@@ -123,14 +123,16 @@ class Run:
             self.nodes.append(kind(id=node, parent=parent, line=line or caller_line(), **fields))
         return node
 
-    def record_fork(self, parent: int | None, width: int) -> list[int]:
+    def record_fork(self, parent: int | None, width: int, *, is_race: bool = False) -> list[int]:
         """Append the Fork nodes of all branches of one fork, and return their ids."""
         self._wait_for_staged()
         line = caller_line()
         with self._lock:
             group = len(self.nodes)
             for index in range(width):
-                fork = ir.Fork(id=group + index, parent=parent, line=line, group=group, index=index, width=width)
+                fork = ir.Fork(
+                    id=group + index, parent=parent, line=line, group=group, index=index, width=width, is_race=is_race
+                )
                 self.nodes.append(fork)
         return list(range(group, group + width))
 

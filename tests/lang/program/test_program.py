@@ -913,6 +913,35 @@ def test_the_first_branch_that_is_done_wins_and_the_others_are_cancelled() -> No
     assert eventually(lambda: slow.stats().num_cancelled == 1)
 
 
+@pytest.mark.parametrize("good", [0, 1, None])
+@pytest.mark.parametrize("is_checked_in_python", [False, True])
+def test_branches_that_fail_are_skipped_by_first_of_unless_all_fail(
+    good: int | None, is_checked_in_python: bool
+) -> None:
+    def item(index: int) -> Any:
+        if is_checked_in_python:
+            return f"{index}: " + gen("x", where=lambda text: text == "fine", retries=0)
+        return f"{index}: " + gen("x")
+
+    @function
+    def program(s: State) -> int:
+        index = s.first_of(item(0), item(1))
+        s += "; and then " + gen("after")
+        return index
+
+    script = {"and then ": "more", **({} if good is None else {f"{good}: ": "fine"})}
+    if is_checked_in_python:
+        backend = MockBackend({"0: ": "wrong", "1: ": "wrong", **script})
+    else:
+        backend = MockBackend(script, strict=True)  # a prompt without an answer fails
+    if good is None:
+        with pytest.raises(ProgramError, match="0"):
+            program.run(backend=backend)
+        return
+    state = program.run(backend=backend)
+    assert (state.result, state.text()) == (good, f"{good}: fine; and then more")
+
+
 # Giving up.
 
 
