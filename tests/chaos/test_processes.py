@@ -147,7 +147,6 @@ def test_the_systems_clock_may_jump(tiny_model: LoadedModel, monkeypatch: pytest
         assert first.text() == program.run(backend=engine).text()
         assert len(engine.submit("a", SamplingParams(max_tokens=5, ignore_eos=True), deadline_s=300).result().text) > 0
         late = function(lambda s: s.append("x" + gen("x", max_tokens=400, ignore_eos=True)))
-        state = late.run(backend=engine, timeout_s=1e-4)
         with pytest.raises(DeadlineExceeded):
-            state["x"]
+            late.run(backend=engine, timeout_s=1e-4)
     assert not [thread for thread in threading.enumerate() if thread.name == "ramet-engine" and thread.is_alive()]
