@@ -1,4 +1,4 @@
-"""A language model of DSPy on any of Ramet's backends: `dspy.configure(lm=ramet_lm(Engine("smollm2-135m")))`.
+"""A language model of DSPy on any of Ramet's backends: `dspy.configure(lm=as_dspy_lm(Engine("smollm2-135m")))`.
 
 DSPy (3.4 or newer) keeps its own cache, retries and history. Each of its requests is one program here: the system's
 text, the messages, and the assistant's answer, which a schema of DSPy's JSONAdapter constrains. What has no place in
@@ -27,7 +27,7 @@ Request = Any  # of DSPy, which need not be installed
 Response = Any
 
 
-def ramet_lm(backend: object | None = None, *, model: str = "ramet", **options: Any) -> dspy.LM:
+def as_dspy_lm(backend: object | None = None, *, model: str = "ramet", **options: Any) -> dspy.LM:
     """Return a language model for `dspy.configure`, or for one module.
 
     `backend`: an engine, a backend, or a server's address; None: the default one. `model`: its name in DSPy's history

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ramet import MockBackend
-from ramet.integrations.dspy_lm import ramet_lm
+from ramet.integrations.dspy_lm import as_dspy_lm
 
 dspy = pytest.importorskip("dspy", minversion="3.4")
 
@@ -17,7 +17,7 @@ ANSWER = "[[ ## answer ## ]]\n4\n\n[[ ## completed ## ]]"
 
 
 def test_a_module_reads_what_the_backend_writes_and_counts_its_tokens() -> None:
-    lm = ramet_lm(MockBackend({"2 + 2": ANSWER}), cache=False)
+    lm = as_dspy_lm(MockBackend({"2 + 2": ANSWER}), cache=False)
     with dspy.context(lm=lm):
         assert dspy.Predict("question -> answer: int")(question="2 + 2?").answer == 4
     (call,) = lm.history
@@ -26,7 +26,7 @@ def test_a_module_reads_what_the_backend_writes_and_counts_its_tokens() -> None:
 
 
 def test_an_async_module_and_many_threads_use_one_backend() -> None:
-    lm = ramet_lm(MockBackend({"question": ANSWER}), cache=False)
+    lm = as_dspy_lm(MockBackend({"question": ANSWER}), cache=False)
     found: list[int] = []
 
     def ask(number: int) -> None:
@@ -49,7 +49,7 @@ def test_an_async_module_and_many_threads_use_one_backend() -> None:
 
 def test_the_json_adapters_schema_constrains_the_answer() -> None:
     backend = MockBackend(["anything"])  # what fits the schema is written in its place
-    lm = ramet_lm(backend, cache=False)
+    lm = as_dspy_lm(backend, cache=False)
     with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
         found = dspy.Predict("question -> answer: int, is_sure: bool")(question="2 + 2?")
     assert isinstance(found.answer, int)
@@ -59,7 +59,7 @@ def test_the_json_adapters_schema_constrains_the_answer() -> None:
 def test_settings_reach_the_generation_and_others_are_refused_by_name() -> None:
     from dspy import lm15
 
-    lm = ramet_lm(MockBackend({"go": "a b c d"}), cache=False)
+    lm = as_dspy_lm(MockBackend({"go": "a b c d"}), cache=False)
 
     def ask(**config: Any) -> Any:
         message = lm15.Message.user("go")
@@ -74,7 +74,7 @@ def test_settings_reach_the_generation_and_others_are_refused_by_name() -> None:
 
 
 def test_a_failure_of_the_backend_is_raised_and_the_next_call_is_answered() -> None:
-    lm = ramet_lm(
+    lm = as_dspy_lm(
         MockBackend({"question": ANSWER}, failures={"bad": ValueError("no luck")}), cache=False, num_retries=0
     )
     with dspy.context(lm=lm):

@@ -202,7 +202,7 @@ def test_partial_values_come_over_a_connection_while_the_value_is_written(
         for trip in plan.stream(var="trip", backend=remote):
             found.append(trip)
             steps.release(3)
-    assert found[0] == {"city": "Lyon"} or found[0] == {"city": "Lyon", "stops": []}
+    assert found[0] in ({}, {"city": "Lyon"}, {"city": "Lyon", "stops": []})  # of three steps of the engine
     assert found[-1] == WRITTEN
     assert len(found) > 3
 
