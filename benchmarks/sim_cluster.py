@@ -474,7 +474,8 @@ def decision_cost(num_replicas: int, num_requests: int) -> dict[str, Any]:
     before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     number = itertools.count(1)
     # By replica: keys of its first content that are still there, the longest prefix last; and the keys that came since.
-    old, came_later = list[array[int]](), [set(shared) for _ in range(num_replicas)]
+    old: list[array[int]] = []
+    came_later = [set(shared) for _ in range(num_replicas)]
     for replica in range(num_replicas):
         own = [(next(number) << 8) | (i & 0xFF) for i in range(65, KV_TOKENS // 16)]
         router.add(replica, KV_TOKENS // 16)
