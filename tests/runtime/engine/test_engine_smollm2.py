@@ -82,6 +82,7 @@ def test_greedy_texts_are_the_same_alone_and_from_the_cache(
     engine.check_integrity()
 
 
+# Without OpenMP there are no workers that could stay; the threads that it starts are listed in Linux's /proc alone.
 @pytest.mark.skipif(sys.platform != "linux" or not IS_PARALLEL, reason="counts threads in /proc, needs an OpenMP")
 def test_an_idle_engine_has_no_workers_that_would_slow_another_one_down(smollm2_path: Path) -> None:
     busy: list[int] = []

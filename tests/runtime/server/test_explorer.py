@@ -266,7 +266,7 @@ def test_nobody_is_asked_while_nobody_watches_and_watchers_are_bounded(monkeypat
 def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
+    if path is None:  # a machine for servers has no browser; all other tests of this file look at the page without one
         pytest.skip("no chromium, chromium-browser or google-chrome on the path")
     with api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
