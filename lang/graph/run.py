@@ -252,7 +252,7 @@ class GraphRun:
             self._fail_all(self.nodes, sibling)
 
     def _has_rivals(self, node: ir.Node | None) -> bool:
-        """Note that a node's branches have failed. Returns whether one of them races with a branch that has not."""
+        """Note that a node's branches are out of their races. Returns whether one races with a branch that is not."""
         while node is not None:
             if isinstance(node, ir.Fork) and node.is_race:
                 failed = self._failed_branches[node.group]
@@ -266,6 +266,8 @@ class GraphRun:
         """Stop these nodes and all that need them. None stops the whole program, including its later parts."""
         reason = ProgramCancelled("the program was cancelled" if nodes is None else "this branch was cancelled")
         self._is_cancelled = self._is_cancelled or nodes is None
+        for index in nodes or ():
+            self._has_rivals(self.nodes[index].node)  # what was given up in a race is no rival of what goes on
         self._fail_all(self.nodes if nodes is None else [self.nodes[i] for i in nodes], reason)
 
     def provide(self, node: int, value: ir.JsonValue = None, error: Exception | None = None) -> None:

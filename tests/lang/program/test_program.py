@@ -942,6 +942,27 @@ def test_branches_that_fail_are_skipped_by_first_of_unless_all_fail(
     assert (state.result, state.text()) == (good, f"{good}: fine; and then more")
 
 
+def test_what_fails_after_a_race_ends_the_program() -> None:
+    @function
+    def program(s: State) -> None:
+        s.first_of("one: " + gen("x"), "two: " + gen("x"))
+        bad, slow = s.fork(2)
+        bad += "; bad: " + gen("y")
+        slow += "; slow: " + gen("z")
+        s.join([bad, slow])
+
+    def script(prompt: str) -> str:
+        if prompt.endswith("bad: "):
+            raise ValueError("bad luck")
+        return "a " * 400 if prompt.endswith("slow: ") else "fine"
+
+    backend = MockBackend(script, latency_s=0.02)
+    state = program.run(backend=backend, failures="keep")
+    ended = {event.name: event for event in state.record.events.values()}
+    assert ended["z"].error is not None
+    assert ended["z"].error.is_cancelled
+
+
 # Giving up.
 
 
