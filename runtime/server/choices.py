@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from ramet.errors import GrammarError, InvalidRequest, RametError
+from ramet.errors import GrammarError, InvalidRequest
 from ramet.grammar.tools.events import CallStart, ToolCallReader
 from ramet.grammar.tools.formats import ToolFormat
 from ramet.lang.graph.ir import Constraint
@@ -320,7 +320,7 @@ async def _pump(index: int, choice: ChoiceStream, queue: asyncio.Queue[tuple[int
         async with contextlib.aclosing(aiter(choice)) as outputs:
             async for output in outputs:
                 await queue.put((index, output))
-    except (HttpError, RametError) as error:
+    except Exception as error:  # whatever it is, `merged` raises it: without it the answer would wait for ever
         await queue.put((index, error))
 
 
