@@ -154,7 +154,13 @@ class EngineServer:
             logger.warning("a first constraint failed: %s", error)
 
     def carry_out(self, command: Command) -> None:
-        """Start one command. A caller's mistake is reported, never raised."""
+        """Start one command. Nothing is raised: an error, a bug of ours too, is reported to its caller alone."""
+        try:
+            self._start(command)
+        except Exception as error:  # the other commands must not pay for it
+            self._fail(command, error)
+
+    def _start(self, command: Command) -> None:
         if isinstance(command, Submit):
             self._submit(command)
         elif isinstance(command, Abort):
@@ -167,6 +173,22 @@ class EngineServer:
             self._provide(command)
         else:
             self._answer(command)
+
+    def _fail(self, command: Command, error: Exception) -> None:
+        """Tell the caller of a command that it failed for a reason that nobody expected."""
+        logger.error("a command failed: %s", type(command).__name__, exc_info=error)
+        told = EngineStopped(f"the engine could not carry this out: {error!r}")
+        if isinstance(command, Submit):
+            self._report_error(command, told)
+        elif isinstance(command, Ask):
+            self._send(Answer(command.id, error=ErrorInfo.of(told)))
+        else:
+            for name in command.row_ids() if isinstance(command, StartProgram) else [command.id]:
+                executor = self._programs.pop(name, None)
+                if isinstance(command, StartProgram) or executor is not None:  # who aborts a request has left already
+                    self._send(ProgramEvent(name, error=ErrorInfo.of(told)))
+                if executor is not None:
+                    executor.cancel()
 
     def _submit(self, command: Submit) -> None:
         if command.constraint is None:
@@ -181,8 +203,11 @@ class EngineServer:
             error = future.exception()
             if error is not None:
                 self._report_error(command, error)
-            else:
+                return
+            try:
                 self._submit_compiled(command, future.result(), time.monotonic() - start_s)
+            except Exception as unexpected:  # a future keeps what its callbacks raise to itself
+                self._fail(command, unexpected)
 
         future = self._host.model.grammars.get(command.constraint, command.client)
         with self._lock:
@@ -365,6 +390,8 @@ class EngineServer:
                 self._send(Answer(command.id, self.questions[command.what](**command.arguments)))
             except RametError as error:
                 self._send(Answer(command.id, error=ErrorInfo.of(error)))
+            except Exception as error:
+                self._fail(command, error)
 
         threading.Thread(target=answer, name="ramet-answer", daemon=True).start()
 
