@@ -115,7 +115,7 @@ class RemoteSession:
     def extend(self, graph: ir.Graph, *, is_last: bool = False) -> None:
         if graph.arguments:
             graph.to_json()  # a wrong part raises here, in the caller
-        self._index.add(graph)
+        self._index.add(graph, is_bound=True)
         self._is_complete = is_last
         self._call(self._program.take_part, graph, is_last)
 

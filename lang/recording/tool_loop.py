@@ -40,6 +40,7 @@ def tool_loop(
     parallel: bool = True,
     on_error: Literal["raise", "report"] = "raise",
     loop: asyncio.AbstractEventLoop | None = None,
+    model: str = "",
     **sampling: Any,  # Any: sampling values, which are checked
 ) -> Generator[int, None, Value]:
     """Run the steps of one branch. Yields the generation that it needs, and resumes when that is done.
@@ -73,7 +74,7 @@ def tool_loop(
     for step in range(max_steps + 1):
         now = choice if step == 0 else "auto" if step < max_steps else "none"
         with recorder.message("assistant"):
-            message = Gen(name, ANSWER, _constraint(tools, now, parallel), values).record(recorder)
+            message = Gen(name, ANSWER, _constraint(tools, now, parallel), values, model=model).record(recorder)
         yield message.node
         _raise_failure(recorder.run, called)
         asked = message.read(WHY)["calls"]

@@ -247,7 +247,8 @@ class Run:
         self.read_quietly(item.node, "a text with this value in it")
         event = self._checked(item.node)
         value = event.value
-        return ir.render((item,), lambda _: event.text or ir.value_text(value), lambda _: value)
+        text = ir.shown_text(self.nodes[item.node], event.text) or ir.value_text(value)
+        return ir.render((item,), lambda _: text, lambda _: value)
 
     def foreign(self, key: bytes, index: int) -> object:
         """Return the text of another run's placeholder. Only enclosing runs can be asked."""

@@ -184,9 +184,10 @@ class ProgramExecutor:
         """
         with self._lock:
             run = self._graph.nodes[node]
-            if not run.is_over:
-                self._paths[node] = self._path_before(run)  # a tool adds no text
+            is_news = not run.is_over
             self._graph.provide(node, value, error)
+            if is_news and run.status == "done":
+                self._paths[node] = self._path_before(run).append(run.text)
         self._pump()
 
     def finish(self) -> None:
