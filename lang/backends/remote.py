@@ -349,6 +349,9 @@ class _Program:
             if text:
                 self._tell(row, msgspec.structs.replace(event, text=text))
             return
+        if event.kind == "call":
+            self._tell(row, event)  # who takes it knows the calls that began
+            return
         if event.kind == "tool":
             if event.node not in row.asked:
                 row.asked.add(event.node)

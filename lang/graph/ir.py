@@ -163,7 +163,8 @@ class Generate(Node, frozen=True, tag="generate"):
     `retries` times. Its text never joins the branch. `tells_text`: its text is reported as it is generated, whatever
     the options of the run say. `draft`: what the text is expected to be like; only its speed depends on it.
     `adapter`: the name of the adapter that writes it; empty: that of the run's options. `model`: the name of the model,
-    where the backend has several; empty: the first one.
+    where the backend has several; empty: the first one. `tells_calls`: each of its tool calls is reported (NodeEvent of
+    kind `call`) as soon as its text is closed, so that the tool can start while the text goes on.
     """
 
     name: str | None = None
@@ -172,6 +173,7 @@ class Generate(Node, frozen=True, tag="generate"):
     checks: tuple[Check, ...] = ()
     retries: int = 0
     tells_text: bool = False
+    tells_calls: bool = False
     draft: str = ""
     adapter: str = ""
     model: str = ""

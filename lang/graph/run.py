@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -190,6 +190,11 @@ class GraphRun:
         """Report a piece of generated text, if the caller wants it."""
         if self.tells_text(run):
             self._emit(run, "text", text=text)
+
+    def tell_call(self, run: NodeRun, index: int, call: Mapping[str, ir.JsonValue]) -> None:
+        """Report a tool call that a generation has closed: its `name` and `arguments`."""
+        if not run.is_over:
+            self._emit(run, "call", value={"index": index, "tool": call["name"], "arguments": call["arguments"]})
 
     def wants_text(self, run: NodeRun) -> bool:
         """Return whether text of a node is needed as it is generated: by the caller, or by nodes that use its parts."""

@@ -105,6 +105,7 @@ class Gen(Expr):
             draft=self.draft,
             adapter=self.adapter,
             model=self.model,
+            tells_calls=self.output.wire == "tools" and not recorder.run.stage_always,
             type=self.output.wire,
         )
         return _kept(recorder, NodeSource(recorder.run, node, self.name, self.output))

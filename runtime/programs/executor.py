@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -319,6 +319,7 @@ class ProgramExecutor:
             lead=lead,
             is_in_message=is_in_message,
             is_thinking=ir.is_thinking(self._index.nodes, node),
+            on_call=partial(self._graph.tell_call, run) if node.tells_calls and node.type == "tools" else None,
         )
         self._ask_engine(run, work)
 

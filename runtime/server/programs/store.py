@@ -122,6 +122,8 @@ class StoredProgram:
         if event.kind == "text":
             key = (row, event.node)
             self.texts[key] = self.texts.get(key, "") + event.text
+        elif event.kind == "call":
+            self.log.append((row, event))
         else:
             self.texts.pop((row, event.node), None)
             self.log.append((row, event))
@@ -299,7 +301,7 @@ class ProgramStore:
                 is_over = program.is_over
                 while after < len(program.log):
                     row, event = program.log[after]
-                    begun = sent.pop((row, event.node), 0)
+                    begun = 0 if event.kind == "call" else sent.pop((row, event.node), 0)
                     is_text = program.text_events and event.finish_reason is not None
                     if is_text and len(event.text) > begun:
                         yield after, row, NodeEvent(event.node, "text", event.name, event.text[begun:]), begun
