@@ -328,8 +328,9 @@ class ProgramStore:
         row = program.rows[number]
         try:
             async for report in events:
-                if report.event is not None:  # the last one has none
-                    program.note(number, report.event)
+                event = report.whole()
+                if event is not None:  # the last one has none
+                    program.note(number, event)
         except RametError as error:
             row.fail(type(error).__name__, str(error))
         if row.status == "running":
