@@ -66,9 +66,8 @@ class ProgramEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One request of a node, or of a text that stands in no program.
+    """One request of a node. With `score_from`, the prompt's tokens from there on are scored; nothing is generated.
 
-    With `score_from`, the prompt's tokens from there on are scored; nothing is generated.
     `before`: the prompt's last token, which was given back: the output's first token begins with it. `after`: the
     literal text that follows a constrained value, and ends it. `lead`: what the model may write before the value.
     """

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from ramet.lang.graph.prompt_tokens import GivenBack, takes_space
+from ramet.lang.graph.prompt_tokens import GivenBack
 from ramet.runtime.text.tokenizer import Tokenizer
 
 
@@ -29,7 +29,7 @@ Encode: TypeAlias = Callable[[Sequence[Piece], bool], list[int]]  # pieces, and 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Path:
-    """One point of one branch: the `tokens` added after `parent`, and the `pending` text after them.
+    """One point of one branch: the `tokens` added after `parent`, and the `piece` of text after them, if one waits.
 
     All branches that continue from here share it; it never changes. `length` counts all tokens up to here.
     `num_literal`: the bytes at the end of `tokens` that are the author's own text.
@@ -38,37 +38,54 @@ class Path:
     parent: Path | None = None
     tokens: tuple[int, ...] = ()
     length: int = 0
-    pending: tuple[Piece, ...] = ()
+    piece: Piece | None = None
     num_literal: int = 0
+
+    @property
+    def pending(self) -> list[Piece]:
+        """The text that waits to be tokenised, in pieces. O(pieces)."""
+        found: list[Piece] = []
+        at: Path | None = self
+        while at is not None and at.piece is not None:
+            found.append(at.piece)
+            at = None if at.tokens else at.parent
+        return found[::-1]
 
     def append(self, text: str, *, is_markup: bool = False) -> Path:
         """Append text, which is tokenised later."""
         if not text:
             return self
-        return Path(self, (), self.length, (*self.pending, Piece(text, is_markup)))
+        return Path(self, (), self.length, Piece(text, is_markup))
 
     def extend(self, tokens: Sequence[int], rest: str = "") -> Path:
         """Append tokens, and `rest` as pending text. No text may be pending before."""
-        assert not self.pending
-        return Path(self, tuple(tokens), self.length + len(tokens), (Piece(rest),) if rest else ())
+        assert self.piece is None
+        return Path(self, tuple(tokens), self.length + len(tokens), Piece(rest) if rest else None)
 
     def flush(self, encode: Encode) -> Path:
         """Tokenise the pending text."""
-        if not self.pending:
+        if self.piece is None:
             return self
-        tokens = encode(self.pending, self.length == 0)
-        literal = itertools.takewhile(lambda piece: not piece.is_markup, reversed(self.pending))
+        pending = self.pending
+        tokens = encode(pending, self.length == 0)
+        literal = itertools.takewhile(lambda piece: not piece.is_markup, reversed(pending))
         num_literal = sum(len(piece.text.encode()) for piece in literal)
         return Path(self, tuple(tokens), self.length + len(tokens), num_literal=num_literal)
 
     def given_back(self, rule: GivenBack) -> bytes:
         """Return the last token if the model should write it again, else b"". No text may be pending."""
-        assert not self.pending
+        assert self.piece is None
         return rule(self.tokens[-1], self.num_literal) if self.tokens and self.length > 1 else b""
 
     def takes_space(self, tokenizer: Tokenizer) -> bool:
-        """Return whether a space may stand between the author's text at the end and a value. No text may be pending."""
-        return bool(self.num_literal and self.tokens) and takes_space(tokenizer.token_bytes[self.tokens[-1]])
+        """Return whether a space may stand between the author's text at the end and a value. No text may be pending.
+
+        It may after a word or a mark that a space follows in prose, such as `Age:`, and not after `(`, `$` or `_`.
+        """
+        if not self.num_literal or not self.tokens:
+            return False
+        last = tokenizer.token_bytes[self.tokens[-1]].decode(errors="ignore")[-1:]
+        return last.isalnum() or last in tuple(".:,;?!)")
 
     def without_last(self) -> Path:
         """Return the path without its last token, which this point added."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from ramet.errors import InvalidProgram, InvalidRequest
@@ -26,7 +25,8 @@ class Selection:
             raise InvalidProgram(f"the choices of a select must differ and not be empty: {texts!r}")
         self._node, self._texts, self._before = node, texts, before
         is_start = before.length == 0
-        self._tokens = [model.encode_pieces((*before.pending, Piece(text)), is_start) for text in texts]
+        pending = before.pending
+        self._tokens = [model.encode_pieces((*pending, Piece(text)), is_start) for text in texts]
         shared = choice_scores.num_shared(self._tokens)
         self._tails = [tokens[shared:] for tokens in self._tokens]
         self._token_bytes = model.token_bytes
@@ -68,11 +68,6 @@ class Selection:
 
     def result(self) -> ir.NodeResult:
         node, count = self._node, len(self._texts)
-        if all(-math.inf in row for row in self._rows[:count]):
-            raise InvalidRequest(
-                f"every choice of {self._texts!r} has the probability 0; a strict script gives it to those that are "
-                "not its answer"
-            )
         neutral = [row[len(row) - len(tail) :] for row, tail in zip(self._rows[count:], self._tails, strict=True)]
         values = choice_scores.scores(node.scorer, self._tails, self._rows[:count], neutral)
         self._chosen = choice_scores.choose(values, node.temperature, node.seed)

@@ -190,7 +190,9 @@ class _LimitedBody:
             self._hold(len(body))
             if self.coding not in ("", "identity"):
                 self._compressed += body
-                body = _expanded(self._compressed, self.coding, self._limit) if self._is_whole else b""
+                body = b""
+                if self._is_whole:  # 32 MiB take 0.1 s, in which the answers of others would stand still
+                    body = await asyncio.to_thread(_expanded, self._compressed, self.coding, self._limit)
                 self._hold(len(body))
                 message = {**message, "body": body}
             if self._kept is not None:

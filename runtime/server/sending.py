@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ramet.errors import RequestCancelled
 from ramet.runtime.server.errors import HttpError, error_response
+from ramet.runtime.server.link.streams import MANY
 
 T = TypeVar("T")
 Json = dict[str, Any]  # Any: JSON
@@ -94,6 +95,7 @@ class EventStream(Response):
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._watch(send, PATIENCE_S)
+        num_sent = 0
         try:
             async for data in self._events:
                 if isinstance(data, LastEvent):
@@ -101,6 +103,9 @@ class EventStream(Response):
                     await self._send(send, data + self._end, is_last=True)
                     return
                 await self._send(send, data)
+                num_sent += 1
+                if num_sent % MANY == 0:
+                    await asyncio.sleep(0)  # others have a turn, even if there is always an event
         except Exception as error:
             response = error_response(error)
             await self._stop_watching()

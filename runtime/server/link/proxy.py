@@ -446,11 +446,17 @@ class EngineProxy:
             asyncio.get_running_loop().call_later(0.01, self._flush)
 
     def _read(self) -> None:
-        """Take all pending reports: the file descriptor signals only once for all of them."""
+        """Take the reports of one message, and those of the next one in the loop's next turn, so that others have one.
+
+        The file descriptor signals only once for all messages.
+        """
+        if self._reports.closed:
+            return
         with contextlib.suppress(zmq.Again):
-            while True:
-                for report in report_decoder.decode(self._reports.recv(zmq.NOBLOCK)):
-                    self._take(report)
+            message = self._reports.recv(zmq.NOBLOCK)
+            asyncio.get_running_loop().call_soon(self._read)
+            for report in report_decoder.decode(message):
+                self._take(report)
 
     def _take(self, report: Report) -> None:
         if isinstance(report, Output | ProgramEvent):

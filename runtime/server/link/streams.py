@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from ramet.runtime.server.link.protocol import Output, ProgramEvent
 from ramet.runtime.server.link.tracing import CURRENT
 
+MANY = 64  # reports, or events of an answer, after which others have a turn
+
 ReportT = TypeVar("ReportT", Output, ProgramEvent)
 
 
@@ -42,7 +44,7 @@ class ReportStream(Generic[ReportT]):
         self._pending: deque[ReportT] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._is_over = False
-        self._is_touched = False
+        self._num_taken = 0
 
     def push(self, report: ReportT) -> None:
         """Add an increment or event."""
@@ -56,11 +58,11 @@ class ReportStream(Generic[ReportT]):
     @property
     def is_untouched(self) -> bool:
         """True while the reader has got nothing and still waits."""
-        return not self._is_touched and not self._is_over
+        return self._num_taken == 0 and not self._is_over
 
     def forget(self) -> None:
         """Drop what the reader has not got: the request begins anew."""
-        assert not self._is_touched, "the reader has a part of it"
+        assert self._num_taken == 0, "the reader has a part of it"
         self._pending.clear()
 
     @property
@@ -81,7 +83,9 @@ class ReportStream(Generic[ReportT]):
                     await self._waiter
                     self._waiter = None
                 report = self._pending.popleft()
-                self._is_touched = True
+                self._num_taken += 1
+                if self._num_taken % MANY == 0:
+                    await asyncio.sleep(0)  # others have a turn, even if there is always a report
                 self._is_over = report.is_last
                 if report.error is not None:
                     raise report.error.to_exception()

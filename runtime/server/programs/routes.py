@@ -25,7 +25,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.lang.graph.ir import Graph, ToolCall
+from ramet.lang.graph.ir import Graph, GraphIndex, ToolCall
 from ramet.runtime.programs.model import ProgramModel
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.link.protocol import StartProgram
@@ -33,9 +33,9 @@ from ramet.runtime.server.programs.store import (
     ProgramStatus,
     ProgramStore,
     StoredProgram,
+    bound_values,
     digest_of,
     event_json,
-    read_graph,
 )
 from ramet.runtime.server.routing import Endpoint, Handler
 from ramet.runtime.server.sending import EventStream, Json, event, json_response, until_disconnect
@@ -44,6 +44,7 @@ from ramet.runtime.server.validation import NULL, FieldRule, Strict
 
 MAX_ROWS = 4096
 _TAG = "programs"
+_BYTES_A_NODE = 64  # of an answer, at least
 PING_S = 15.0  # interval of keep-alive pings in a stream without events
 
 
@@ -125,9 +126,15 @@ class ProgramEndpoints:
         self._served = served
         self._store = store
 
-    async def run(self, request: Request, body: ProgramBody) -> Response | ProgramStatus:
+    async def run(self, request: Request, body: ProgramBody) -> Response:
         """Run a graph once, or once for each row of arguments."""
-        program = self._start(body, request)
+        size = len(await request.body())
+        command, index, digest = await self._served.compute(size, self._read, body, request)
+        key, owner = request.headers.get("idempotency-key"), key_name(request)
+        program = None if key is None else self._store.with_key(key, owner, digest)
+        if program is None:
+            grace_s = None if body.detach else body.grace_s
+            program = self._store.start(command, index, owner=owner, digest=digest, key=key, grace_s=grace_s)
         if body.detach:
             return json_response(program.summary(), 202)
         if body.stream:
@@ -137,15 +144,14 @@ class ProgramEndpoints:
             await until_disconnect(request.receive, _ended(program))
         finally:
             self._store.detach(program)
-        return program.described()
+        return await self._described(program)
 
     async def explain(self, request: Request, body: ExplainBody) -> Response:
         """Estimate the cost of a program; nothing runs."""
         served, explain = self._served, self._served.explain
         if explain is None:
             raise HttpError(501, "this server was started without the planner; explain in process", code="no_planner")
-        graph = read_graph(body.graph)
-        graph = msgspec.structs.replace(graph, arguments={**graph.arguments, **body.arguments})
+        data = msgspec.json.encode(body.graph)
         hello = served.proxy.hello
         limits: dict[str, Any] = {}  # Any: each has its own type
         if hello is not None:
@@ -153,13 +159,15 @@ class ProgramEndpoints:
             limits["form"] = hello.json_form
 
         def plan() -> dict[str, Any]:  # Any: JSON
+            graph = Graph.from_json(data)
+            graph = msgspec.structs.replace(graph, arguments={**graph.arguments, **body.arguments})
             return explain(graph, body.program, ProgramModel(served.tokenizer, name=served.name, **limits))
 
         return json_response(await served.off_loop(plan))
 
-    async def show(self, request: Request) -> ProgramStatus:
+    async def show(self, request: Request) -> Response:
         """Return the results of a program so far."""
-        return self._program(request).described()
+        return await self._described(self._program(request))
 
     async def events(self, request: Request) -> Response:
         """Stream a program's events, starting after `Last-Event-ID`."""
@@ -171,9 +179,7 @@ class ProgramEndpoints:
     async def extend(self, request: Request, body: PartBody) -> ProgramStatus:
         """Send the next part of an open program."""
         program = self._program(request)
-        graph = None if body.graph is None else read_graph(body.graph)
-        digest = "" if body.graph is None else digest_of(msgspec.json.encode(body.graph))
-        self._store.extend(program, graph, is_open=body.open, digest=digest)
+        await self._store.extend(program, body.graph, is_open=body.open)
         return ProgramStatus(id=program.id, status=program.status)
 
     async def provide(self, request: Request, body: ValueBody) -> ProgramStatus:
@@ -197,19 +203,24 @@ class ProgramEndpoints:
     def _program(self, request: Request) -> StoredProgram:
         return self._store.get(request.path_params["program_id"], key_name(request))
 
-    def _start(self, body: ProgramBody, request: Request) -> StoredProgram:
-        """Start the program of this request, or return the one that an equal request started. Raises HttpError."""
-        key, owner = request.headers.get("idempotency-key"), key_name(request)
-        digest = digest_of(body.model_dump_json().encode())
-        known = None if key is None else self._store.with_key(key, owner, digest)
-        if known is not None:
-            return known
+    async def _described(self, program: StoredProgram) -> Response:
+        """The answer with a program's results so far."""
+        size = sum(len(row.done) for row in program.rows) * _BYTES_A_NODE
+        return await self._served.compute(size, lambda: json_response(program.described()))
+
+    def _read(self, body: ProgramBody, request: Request) -> tuple[StartProgram, GraphIndex, str]:
+        """Read and check a program. Returns the command to start it, its graph, and what tells its body from others."""
         rows = body.rows if body.rows is not None else [body.arguments]
-        graph = read_graph(body.graph)
+        graph = Graph.from_json(msgspec.json.encode(body.graph))
         _check_reachable(body, graph)
+        bound = tuple(msgspec.json.encode(bound_values(graph, arguments)) for arguments in rows)
+        shared = msgspec.structs.replace(graph, arguments={})
+        index = GraphIndex()
+        index.add(shared)
         command = StartProgram(
             id="",
-            graph=b"",
+            graph=shared.to_json(),
+            rows=bound,
             cache_salt=self._served.cache_salt(request, body.cache_salt),
             adapter=body.adapter,
             priority=body.priority,
@@ -219,8 +230,7 @@ class ProgramEndpoints:
             text_events=body.text_events,
             client=client_of(request),
         )
-        grace_s = None if body.detach else body.grace_s
-        return self._store.start(graph, rows, command, owner=owner, digest=digest, key=key, grace_s=grace_s)
+        return command, index, digest_of(body.model_dump_json().encode())
 
     def _event_stream(self, program: StoredProgram, after: int) -> EventStream:
         self._store.attach(program)

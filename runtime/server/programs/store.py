@@ -94,6 +94,7 @@ class StoredProgram:
     texts: dict[tuple[int, int], str] = field(default_factory=dict)
     followers: list[asyncio.Event] = field(default_factory=list)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    extending: asyncio.Lock = field(default_factory=asyncio.Lock)  # its parts are taken in one after the other
     num_attached: int = 0
     started_s: float = field(default_factory=time.time)
     ended_s: float | None = None
@@ -122,8 +123,6 @@ class StoredProgram:
         if event.kind == "text":
             key = (row, event.node)
             self.texts[key] = self.texts.get(key, "") + event.text
-        elif event.kind == "call":
-            self.log.append((row, event))
         else:
             self.texts.pop((row, event.node), None)
             self.log.append((row, event))
@@ -178,26 +177,22 @@ class ProgramStore:
 
     def start(
         self,
-        graph: Graph,
-        rows: Sequence[Mapping[str, Any]],  # Any: JSON
         command: StartProgram,
+        index: GraphIndex,
         *,
         owner: str,
         digest: str,
         key: str | None,
         grace_s: float | None,
     ) -> StoredProgram:
-        """Send the graph and every row's arguments to the engine. `command`: everything except ids and graphs.
+        """Send a graph and every row's arguments to the engine. `command`: all but the id. `index`: of its graph.
 
-        Raises HttpError and InvalidProgram before anything has started. Also raises Overloaded and EngineStopped.
+        Raises HttpError before anything has started. Also raises Overloaded and EngineStopped.
         """
-        bound = tuple(msgspec.json.encode(_values(graph, arguments)) for arguments in rows)
-        shared = msgspec.structs.replace(graph, arguments={})
-        index = GraphIndex()
-        index.add(shared)
+        rows = command.rows
         program_id = self._served.proxy.new_id("program")
-        command = msgspec.structs.replace(command, id=program_id, graph=shared.to_json(), rows=bound)
-        num_bytes = len(command.graph) * len(rows) + sum(map(len, bound))  # every row's results hold the graph's texts
+        command = msgspec.structs.replace(command, id=program_id)
+        num_bytes = len(command.graph) * len(rows) + sum(map(len, rows))  # every row's results hold the graph's texts
         limit = self._served.config.bytes_in_flight
         if num_bytes > limit:
             message = f"the program's {len(rows):,} rows have {num_bytes:,} bytes with the graph's texts"
@@ -221,22 +216,37 @@ class ProgramStore:
         self._forget_old()
         return program
 
-    def extend(self, program: StoredProgram, graph: Graph | None, *, is_open: bool, digest: str) -> None:
-        """Send the next part of an open program. A part that was sent before changes nothing. Raises HttpError."""
-        if graph is not None and program.parts.get(graph.first) == digest:
-            return
-        if not program.is_open or program.is_over:
-            if graph is None and not is_open:
+    async def extend(
+        self,
+        program: StoredProgram,
+        data: Mapping[str, Any] | None,
+        *,
+        is_open: bool,  # Any: JSON
+    ) -> None:
+        """Send the next part of an open program: a graph's JSON, or None. A part that was sent before changes nothing.
+
+        Raises HttpError and InvalidProgram.
+        """
+        async with program.extending:
+            graph, written, digest = None, b"", ""
+            if data is not None:
+                written = msgspec.json.encode(data)
+                graph = await self._served.compute(len(written), Graph.from_json, written)
+                digest = digest_of(written)
+            if graph is not None and program.parts.get(graph.first) == digest:
                 return
-            raise HttpError(409, f"program {program.id} takes no more parts", code="program_closed")
-        if graph is not None:
-            data = msgspec.structs.replace(graph, arguments=_values(graph, {})).to_json()
-            program.index.add(graph)
-            program.parts[graph.first] = digest
-            self._served.proxy.send_to_program(ExtendProgram(program.rows[0].id, data, is_last=not is_open))
-        elif not is_open:
-            self._served.proxy.send_to_program(ExtendProgram(program.rows[0].id, is_last=True))
-        program.is_open = is_open
+            if not program.is_open or program.is_over:
+                if graph is None and not is_open:
+                    return
+                raise HttpError(409, f"program {program.id} takes no more parts", code="program_closed")
+            if graph is not None:
+                bound = msgspec.structs.replace(graph, arguments=bound_values(graph, {})).to_json()
+                await self._served.compute(len(written), program.index.add, graph)
+                program.parts[graph.first] = digest
+                self._served.proxy.send_to_program(ExtendProgram(program.rows[0].id, bound, is_last=not is_open))
+            elif not is_open:
+                self._served.proxy.send_to_program(ExtendProgram(program.rows[0].id, is_last=True))
+            program.is_open = is_open
 
     def provide(self, program: StoredProgram, row: int, node: int, value: bytes, error: str | None) -> None:
         """Answer a tool call. A second answer changes nothing. Raises HttpError."""
@@ -301,7 +311,7 @@ class ProgramStore:
                 is_over = program.is_over
                 while after < len(program.log):
                     row, event = program.log[after]
-                    begun = 0 if event.kind == "call" else sent.pop((row, event.node), 0)
+                    begun = sent.pop((row, event.node), 0)
                     is_text = program.text_events and event.finish_reason is not None
                     if is_text and len(event.text) > begun:
                         yield after, row, NodeEvent(event.node, "text", event.name, event.text[begun:]), begun
@@ -328,9 +338,8 @@ class ProgramStore:
         row = program.rows[number]
         try:
             async for report in events:
-                event = report.whole()
-                if event is not None:  # the last one has none
-                    program.note(number, event)
+                if report.event is not None:  # the last one has none
+                    program.note(number, report.event)
         except RametError as error:
             row.fail(type(error).__name__, str(error))
         if row.status == "running":
@@ -360,12 +369,7 @@ def digest_of(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def read_graph(value: Mapping[str, Any]) -> Graph:  # Any: JSON
-    """Parse a graph. Raises InvalidProgram."""
-    return Graph.from_json(msgspec.json.encode(value))
-
-
-def _values(graph: Graph, arguments: Mapping[str, Any]) -> dict[str, Any]:  # Any: JSON
+def bound_values(graph: Graph, arguments: Mapping[str, Any]) -> dict[str, Any]:  # Any: JSON
     """The values of a graph's arguments in one run. Raises InvalidProgram for a missing or unknown one."""
     names = {node.name for node in graph.nodes if isinstance(node, Argument)}
     values = {**graph.arguments, **arguments}

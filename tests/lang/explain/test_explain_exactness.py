@@ -48,7 +48,10 @@ class DistinctWords(ScriptedEngine):
 
 
 def engine_with(tokenizer: Any = None) -> ScriptedEngine:
-    return DistinctWords(tokenizer=tokenizer)
+    engine = DistinctWords()
+    if tokenizer is not None:
+        engine.tokenizer = tokenizer
+    return engine
 
 
 def compare(plan: Explanation, state: State) -> Iterator[tuple[str, int]]:

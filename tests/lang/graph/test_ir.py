@@ -214,3 +214,48 @@ def test_an_event_is_encoded_without_its_cause() -> None:
     event = NodeEvent(3, "done", text="a", usage=Usage(5, 3, 1), cause=ValueError("x"))
     assert json.loads(event.to_json())["usage"] == {"prompt_tokens": 5, "cached_tokens": 3, "completion_tokens": 1}
     assert Usage(5, 3, 1).computed_tokens == 2
+
+
+@given(st.lists(st.tuples(st.integers(-1, 30), st.sampled_from("abcde")), max_size=30), st.integers(1, 30))
+def test_no_branch_writes_a_variable_twice_in_whatever_parts_it_comes(
+    written: list[tuple[int, str]], size: int
+) -> None:
+    nodes = [
+        Generate(id=i, parent=None if parent < 0 or i == 0 else parent % i, name=name)
+        for i, (parent, name) in enumerate(written)
+    ]
+
+    def has_twice(node: Generate) -> bool:
+        above = [one.name for one in branch(nodes, node.parent) if isinstance(one, Generate)]
+        return node.name in above
+
+    index = GraphIndex()
+    for first in range(0, len(nodes), size):
+        part = nodes[first : first + size]
+        if any(map(has_twice, part)):
+            with pytest.raises(InvalidProgram, match="already wrote"):
+                index.add(Graph(tuple(part), first=first))
+            assert len(index.nodes) == first, "nothing of a wrong part is kept"
+            return
+        index.add(Graph(tuple(part), first=first))
+
+
+def test_a_long_branch_is_checked_without_looking_at_each_earlier_node_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    def label(self: Any) -> str:  # Any: a node
+        nonlocal looks
+        looks += 1
+        return str(self.name)
+
+    monkeypatch.setattr(Generate, "label", property(label))
+    nodes = [Generate(id=i, parent=i - 1 if i else None, name=f"v{i}") for i in range(2000)]
+    GraphIndex().add(Graph(tuple(nodes)))
+    assert looks < 20 * len(nodes)
+
+
+def test_a_long_cycle_is_named() -> None:
+    nodes = [Text(id=i, parent=i - 1 if i else None, parts=("x",)) for i in range(3000)]
+    nodes[0] = Text(id=0, parts=(Ref(2999),))
+    with pytest.raises(InvalidProgram, match="is part of a cycle: 0 -> 2999 -> 2998"):
+        GraphIndex().add(Graph(tuple(nodes)))

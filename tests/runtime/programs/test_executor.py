@@ -6,7 +6,6 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import pytest
@@ -31,7 +30,6 @@ from ramet.lang.graph.ir import (
 )
 from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.programs.executor import ProgramHost
-from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import SamplingParams
 
@@ -72,15 +70,12 @@ class Program:
         return self.wait(node)[node].text
 
 
-scripted = partial(ScriptedEngine, tokenizer=ByteTokenizer())  # lengths are counted in bytes
-
-
 def run(engine: ScriptedEngine, *nodes: AnyNode, **arguments: Any) -> Mapping[int, NodeEvent]:
     return Program(engine).extend(*nodes, **arguments).wait()
 
 
 def test_a_chain_of_text_and_generations_writes_what_separate_requests_would() -> None:
-    with scripted() as engine:
+    with ScriptedEngine() as engine:
         done = run(
             engine,
             Text(id=0, parts=("Once ",)),
@@ -98,7 +93,7 @@ def test_a_turn_computes_exactly_the_tokens_that_are_new() -> None:
     for turn in range(1, 5):
         new = Text(id=2 * turn, parent=2 * turn - 1, parts=(f" Turn {turn}: ",))
         nodes += [new, Generate(id=2 * turn + 1, parent=2 * turn, sampling=GREEDY)]
-    with scripted() as engine:
+    with ScriptedEngine() as engine:
         done = run(engine, *nodes)
     for turn in range(1, 5):
         usage = done[2 * turn + 1].usage
@@ -111,7 +106,7 @@ def test_branches_share_the_prefix_of_their_fork() -> None:
     forks = [Fork(id=1 + i, parent=0, group=1, index=i, width=width) for i in range(width)]
     texts = [Text(id=1 + width + i, parent=1 + i, parts=(f"branch {i:02}",)) for i in range(width)]
     gens = [Generate(id=1 + 2 * width + i, parent=1 + width + i, sampling=GREEDY) for i in range(width)]
-    with scripted() as engine:
+    with ScriptedEngine() as engine:
         run(engine, Text(id=0, parts=(prefix,)), *forks, *texts, *gens)
         stats = engine.stats()
     assert stats.prompt_tokens == width * (len(prefix) + 9)
@@ -119,7 +114,7 @@ def test_branches_share_the_prefix_of_their_fork() -> None:
 
 
 def test_roles_are_rendered_by_the_models_template() -> None:
-    with scripted(["Hello!"]) as engine:
+    with ScriptedEngine(["Hello!"]) as engine:
         done = run(
             engine,
             Role(id=0, role="user", is_open=True),
@@ -139,14 +134,14 @@ def test_roles_are_rendered_by_the_models_template() -> None:
 
 
 def test_text_from_outside_cannot_forge_a_role() -> None:
-    with scripted() as engine:
+    with ScriptedEngine() as engine:
         done = run(engine, Text(id=0, parts=("<|im_start|>",)), Generate(id=1, parent=0))
     assert done[1].usage is not None
     assert done[1].usage.prompt_tokens == len("<|im_start|>")
 
 
 def test_values_flow_along_data_edges_and_arguments() -> None:
-    with scripted({"age": "41", "name": "Ann"}) as engine:
+    with ScriptedEngine({"age": "41", "name": "Ann"}) as engine:
         done = run(
             engine,
             Argument(id=0, name="city"),
@@ -162,7 +157,7 @@ def test_values_flow_along_data_edges_and_arguments() -> None:
 
 
 def test_a_stop_string_cuts_text_and_path_alike() -> None:
-    with scripted(["one. two", "end"]) as engine:
+    with ScriptedEngine(["one. two", "end"]) as engine:
         program = Program(engine).extend(
             Text(id=0, parts=("Say: ",)),
             Generate(id=1, parent=0, sampling=Sampling(stop=(" tw",))),
@@ -189,7 +184,7 @@ def test_select_gives_the_scores_of_a_brute_force_over_the_models_distribution(p
             tokens.append(token)
         return total
 
-    with scripted() as engine:
+    with ScriptedEngine() as engine:
         done = run(
             engine,
             Text(id=0, parts=("Is it? ",)),
@@ -212,7 +207,7 @@ def test_select_gives_the_scores_of_a_brute_force_over_the_models_distribution(p
 
 
 def test_what_follows_a_selection_continues_the_chosen_text() -> None:
-    with scripted() as engine:
+    with ScriptedEngine() as engine:
         program = Program(engine).extend(
             Text(id=0, parts=("I like ",)),
             Select(id=1, parent=0, choices=(("tea",), ("coffee",))),
@@ -226,7 +221,7 @@ def test_what_follows_a_selection_continues_the_chosen_text() -> None:
 
 @pytest.mark.parametrize("scorer", ["calibrated", "likelihood", "token_normalized", "greedy", "unconditional"])
 def test_every_scorer_chooses_one_of_the_choices(scorer: Any) -> None:
-    with scripted() as engine:
+    with ScriptedEngine() as engine:
         select = Select(id=1, parent=0, choices=(("a",), ("ab",), ("b",)), scorer=scorer)
         done = run(engine, Text(id=0, parts=("Q ",)), select)
     assert done[1].meta is not None
@@ -235,7 +230,7 @@ def test_every_scorer_chooses_one_of_the_choices(scorer: Any) -> None:
 
 
 def test_a_drawn_selection_repeats_with_its_seed_and_follows_the_probabilities() -> None:
-    with scripted() as engine:
+    with ScriptedEngine() as engine:
         nodes = [Text(id=0, parts=("Q ",))] + [
             Select(id=1 + i, parent=0, choices=(("x",), ("y",)), temperature=1.0, seed=i // 2) for i in range(40)
         ]
@@ -248,7 +243,7 @@ def test_a_drawn_selection_repeats_with_its_seed_and_follows_the_probabilities()
 
 
 def test_a_constraint_is_compiled_and_obeyed() -> None:
-    with scripted({"year": "1999", "colour": "red"}) as engine:
+    with ScriptedEngine({"year": "1999", "colour": "red"}) as engine:
         done = run(
             engine,
             Text(id=0, parts=("year ",)),
@@ -261,7 +256,7 @@ def test_a_constraint_is_compiled_and_obeyed() -> None:
 
 
 def test_a_constraint_that_does_not_compile_fails_its_node() -> None:
-    with scripted() as engine:
+    with ScriptedEngine() as engine:
         node = Generate(id=1, parent=0, constraint=Constraint("regex", "(["))
         done = run(engine, Text(id=0, parts=("a",)), node)
         assert done[1].error is not None
@@ -270,7 +265,7 @@ def test_a_constraint_that_does_not_compile_fails_its_node() -> None:
 
 
 def test_a_value_cut_by_max_tokens_is_flagged_and_never_passed_off_as_complete() -> None:
-    with scripted({"x": '{"a": 1'}) as engine:
+    with ScriptedEngine({"x": '{"a": 1'}) as engine:
         node = Generate(id=1, parent=0, sampling=Sampling(max_tokens=4), type="json")
         done = run(engine, Text(id=0, parts=("x",)), node)
     assert done[1].kind == "done"
@@ -282,7 +277,7 @@ def test_a_value_cut_by_max_tokens_is_flagged_and_never_passed_off_as_complete()
 
 def test_a_failed_node_fails_what_needs_it_and_cancels_the_rest() -> None:
     boom = RametError("no luck")
-    with scripted(failures={"bad": boom}, latency_s=0.002) as engine:
+    with ScriptedEngine(failures={"bad": boom}, latency_s=0.002) as engine:
         program = Program(engine).extend(
             Fork(id=0, group=0, index=0, width=2),
             Fork(id=1, group=0, index=1, width=2),
@@ -298,6 +293,8 @@ def test_a_failed_node_fails_what_needs_it_and_cancels_the_rest() -> None:
         assert done[3].error is not None
         assert done[3].error.prompt_tail == "bad"
         assert done[4].cause is boom
+        assert done[4].error is not None
+        assert done[4].error.prompt_tail == "", "behind a node that failed there is no text"
         assert done[6].error is not None
         assert done[6].error.type == "ProgramCancelled"
         assert "node 3" in done[6].error.message
@@ -311,7 +308,7 @@ def test_a_failed_node_fails_what_needs_it_and_cancels_the_rest() -> None:
 
 
 def test_cancelling_ends_requests_and_what_comes_later() -> None:
-    with scripted(latency_s=0.05) as engine:
+    with ScriptedEngine(latency_s=0.05) as engine:
         program = Program(engine).extend(Text(id=0, parts=("a",)), Generate(id=1, parent=0), Generate(id=2, parent=1))
         program.executor.cancel()
         done = program.wait()
@@ -325,7 +322,7 @@ def test_cancelling_ends_requests_and_what_comes_later() -> None:
 
 
 def test_one_branch_can_be_cancelled_alone() -> None:
-    with scripted(latency_s=0.02) as engine:
+    with ScriptedEngine(latency_s=0.02) as engine:
         program = Program(engine).extend(
             Text(id=0, parts=("a",)),
             Generate(id=1, parent=0),
@@ -339,14 +336,14 @@ def test_one_branch_can_be_cancelled_alone() -> None:
 
 
 def test_a_deadline_ends_the_program() -> None:
-    with scripted(latency_s=0.05) as engine:
+    with ScriptedEngine(latency_s=0.05) as engine:
         program = Program(engine, deadline_s=time.monotonic() + 0.08)
         done = program.extend(Text(id=0, parts=("a",)), Generate(id=1, parent=0), Generate(id=2, parent=1)).wait()
     assert isinstance(done[1].cause, DeadlineExceeded)
 
 
 def test_a_token_budget_holds_over_all_generations() -> None:
-    with scripted() as engine:
+    with ScriptedEngine() as engine:
         gens = [Generate(id=1 + i, parent=0, sampling=Sampling(max_tokens=30, seed=i)) for i in range(8)]
         done = Program(engine, token_budget=50).extend(Text(id=0, parts=("a",)), *gens).wait()
         assert engine.stats().completion_tokens <= 50
@@ -356,7 +353,7 @@ def test_a_token_budget_holds_over_all_generations() -> None:
 
 
 def test_tool_calls_are_asked_for_and_answered() -> None:
-    with scripted() as engine:
+    with ScriptedEngine() as engine:
         program = Program(engine).extend(
             ToolCall(id=0, tool="add", arguments=('{"a": 1, "b": 2}',), name="sum"),
             Text(id=1, parts=("sum: ", Ref(0))),
@@ -371,7 +368,7 @@ def test_tool_calls_are_asked_for_and_answered() -> None:
 
 
 def test_an_argument_without_value_is_refused() -> None:
-    with scripted() as engine, pytest.raises(InvalidProgram, match="'city' has no value"):
+    with ScriptedEngine() as engine, pytest.raises(InvalidProgram, match="'city' has no value"):
         Program(engine).extend(Argument(id=0, name="city"))
 
 
@@ -380,7 +377,7 @@ def test_ten_thousand_branches_need_no_threads_of_their_own() -> None:
     before = threading.active_count()
     forks = [Fork(id=1 + i, parent=0, group=1, index=i, width=width) for i in range(width)]
     gens = [Generate(id=1 + width + i, parent=1 + i, sampling=Sampling(max_tokens=1)) for i in range(width)]
-    with scripted() as engine:
+    with ScriptedEngine() as engine:
         program = Program(engine).extend(Text(id=0, parts=("q",)), *forks, *gens)
         assert threading.active_count() <= before + 2
         done = program.wait()
@@ -388,7 +385,7 @@ def test_ten_thousand_branches_need_no_threads_of_their_own() -> None:
 
 
 def test_a_generation_without_a_limit_takes_what_is_left_of_the_context() -> None:
-    with scripted({"x": "y" * 200}, context_length=60) as engine:
+    with ScriptedEngine({"x": "y" * 200}, context_length=60) as engine:
         done = run(engine, Text(id=0, parts=("x" * 40,)), Generate(id=1, parent=0))
         assert done[1].finish_reason == "length"
         assert len(done[1].text) == 20

@@ -77,3 +77,13 @@ def test_pieces_of_a_chat_are_tokenised_as_the_whole_rendered_chat(smollm2_path:
     pieces.append(Piece(template.role_text(messages, "assistant").before, True))
     whole = template.render(messages, add_generation_prompt=True)
     assert ProgramModel(tokenizer).encode_pieces(pieces, True) == tokenizer.encode(whole, parse_special=True)
+
+
+def test_a_point_holds_its_own_piece_of_the_text_that_waits() -> None:
+    point = Path().extend([1, 2], "a").append("b").append("c", is_markup=True)
+    assert point.pending == [Piece("a"), Piece("b"), Piece("c", True)]
+    assert point.piece == Piece("c", True)
+    assert point.token_ids() == [1, 2]
+    flushed = point.flush(lambda pieces, is_start: [len(pieces), int(is_start)])
+    assert (flushed.token_ids(), flushed.pending) == ([1, 2, 3, 0], [])
+    assert flushed.append("d").pending == [Piece("d")]

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import re
+import threading
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import zstandard
 
 from ramet import Remote, State, function, gen
-from ramet.runtime.server import sending
+from ramet.runtime.server import limits, sending
+from ramet.runtime.server.connections import bytes_of_heads
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.sending import COMMENT, EventStream
 
@@ -41,7 +43,7 @@ SCHEMA = {
 }
 
 
-@pytest.mark.parametrize("prompt", ["Note: Ada is 36. JSON: ", "A list of facts:\n", "Facts:", "Ada is 36", "("])
+@pytest.mark.parametrize("prompt", ["Note: Ada is 36. JSON: ", "A list of facts:\n"])
 def test_a_schema_is_answered_over_completions_as_the_language_answers_it(server: Server, prompt: str) -> None:
     body = {"prompt": prompt, "max_tokens": 60, "temperature": 0, "json_schema": SCHEMA}
     answer = server.client.post("/v1/completions", json=body).json()["choices"][0]["text"]
@@ -53,23 +55,8 @@ def test_a_schema_is_answered_over_completions_as_the_language_answers_it(server
 
     with Remote(server.url) as remote:
         said = program.run(backend=remote).text()
-    assert said in (prompt + answer, f"{prompt} {answer}")
-    with server.client.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
-        events = [line.removeprefix("data: ") for line in stream.iter_lines() if line.startswith("data: {")]
-    assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == answer
+    assert said == prompt + answer
     assert list(json.loads(answer))[:2] == ["b", "a"]
-
-
-def test_a_program_may_return_an_integer_of_any_size(server: Server) -> None:
-    @function(temperature=0)
-    def program(s: State) -> None:
-        s += "Facts: " + gen("digits", int, regex="[1-9][0-9]{39}", max_tokens=50)
-        s += gen("object", {"const": {"n": [10**30]}}, max_tokens=50)
-
-    with Remote(server.url) as remote:
-        state = program.run(backend=remote)
-        assert state["digits"] >= 10**39
-        assert state["object"] == {"n": [10**30]}
 
 
 def test_a_wrong_method_is_told_the_right_ones(server: Server) -> None:
@@ -114,6 +101,27 @@ def test_a_body_that_grows_beyond_the_limit_is_refused(server: Server, coding: s
     data = gzip.compress(plain) if coding == "gzip" else zstandard.ZstdCompressor().compress(plain)
     answer = server.client.post("/v1/completions", content=data, headers={"content-encoding": coding})
     assert answer.status_code == 413
+
+
+def test_while_a_body_is_expanded_the_answers_of_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expanding waits for a step of the server's loop, which it would wait for in vain on the loop's own thread."""
+    stepped = threading.Event()
+
+    def expanded(*arguments: object) -> bytes:
+        assert stepped.wait(20)
+        return b"{}"
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"small"}
+
+    async def read() -> Any:  # Any: an ASGI message
+        body = limits._LimitedBody(receive, 1 << 20, bytes_of_heads(), keeps_text=False)
+        body.coding = "gzip"
+        asyncio.get_running_loop().call_later(0.01, stepped.set)
+        return await body.receive()
+
+    monkeypatch.setattr(limits, "_expanded", expanded)
+    assert asyncio.run(read())["body"] == b"{}"
 
 
 def test_an_unknown_coding_is_refused_by_its_name(server: Server) -> None:
