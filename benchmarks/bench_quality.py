@@ -489,42 +489,70 @@ def own_split(engine: Engine, text: str) -> int:
 
 
 def peer_rows(
-    engine: Engine, task: Task, peer: str, model: Path, python: str, count: int | None, rows_named: str
+    engine: Engine,
+    task: Task,
+    peer: str,
+    model: Path,
+    python: str,
+    count: int | None,
+    rows_named: str,
+    limit_s: float | None,
 ) -> tuple[list[Score], dict[str, str]]:
-    """Ask another engine, free and constrained, for the rows so named. Returns them, and its packages' versions."""
-    rows, asks = list[Score](), list[dict[str, Json]]()
-    places: list[tuple[Score, int]] = []
+    """Ask another engine, free and constrained, for the rows so named. Returns them, and its packages' versions.
+
+    Each row is asked in a process of its own, which is ended after `limit_s`.
+    """
+    rows, versions = list[Score](), dict[str, str]()
     if task.kind is None or (task.kind == "regex" and peer != "server"):
-        return [], {}
+        return rows, versions
     for examples in (3, 0):
         prompts = task.prompts(examples)[:count]
-        for is_free in (True, False):
-            score = Score(f"{peer}: {'free' if is_free else task.kind}", examples)
+        for kind in ("free", task.kind):
+            score = Score(f"{peer}: {kind}", examples)
             if not re.search(rows_named, score.system):
                 continue
             rows.append(score)
-            for index, prompt in enumerate(prompts):
-                kind, source = ("free", None) if is_free else (task.kind, task.source(index))
-                # Free text begins with its own space, and so do choices here; JSON can't.
-                ask = {"kind": kind, "source": source, "prompt": prompt + " " * (kind in ("json", "regex"))}
-                asks.append({**ask, "stop": list(task.stop) if is_free else [], "max_tokens": task.max_tokens})
-                places.append((score, index))
+            # Free text begins with its own space, and so do choices here; JSON can't.
+            space, stop = " " * (kind in ("json", "regex")), list(task.stop) if kind == "free" else []
+            asks = [
+                {
+                    "kind": kind,
+                    "source": None if kind == "free" else task.source(index),
+                    "prompt": prompt + space,
+                    "stop": stop,
+                    "max_tokens": task.max_tokens,
+                }
+                for index, prompt in enumerate(prompts)
+            ]
+            own = peer == "server"
+            found = _asked(peer, model, sys.executable if own else python, asks, None if own else limit_s)
+            if found is None or "missing" in found:
+                absent = "" if found is None else " ".join(found["missing"])
+                score.note = f"not installed: pip install {absent}" if absent else f"did not end in {limit_s:g} s"
+                continue
+            versions |= found["versions"]
+            for index, one in enumerate(found["answers"]):
+                score.seconds += one["seconds"]
+                text = one["text"].lstrip(" ")
+                task.add(score, index, Answer(text, one["tokens"], own_split(engine, text), one["error"]))
+    return rows, versions
+
+
+def _asked(
+    peer: str, model: Path, python: str, asks: list[dict[str, Json]], limit_s: float | None
+) -> dict[str, Json] | None:
+    """The answers of another engine's process (see quality_peers.py); None if it did not end in time."""
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "asks.json", Path(folder) / "answers.json"
         asked.write_text(json.dumps(asks))
         script = Path(__file__).with_name("quality_peers.py")
-        files = ("--model", model, "--asks", asked, "--answers", answered)
-        python = sys.executable if peer == "server" else python
-        subprocess.run([python, script, "--peer", peer, *files], check=True, stderr=subprocess.DEVNULL)
-        found = json.loads(answered.read_text())
-    if "missing" in found:
-        note = f"not installed: pip install {' '.join(found['missing'])}"
-        return [Score(row.system, row.examples, note=note) for row in rows], {}
-    for (score, index), one in zip(places, found["answers"], strict=True):
-        score.seconds += one["seconds"]
-        text = one["text"].lstrip(" ")
-        task.add(score, index, Answer(text, one["tokens"], own_split(engine, text), one["error"]))
-    return rows, found["versions"]
+        command = [python, script, "--peer", peer, "--model", model, "--asks", asked, "--answers", answered]
+        try:
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            return None
+        answers: dict[str, Json] = json.loads(answered.read_text())
+        return answers
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
@@ -553,6 +581,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="a pattern: the rows whose names have it")
     parser.add_argument("--count", type=int, help="questions of a task; default: its own number")
     parser.add_argument("--peer-count", type=int, help="questions for other engines; default: all")
+    parser.add_argument("--peer-seconds", type=float, help="for a row of another engine; then it counts as not ended")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
     parser.add_argument("--at-once", type=int, default=8, help="programs that Ramet runs at once")
     parser.add_argument("--peers-python", default=sys.executable, help="the Python that has the other engines")
@@ -580,7 +609,14 @@ def main() -> None:
             for peer in systems:
                 if peer in PEERS:
                     more, used = peer_rows(
-                        engine, task, peer, model, arguments.peers_python, arguments.peer_count, arguments.rows
+                        engine,
+                        task,
+                        peer,
+                        model,
+                        arguments.peers_python,
+                        arguments.peer_count,
+                        arguments.rows,
+                        arguments.peer_seconds,
                     )
                     rows, versions = rows + more, versions | used
             show(console, name, rows, arguments.show)

@@ -93,7 +93,8 @@ def random_automaton(num_states: int) -> AutomatonTables:
     byte_class = (np.arange(256) % 30).astype(np.uint8)
     transitions = generator.integers(0, num_states, size=(num_states, 30)).astype(np.int32)
     transitions[generator.random((num_states, 30)) < 0.35] = -1
-    return AutomatonTables(byte_class, transitions, generator.random(num_states) < 0.2)
+    accepting = generator.choice(np.array([0, 1, 2], dtype=np.uint8), size=num_states, p=[0.8, 0.15, 0.05])
+    return AutomatonTables(byte_class, transitions, accepting)
 
 
 def token_table() -> TokenTable:

@@ -310,7 +310,7 @@ def grammars() -> list[Launch]:
         tensor(65_794, dtype=torch.int64),
         ints(65_794),
         tensor(256, 256, dtype=torch.uint8),
-        tensor(65_794, dtype=torch.bool),
+        tensor(65_794, dtype=torch.uint8),
         ints(65_794),
         ints(65_794),
         257,

@@ -34,7 +34,7 @@ from compile_kernels import Compiled, OfflineDriver, narrow_accesses, resources
 from fake_device import DEVICE, FakeDevice, fake_device
 from triton.runtime import driver
 
-from ramet.grammar import Vocabulary
+from ramet.grammar import Bordered, CompiledGrammar, Vocabulary
 from ramet.grammar.service.sources import compile_constraint
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
@@ -151,11 +151,12 @@ class Walk:
         if self.core.grammars.device is not None:  # the host computes no mask, and another thread uploads the tables
             for _ in range(3):
                 self.add(100, 5, grammar=self.closed())
+                self.add(100, 5, grammar=Bordered(self.closed(), self.vocabulary, lead=b" ", after=b" or more"))
             self.run("closed")
             names.append("closed")
         return names
 
-    def closed(self) -> Grammar:
+    def closed(self) -> CompiledGrammar:
         grammar = compile_constraint("regex", "[ab]{1,20}", self.vocabulary)
         assert grammar.close()
         return grammar

@@ -28,10 +28,13 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from ramet.grammar.deadline import check
 from ramet.grammar.machine import bitmask
 from ramet.grammar.machine.compiled_grammar import CompiledGrammar
-from ramet.grammar.machine.ends import refused_by_first_byte
+from ramet.grammar.machine.ends import end_tokens
+from ramet.grammar.machine.grammar import DeviceTables
 from ramet.grammar.machine.vocabulary import Vocabulary
+from ramet.grammar.machine.walker import GOES_ON, REFUSED
 
 MAX_AFTER = 64  # bytes of the following text that are looked at
 _MAX_ROWS = 32  # mask rows that a bordered grammar keeps
@@ -40,6 +43,7 @@ _MAX_ANSWERS = 1 << 14
 # of a long value, each state would cost as many runs of the automaton, and the value's last token is met later anyway.
 _NEAR = 4
 _MAX_OVER = 256  # runs of the automaton per state, to find the tokens over the border
+_MAX_DEVICE_STATES = 1 << 16
 
 _Place = tuple[int | None, tuple[int, ...]]
 """(state of the value's grammar, None if it refuses the text; the numbers of bytes of `after` that may be read)"""
@@ -51,8 +55,6 @@ class Bordered:
     A state is an integer, a pure function of the text, and 0 is the start. Without a grammar, any text is a value; then
     there is no `after`.
     """
-
-    is_closed = False
 
     def __init__(
         self,
@@ -75,8 +77,15 @@ class Bordered:
         self._rows: OrderedDict[int, NDArray[np.int32]] = OrderedDict()
         self._over = self._tokens_over_the_border()
         self._lock = threading.RLock()
+        self._device_tables: DeviceTables | None = None
+        self._is_too_large = False
 
     # --- states
+
+    @property
+    def is_closed(self) -> bool:
+        """True if the value's grammar is closed."""
+        return self.grammar is not None and self.grammar.is_closed
 
     def advance(self, state: int, token: int) -> int | None:
         """Return the state after `token`; None if it is refused. Without a grammar, only `before` refuses a token."""
@@ -189,16 +198,18 @@ class Bordered:
     def ends(self, state: int) -> NDArray[np.int32] | None:
         """Return the mask row, int32 [W], of the tokens that end the value (see ends.py), and do not begin `after`.
 
-        Where `after` may have begun, and the value that goes on instead is incomplete, all refused tokens are such,
-        unless the value allows their first byte. After `3.`, `3` is the value if neither a digit nor `after` follows.
+        There are such tokens also where `after` may have begun, and the value that goes on instead is incomplete: after
+        `3.`, `3` is the value if neither a digit nor `after` follows.
         """
         place = self._places[state]
-        if place is None or place[0] is None or self.grammar is None:
+        if place is None or self.grammar is None or not self.is_accepting(state):
             return None
-        if place[1] and not self._is_value(place[0]):
-            return refused_by_first_byte(self.vocabulary, self.mask(state))
-        row = self.grammar.ends(place[0])
-        return None if row is None else row & ~self.mask(state)
+        value, mask = place[0], self.mask(state)
+        if value is None:
+            row = end_tokens(self.vocabulary, mask, lambda text: GOES_ON if self._after_text(place, text) else REFUSED)
+        else:
+            row = self.grammar.unlike(value)
+        return None if row is None else row & ~mask
 
     def _first_row(self) -> NDArray[np.int32]:
         """The tokens that begin with `before`, where the value may begin with the rest, or be complete before it.
@@ -338,5 +349,125 @@ class Bordered:
             return False
         return self.grammar.stays_in_string(place[0], token)
 
-    def device_tables(self) -> None:
-        """Return None: the host masks bordered texts."""
+    # --- on a device
+
+    def device_tables(self) -> DeviceTables | None:
+        """Return the automaton as flat tables; None if the value's grammar is not closed, or if they are too large.
+
+        Their states have numbers of their own. They also allow those tokens over the border that the host's masks leave
+        out, far from the value's end (`_NEAR`).
+        """
+        value = None if self.grammar is None else self.grammar.device_tables()
+        if value is not None and self._device_tables is None and not self._is_too_large:
+            self._device_tables = self._make_tables(value)
+            self._is_too_large = self._device_tables is None
+        return self._device_tables
+
+    def _make_tables(self, value: DeviceTables) -> DeviceTables | None:
+        """Make the tables. Their states are
+
+        [0, base)           the start, and the places inside of `before`; base is 0 without `before` and `lead`
+        [base, base + n)    the value's n states, where `after` has not begun
+        [base + n, ...)     the places where it may have begun
+        """
+        head, after, num_values = self.before or self.lead, self.after, len(value.transitions)
+        base = len(head)
+        found = None if self.lead and (base > 1 or value.accepting[0]) else _places_in(after, value)
+        if found is None:
+            return None
+        places, ways = found
+        special = sorted(set(after + head))
+        classes = value.byte_class.astype(np.int64)
+        classes[special] = 256 + np.arange(len(special))
+        _, one_byte, byte_class = np.unique(classes, return_index=True, return_inverse=True)
+        rows = np.where(value.transitions >= 0, value.transitions + base, -1)[:, value.byte_class[one_byte]]
+        refused = np.full((base + 1, len(one_byte)), -1)
+        of_value = np.array([state for state, _ in places], dtype=np.int64)  # -1: the last row of the next line
+        mixed = np.append(rows, refused[:1], axis=0)[of_value]
+        rows = np.concatenate([refused[:base], rows, mixed]).astype(np.int32)
+        for source, byte, place in ways:
+            rows[base + source, byte_class[byte]] = base + num_values + place
+        if self.lead:
+            rows[0] = rows[base]
+        for state, byte in enumerate(head):
+            rows[state, byte_class[byte]] = state + 1
+        is_value = np.append(value.accepting, np.uint8(0))[of_value] != 0
+        num_after, has_ended = np.zeros((len(places), 2), dtype=np.uint8), np.zeros(len(places), dtype=np.bool_)
+        for place, (state, begun) in enumerate(places):
+            most, least = begun.bit_length() - 1, (begun & -begun).bit_length() - 1
+            has_all = most == len(after)
+            has_ended[place] = has_all and not self._is_blank if state >= 0 else has_all or most == least
+            num_after[place] = most, most if has_ended[place] else 0 if is_value[place] else least
+        return DeviceTables(
+            byte_class=byte_class.astype(np.uint8),
+            transitions=rows,
+            accepting=np.concatenate([np.zeros(base), value.accepting, np.where(is_value, 1, 2)]).astype(np.uint8),
+            refused=self._refused_pairs(value, base, places),
+            is_complete=np.concatenate([np.zeros(base, dtype=np.bool_), value.is_complete, has_ended]),
+            num_after=np.concatenate([np.zeros((base + num_values, 2), dtype=np.uint8), num_after]),
+        )
+
+    def _refused_pairs(self, value: DeviceTables, base: int, places: list[tuple[int, int]]) -> NDArray[np.int32]:
+        """Return the pairs of the tables: the value's, without tokens that may begin or continue `after`. At the start,
+        also the tokens that end inside of `before`.
+        """
+        assert self.grammar is not None
+        texts, after, head = self.vocabulary.token_bytes, self.after, self.before or self.lead
+        of_value: dict[int, list[int]] = {}
+        for state, token in value.refused.tolist():
+            of_value.setdefault(state, []).append(token)
+        beginnings = tuple(after[:size] for size in range(1, len(after) + 1))
+        may_be_after = {
+            t for t in set(value.refused[:, 1].tolist()) if texts[t].endswith(beginnings) or texts[t] in after
+        }
+
+        def is_refused(place: _Place | None, token: int) -> bool:
+            reached = self._after_token(place, token)
+            return reached is None or not reached[1]
+
+        pairs: list[tuple[int, int]] = []
+        if head:
+            first = {*self.grammar.refused_after(head), *(of_value.get(0, ()) if self.lead else ())}
+            for size in range(1, len(head)):
+                first.update(self.vocabulary.tokens_with_text(head[:size]))
+            pairs += [(0, token) for token in sorted(first) if is_refused(None, token)]
+        all_places = [*((state, 0) for state in range(len(value.transitions))), *places]
+        for number, (state, begun) in enumerate(all_places, base):
+            refused = of_value.get(state)
+            if refused:
+                place = (state, tuple(size for size in range(1, len(after) + 1) if begun >> size & 1))
+                pairs += [(number, t) for t in refused if t not in may_be_after or is_refused(place, t)]
+        return np.array(pairs, dtype=np.int32).reshape(-1, 2)
+
+
+def _places_in(after: bytes, value: DeviceTables) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]] | None:
+    """Find the places where a text may have begun `after`; None if they are too many.
+
+    Returns the places: (the value's state, -1 if there is none; a number whose bit k is set if k bytes of `after` may
+    be read); and the ways to them: (from, byte, to). `from` counts the value's states first, and then the places.
+    """
+    places: list[tuple[int, int]] = []
+    ways: list[tuple[int, int, int]] = []
+    number: dict[tuple[int, int], int] = {}
+    continues = {byte: sum(1 << k for k in range(1, len(after)) if after[k] == byte) for byte in after}
+
+    def visit(source: int, state: int, begun: int) -> None:
+        for byte, sizes in continues.items():
+            following = (begun & sizes) << 1
+            if state >= 0 and value.accepting[state] and byte == after[0]:
+                following |= 2
+            if following:
+                place = (int(value.transitions[state, value.byte_class[byte]]) if state >= 0 else -1, following)
+                if place not in number:
+                    number[place] = len(places)
+                    places.append(place)
+                ways.append((source, byte, number[place]))
+
+    for state in np.flatnonzero(value.accepting).tolist():
+        visit(state, state, 0)
+    for source, (state, begun) in enumerate(places, len(value.transitions)):  # grows meanwhile
+        check()
+        if source > _MAX_DEVICE_STATES:
+            return None
+        visit(source, state, begun)
+    return places, ways

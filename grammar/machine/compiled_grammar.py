@@ -196,11 +196,15 @@ class CompiledGrammar:
 
     def ends(self, state: int) -> NDArray[np.int32] | None:
         """Return the mask row of the tokens that end the text here (see ends.py). It is shared: do not write to it."""
+        return self.unlike(state) if self.is_accepting(state) else None
+
+    def unlike(self, state: int) -> NDArray[np.int32] | None:
+        """Return the row of the tokens that no text could begin with here, whether or not the text may end here."""
         kept = self._ends
         if state in kept:
             return kept[state]
         with self._lock:
-            row = self._find_ends(state) if self.machine.accepts(self._packed[state]) else None
+            row = self._find_ends(state)
             if row is not None:
                 if len(self._end_rows) >= _MAX_KEPT_ENDS:
                     self._ends, self._end_rows = {}, {}
@@ -239,6 +243,13 @@ class CompiledGrammar:
     def known_to_go_on(self, before: bytes) -> bool | None:
         """Return the answer of `goes_on` if it is known, else None. Never waits."""
         return self._goes_on.get(before)
+
+    def refused_after(self, prefix: bytes) -> list[int]:
+        """Return the tokens that `mask_after(0, prefix)` refuses, although the grammar allows them, and perhaps others
+        that end inside of the prefix.
+        """
+        with self._lock, time_limit(self.machine.limits.max_time_s):
+            return [] if self._canonical is None else self._canonical.refused(self._packed[0], prefix)
 
     def goes_on(self, before: bytes) -> bool:
         """Return whether tokens begin with `before` and go on as texts begin: with at least half of their first bytes.
@@ -391,7 +402,7 @@ class CompiledGrammar:
         return self.is_closed
 
     def device_tables(self) -> DeviceTables | None:
-        """Return the automaton as flat tables; None if it is not closed (see `close`)."""
+        """Return the automaton as flat tables, with the same state numbers; None if it is not closed (see `close`)."""
         return self._device_tables
 
     def _visit_all(self, limit: int) -> DeviceTables | None:
@@ -431,8 +442,14 @@ class CompiledGrammar:
         rows = np.stack(wide)
         _, first, inverse = np.unique(rows, axis=1, return_index=True, return_inverse=True)
         accepting = np.array([machine.accepts(p) for p in self._packed])
-        byte_class = inverse.reshape(-1).astype(np.uint8)
-        return DeviceTables(byte_class, np.ascontiguousarray(rows[:, first]), accepting, self._all_refused())
+        return DeviceTables(
+            byte_class=inverse.reshape(-1).astype(np.uint8),
+            transitions=np.ascontiguousarray(rows[:, first]),
+            accepting=accepting.astype(np.uint8),
+            refused=self._all_refused(),
+            is_complete=accepting & (rows < 0).all(axis=1),
+            num_after=np.zeros((len(rows), 2), dtype=np.uint8),
+        )
 
     def _all_refused(self) -> NDArray[np.int32]:
         """Return the pairs (state, token) of all states, as `DeviceTables` has them."""

@@ -13,14 +13,19 @@ from numpy.typing import NDArray
 class DeviceTables:
     """All states of a grammar as flat tables, for a device.
 
-    byte_class: uint8 [256]. transitions: int32 [num_states, num_classes], -1 refused. accepting: bool [num_states].
+    byte_class: uint8 [256]. transitions: int32 [num_states, num_classes], -1 refused. State 0 is the start.
+    accepting: uint8 [num_states], 0 if the text may not end. 1: it may, and all of it is the value. 2: it may, but what
+    follows the value has begun.
     refused: int32 [n, 2], ascending, the pairs (state, token) that masks refuse although the transitions allow them.
+    is_complete: bool [num_states]. num_after: uint8 [num_states, 2], before the last token and after it. See `Grammar`.
     """
 
     byte_class: NDArray[np.uint8]
     transitions: NDArray[np.int32]
-    accepting: NDArray[np.bool_]
+    accepting: NDArray[np.uint8]
     refused: NDArray[np.int32]
+    is_complete: NDArray[np.bool_]
+    num_after: NDArray[np.uint8]
 
 
 class Grammar(Protocol):
@@ -31,7 +36,7 @@ class Grammar(Protocol):
 
     @property
     def is_closed(self) -> bool:
-        """True if every reachable state is known, so `device_tables` can be kept on a device."""
+        """True if every reachable state is known, so that there may be `device_tables`."""
 
     @property
     def before(self) -> bytes:
@@ -86,4 +91,4 @@ class Grammar(Protocol):
         """By identity: the device holds one copy of a grammar, shared by its sequences."""
 
     def device_tables(self) -> DeviceTables | None:
-        """The closed automaton as arrays, with the same state numbers; None if the grammar is not closed."""
+        """The closed automaton as arrays; None if the grammar is not closed, or too large. May take long at first."""

@@ -91,7 +91,7 @@ class GrammarArena:
             state_row=zeros(total_states, dtype=torch.int64),
             state_grammar=zeros(total_states).fill_(-1),
             byte_class=zeros(max_grammars, 256, dtype=torch.uint8),
-            accepting=zeros(total_states, dtype=torch.bool),
+            accepting=zeros(total_states, dtype=torch.uint8),
             need=zeros(total_states).fill_(IMPOSSIBLE),
             closing_token=zeros(total_states).fill_(-1),
             final_state=self.final_state,
@@ -116,7 +116,7 @@ class GrammarArena:
     def warm_up(self) -> None:
         """Compile the kernels that the first grammars need, by loading and removing minimal grammars."""
         for has_ends in (False, True):
-            refused, accepting = np.full((1, 1), -1, dtype=np.int32), np.ones(1, dtype=np.bool_)
+            refused, accepting = np.full((1, 1), -1, dtype=np.int32), np.ones(1, dtype=np.uint8)
             nothing = AutomatonTables(np.zeros(256, dtype=np.uint8), refused, accepting, has_ends=has_ends)
             key = object()
             self.acquire(key, nothing)
@@ -232,7 +232,7 @@ class GrammarArena:
         )
         automata.state_grammar[states] = resident.grammar_row
         automata.byte_class[resident.grammar_row] = torch.from_numpy(tables.byte_class.astype(np.uint8)).to(device)
-        automata.accepting[states] = torch.from_numpy(tables.accepting.astype(np.bool_)).to(device)
+        automata.accepting[states] = torch.from_numpy(tables.accepting.astype(np.uint8)).to(device)
         closing = tables.closing
         automata.need[states] = IMPOSSIBLE if closing is None else torch.from_numpy(closing.need).to(device)
         automata.closing_token[states] = -1 if closing is None else torch.from_numpy(closing.token).to(device)

@@ -74,7 +74,7 @@ class ClosingTable:
 
 
 def closing_table(
-    byte_class: NDArray[np.uint8], transitions: Int32, accepting: NDArray[np.bool_], trie: TokenTrie
+    byte_class: NDArray[np.uint8], transitions: Int32, accepting: NDArray[np.uint8], trie: TokenTrie
 ) -> ClosingTable:
     """Find the completion of every state. Arguments as in `mask.AutomatonTables`."""
     num_states, num_columns = transitions.shape

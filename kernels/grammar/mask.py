@@ -6,8 +6,8 @@ token without bytes (a special token) is never allowed. A mask depends only on t
 a grammar becomes resident. States that no token distinguishes share one mask (`mask_classes`).
 
 A text ends where the model means it, although the automaton would let it go on: where it may end, masks with *ends*
-also allow the refused tokens that no text could begin with, those of which no beginning leads to an accepting state. A
-sampled one is replaced by the end token.
+also allow the refused tokens that no text could begin with, those of which no beginning leads to a state where all of
+the text is the value. A sampled one is replaced by the end token.
 
 Not here: the memory for several grammars at once (`arena.py`), the kernels (`mask_triton.py`), and masks of open
 automata, which the host computes.
@@ -33,23 +33,25 @@ END = -1
 class AutomatonTables:
     """A closed automaton as numpy arrays. The start state is 0, and every state can reach an accepting one.
 
-    byte_class: uint8 [256]. transitions: int32 [num_states, num_classes], -1 = refused. accepting: bool [num_states].
+    byte_class: uint8 [256]. transitions: int32 [num_states, num_classes], -1 = refused.
+    accepting: uint8 [num_states], 0 if the text may not end. 1: it may, and all of it is the value. 2: it may, but what
+    follows the value has begun.
     refused: int32 [n, 2], ascending, the pairs (state, token) that masks refuse although the transitions allow them;
     None: there are none.
     closing: the shortest completions, for texts that must end within a budget; None: texts are not closed.
     mask_classes: the result of the function `mask_classes`; None: the arena computes it. has_ends: the masks have ends.
-    may_complete: for each token, 1 if its last byte may lead to a state that accepts and that nothing leaves, else 0;
-    empty: nobody asks.
+    may_end: for each token, 1 if the host must know the state after it, where the text may be complete or what follows
+    may have begun, else 0; empty: nobody asks.
     """
 
     byte_class: NDArray[np.uint8]
     transitions: NDArray[np.int32]
-    accepting: NDArray[np.bool_]
+    accepting: NDArray[np.uint8]
     closing: ClosingTable | None = None
     mask_classes: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
     refused: NDArray[np.int32] | None = None
     has_ends: bool = False
-    may_complete: bytes = b""
+    may_end: bytes = b""
 
     @property
     def num_states(self) -> int:
@@ -115,7 +117,8 @@ class ResidentAutomata:
 
     transitions: int32, flat; the row of state s starts at state_row[s] (int64 [states]) and holds global states or -1.
     state_grammar: int32 [states], the row of byte_class, or -1 for states that no token leaves.
-    byte_class: uint8 [grammars, 256]. accepting: bool [states]. final_state: the state after an end token.
+    byte_class: uint8 [grammars, 256]. accepting: uint8 [states], as in AutomatonTables. final_state: the state after an
+    end token.
     need, closing_token: int32 [states], as in `closing`; need is IMPOSSIBLE for texts that are not closed.
     """
 
@@ -153,15 +156,16 @@ def build_masks_reference(
     for index, state in enumerate(states.long().tolist()):
         byte_class = automata.byte_class[automata.state_grammar[state].long()].long()
         reached = torch.where(tokens.lengths > 0, state, -1).long()
-        is_end = (tokens.lengths > 0) & automata.accepting[state] & has_ends
+        may_end = bool(automata.accepting[state])
+        is_end = (tokens.lengths > 0) & (may_end and has_ends)
         for position in range(tokens.longest):
             walking = ((tokens.lengths > position) & (reached >= 0)).nonzero().flatten()
             if len(walking) == 0:
                 break
             column = byte_class[tokens.by_position[position, walking].long()]
             reached[walking] = automata.transitions[automata.state_row[reached[walking]] + column].long()
-            is_end &= ~((reached >= 0) & automata.accepting[reached])
-        allowed = (reached >= 0) | is_end | ((tokens.lengths == END) & automata.accepting[state])
+            is_end &= ~((reached >= 0) & (automata.accepting[reached] == 1))
+        allowed = (reached >= 0) | is_end | ((tokens.lengths == END) & may_end)
         out[index] = pack_mask(allowed.unsqueeze(0))[0]
 
 
@@ -245,7 +249,7 @@ def pack_mask(allowed: Tensor) -> Tensor:
 
 def mask_classes(
     transitions: NDArray[np.int32],
-    accepting: NDArray[np.bool_],
+    accepting: NDArray[np.uint8],
     depth: int,
     refused: NDArray[np.int32] | None = None,
     *,
@@ -255,7 +259,7 @@ def mask_classes(
 
     Returns (class_of int32 [num_states], representative int32 [num_classes]). Round k splits states by the classes of
     round k - 1 to which their bytes lead. The accepting flag counts only at the state itself, because end tokens have
-    no bytes; with `has_ends` it counts after each byte, and the classes also serve masks without ends.
+    no bytes; with `has_ends` it counts after each byte whether it is 1, and the classes also serve masks without ends.
     The refused tokens (see AutomatonTables) also count at the state itself.
     Source: partition refinement, Moore 1956, stopped after `depth` rounds. Signatures are 64-bit sums of random values.
     """
@@ -268,9 +272,9 @@ def mask_classes(
     num_classes = 1
     own = np.zeros(num_states, dtype=np.uint64)
     if has_ends:
-        class_of[:-1] = accepting
-        num_classes = len(np.unique(accepting))
-        own = accepting * random.integers(0, 2**64, dtype=np.uint64)
+        class_of[:-1] = accepting == 1
+        num_classes = len(np.unique(accepting == 1))
+        own = (accepting == 1) * random.integers(0, 2**64, dtype=np.uint64)
     for _ in range(depth):
         signature = (values[class_of[transitions]] * weights).sum(axis=1, dtype=np.uint64) + own
         _, refined = np.unique(signature, return_inverse=True)
@@ -284,6 +288,6 @@ def mask_classes(
         of_token = random.integers(0, 2**64, size=int(refused[:, 1].max()) + 1, dtype=np.uint64)
         np.add.at(own, refused[:, 0], of_token[refused[:, 1]])
     _, own_class = np.unique(own, return_inverse=True)
-    classes = (class_of[:-1] * 2 + accepting) * (int(own_class.max(initial=0)) + 1) + own_class
+    classes = (class_of[:-1] * 2 + (accepting != 0)) * (int(own_class.max(initial=0)) + 1) + own_class
     _, representative, inverse = np.unique(classes, return_index=True, return_inverse=True)
     return inverse.astype(np.int32), representative.astype(np.int32)

@@ -88,7 +88,7 @@ def _build_kernel(
     token = word[:, None] * 32 + bit
     state = tl.load(states_ptr + index)
     class_ptr = byte_class_ptr + tl.load(state_grammar_ptr + state) * 256
-    is_accepting = tl.load(accepting_ptr + state).to(tl.int32)
+    is_accepting = (tl.load(accepting_ptr + state) != 0).to(tl.int32)
     length = tl.load(lengths_ptr + token, mask=token < vocab_size, other=0)
     reached = tl.where(length > 0, state, -1)
     is_end = tl.where(length > 0, is_accepting, 0)
@@ -103,8 +103,8 @@ def _build_kernel(
         following = tl.load(transitions_ptr + start + column, mask=walking, other=-1)
         reached = tl.where(walking, following, reached)
         if HAS_ENDS:
-            is_accepted = tl.load(accepting_ptr + reached, mask=reached >= 0, other=0).to(tl.int32)
-            is_end = tl.where(is_accepted != 0, 0, is_end)
+            accepting = tl.load(accepting_ptr + reached, mask=reached >= 0, other=0).to(tl.int32)
+            is_end = tl.where(accepting == 1, 0, is_end)
         position += 1
         position_ptr += vocab_size
         walking = (length > position) & (reached >= 0)

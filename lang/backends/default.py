@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from ramet.errors import ConfigError
 from ramet.lang.backends.in_process import EngineBackend, default_model, is_engine
+from ramet.lang.backends.models import Models
 from ramet.lang.backends.protocol import Backend, block_backend
 
 
@@ -21,6 +22,9 @@ class _Default:
         self.backend: Backend | None = None
         self.known: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()  # by engine
         self.remote: dict[str, Backend] = {}  # by address
+        self.several: weakref.WeakValueDictionary[tuple[tuple[str, Backend], ...], Models] = (
+            weakref.WeakValueDictionary()
+        )
 
 
 _default = _Default()
@@ -45,9 +49,14 @@ def use_backend(backend: object) -> Iterator[Backend]:
 
 
 def as_backend(given: object) -> Backend:
-    """Return a backend unchanged, and make one of an engine or a server's address. Raises ConfigError for others."""
+    """Return a backend unchanged, and make one of an engine, a server's address, or several of these by name.
+
+    Raises ConfigError for others.
+    """
     if isinstance(given, Backend):
         return given
+    if isinstance(given, Mapping):
+        return _several(given)
     if isinstance(given, str) and given.startswith(("http://", "https://")):
         from ramet.lang.backends.remote import Remote  # imports asyncio and TLS, which are not needed in process
 
@@ -60,8 +69,24 @@ def as_backend(given: object) -> Backend:
                 found = _default.known[given] = EngineBackend(given)
         return found
     raise ConfigError(
-        f"backend is {given!r}, but must be an Engine, a Backend such as MockBackend, or a server's http:// address"
+        f"backend is {given!r}, but must be an Engine, a Backend such as MockBackend, a server's http:// address, or a "
+        "dict of these by the names of their models"
     )
+
+
+def _several(given: Mapping[object, object]) -> Backend:
+    """Return the backend of several models by name, the same one for the same backends, so that runs share it."""
+    if not given or not all(isinstance(name, str) and name for name in given):
+        raise ConfigError(f"backend is {given!r}, but a dict of backends has a name, which is not empty, for each")
+    backends = {str(name): as_backend(one) for name, one in given.items()}
+    nested = next((name for name, one in backends.items() if isinstance(one, Models)), None)
+    if nested is not None:
+        raise ConfigError(f"backend {nested!r} is a dict of backends itself; put them all into one")
+    with _default.lock:
+        found = _default.several.get(tuple(backends.items()))
+        if found is None:
+            found = _default.several[tuple(backends.items())] = Models(backends)
+    return found
 
 
 def choose_backend(given: object | None = None) -> Backend:

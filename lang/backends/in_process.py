@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from ramet.runtime.programs.engine import ProgramEngine
     from ramet.runtime.programs.model import ProgramModel
     from ramet.runtime.testing.scripted_model import Script, ScriptedEngine, ScriptedStats
+    from ramet.runtime.text.tokenizer import Tokenizer
 
 
 class EngineBackend(BlockBackend):
@@ -38,8 +40,11 @@ class MockBackend(EngineBackend):
 
     `script`: a dict from a text in the prompt to an answer or a list of answers; or a list of answers in the order of
     the requests; or a function of the prompt. An answer that is no text is written as JSON. Without a script, words are
-    drawn by a hash of the prompt. `strict`: a prompt for which the script has no answer (any more), and an answer that
-    does not fit its type or constraint, are errors. The choices of a `select` are compared and need no answer.
+    drawn by a hash of the prompt. `strict`: a prompt for which the script has no answer (any more), an answer that does
+    not fit its type or constraint or is cut by `max_tokens`, and an answer that is none of a `select`'s choices, are
+    errors. A `select` needs no answer. `tokenizer`: whose tokens are counted, and whose chat template is used: a
+    model's name or folder, or the tokenizer of an engine; None: a small one, which writes a fifth more tokens than
+    those of models. Raises ConfigError for a script that cannot be one.
     """
 
     engine: ScriptedEngine
@@ -51,10 +56,18 @@ class MockBackend(EngineBackend):
         strict: bool = False,
         failures: Mapping[str, Exception] | None = None,
         latency_s: float = 0.0,
+        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     ) -> None:
         from ramet.runtime.testing.scripted_model import ScriptedEngine  # as above
 
-        super().__init__(ScriptedEngine(script, strict=strict, failures=failures, latency_s=latency_s))
+        if isinstance(tokenizer, str | os.PathLike):
+            from ramet.runtime.models.catalog import resolve_model
+            from ramet.runtime.models.description import describe_model
+
+            tokenizer = describe_model(resolve_model(tokenizer)).tokenizer
+        super().__init__(
+            ScriptedEngine(script, strict=strict, failures=failures, latency_s=latency_s, tokenizer=tokenizer)
+        )
 
     def stats(self) -> ScriptedStats:
         """Return the engine's counters."""

@@ -37,15 +37,6 @@ class Backend(Protocol):
     def start(self, options: ProgramOptions, on_event: OnEvent) -> Session: ...
 
 
-@runtime_checkable
-class TakesRows(Protocol):
-    """A backend that accepts the rows of a compiled batch together. The rows start when their sessions are finished."""
-
-    def start_rows(
-        self, options: ProgramOptions, graph: Graph, rows: Sequence[Mapping[str, Any]], on_events: Sequence[OnEvent]
-    ) -> Sequence[Session]: ...
-
-
 block_backend: ContextVar[Backend | None] = ContextVar("ramet_backend", default=None)  # of the innermost block
 
 
@@ -54,6 +45,15 @@ class BlockBackend(Backend):
 
     def __init__(self) -> None:
         self._blocks: list[Token[Backend | None]] = []
+
+    def start_rows(
+        self, options: ProgramOptions, graph: Graph, rows: Sequence[Mapping[str, Any]], on_events: Sequence[OnEvent]
+    ) -> Sequence[Session] | None:
+        """Take the rows of a compiled batch together; they start when their sessions are finished.
+
+        None: this backend takes each row by itself.
+        """
+        return None
 
     def close(self) -> None:
         """Release the backend's resources. Called when its last block ends. The backend may be used again."""

@@ -115,7 +115,7 @@ class RemoteSession:
     def extend(self, graph: ir.Graph, *, is_last: bool = False) -> None:
         if graph.arguments:
             graph.to_json()  # a wrong part raises here, in the caller
-        self._index.add(graph)
+        self._index.add(graph, is_bound=True)
         self._is_complete = is_last
         self._call(self._program.take_part, graph, is_last)
 
@@ -348,6 +348,9 @@ class _Program:
             row.received[event.node] = max(known, offset + len(event.text))
             if text:
                 self._tell(row, msgspec.structs.replace(event, text=text))
+            return
+        if event.kind == "call":
+            self._tell(row, event)  # who takes it knows the calls that began
             return
         if event.kind == "tool":
             if event.node not in row.asked:

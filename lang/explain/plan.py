@@ -264,8 +264,9 @@ def _forced_report(paths: Paths, plan: RequestPlan, target: Target) -> PassRepor
     text = f"{appended:,} tokens of text between generations are appended, not decoded"
     constrained = sum(isinstance(n, ir.Generate) and n.narrowed().constraint is not None for n in paths.graph.nodes)
     if constrained:
+        begin = "begins" if constrained == 1 else "begin"
         text += (
-            f"; {_some(constrained, 'constrained text')} begin with {start} forced tokens, the rest shows in the run"
+            f"; {_some(constrained, 'constrained text')} {begin} with {start} forced tokens, the rest shows in the run"
         )
     return PassReport("forced tokens", text, {"appended": appended, "at_start": start})
 

@@ -55,12 +55,14 @@ class NodeEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing that happened to one node of a running program.
 
     `text`: the next piece of generated text (`kind` text), or all text that the node added to its branch (`kind` done).
-    A Role adds the marks of the chat template. `value`: set when done. `timings`: seconds since the program's start
-    (`start_s`, `first_token_s`, `end_s`). `cause`: the exception, within one process only; it is never encoded.
+    A Role adds the marks of the chat template. `value`: set when done. Kind `tool`: a ToolCall waits for the caller's
+    answer. Kind `call`: a generation has closed a tool call, whose `value` is {"index": ..., "tool": ...,
+    "arguments": {...}}. `timings`: seconds since the program's start (`start_s`, `first_token_s`, `end_s`). `cause`:
+    the exception, within one process only; it is never encoded.
     """
 
     node: int
-    kind: Literal["text", "done", "error", "tool"]
+    kind: Literal["text", "done", "error", "tool", "call"]
     name: str | None = None
     text: str = ""
     value: Any = None

@@ -16,7 +16,6 @@ from ramet.errors import InvalidProgram
 from ramet.lang.graph import ir
 
 MAX_BYTES = 64  # of the following text that the engine looks at
-_WITHOUT_TEXT = (ir.Capture, ir.Join, ir.ToolCall)
 _AFTER_NUMBER: ir.Template = (". ",)
 
 
@@ -41,24 +40,37 @@ def is_ended_by_following(node: ir.AnyNode) -> bool:
     return not (is_free or node.sampling.min_tokens or node.sampling.ignore_eos)
 
 
+def _is_silent(node: ir.AnyNode) -> bool:
+    """Return whether a node adds no text to its branch."""
+    return isinstance(node, ir.Capture | ir.Join) or (isinstance(node, ir.ToolCall) and not node.is_written)
+
+
+def followers(node: ir.AnyNode, children: Mapping[int, Sequence[ir.AnyNode]]) -> list[ir.AnyNode]:
+    """Return the nodes that decide which text follows a node, if that ends its value."""
+    found, left = list[ir.AnyNode](), [node] if is_ended_by_following(node) else []
+    while left:
+        for child in children.get(left.pop().id, ()):
+            if not _is_silent(child):
+                found.append(child)
+            if isinstance(child, ir.Text) or _is_silent(child):
+                left.append(child)
+    return found
+
+
 def following(node: ir.AnyNode, children: Mapping[int, Sequence[ir.AnyNode]]) -> ir.Template:
     """Return the text that follows a node, as its author wrote it, or the beginning of it. Empty if it is not known."""
     is_decimal = isinstance(node, ir.Generate) and node.type == "float"
     parts: list[ir.Part] = []
     size = 0
     while size < MAX_BYTES:
-        after = [
-            child
-            for child in children.get(node.id, ())
-            if not isinstance(child, _WITHOUT_TEXT) or children.get(child.id)
-        ]
+        after = [child for child in children.get(node.id, ()) if not _is_silent(child) or children.get(child.id)]
         if len(after) != 1:
             break
         (node,) = after
         if isinstance(node, ir.Text):
             parts.extend(node.parts)
             size += sum(len(part) for part in node.parts if isinstance(part, str))
-        elif not isinstance(node, _WITHOUT_TEXT):
+        elif not _is_silent(node):
             break
     return tuple(parts) or (_AFTER_NUMBER if is_decimal else ())
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Final, Literal, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self, TypeAlias
 
 import msgspec
 
@@ -32,6 +32,9 @@ from ramet.lang.graph.sampling import Sampling as Sampling
 from ramet.lang.graph.sampling import is_repeatable as is_repeatable
 from ramet.lang.graph.sampling import retry_sampling as retry_sampling
 from ramet.lang.graph.sampling import sampling_problem as sampling_problem
+
+if TYPE_CHECKING:
+    from ramet.lang.graph.run import GraphRun
 
 VERSION = 2  # 1 has no operations in paths; it is read, too
 MAX_RETRIES = 1000
@@ -55,23 +58,6 @@ class Ref(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields
 
 Part: TypeAlias = str | Ref
 Template: TypeAlias = tuple[Part, ...]
-
-
-class Scope(Protocol):
-    """The part of a run that a node may use when it is evaluated. All its dependencies are then done."""
-
-    def render(self, template: Template) -> str: ...
-
-    def argument(self, name: str) -> JsonValue: ...
-
-    def text_after(self, start: int | None, tip: int | None) -> str:
-        """Return the text of the branch that ends at `tip`, after node `start` (None: from the branch's beginning)."""
-
-    def mark(self, node: Marked) -> str:
-        """Return the text that the model's chat template writes at this node."""
-
-    def tokens(self, tip: int | None) -> JsonValue:
-        """Return the token path of the branch that ends at `tip` (WrittenPath), or None where nobody knows it."""
 
 
 class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
@@ -119,8 +105,8 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
         """Return the problem of the node, which follows those in `before`, or None."""
         return None
 
-    def evaluate(self, scope: Scope) -> NodeResult:
-        """Return the result of a node that no model runs. Any exception fails the node."""
+    def evaluate(self, scope: GraphRun) -> NodeResult:
+        """Return the result of a node that no model runs; `scope`: its run. Any exception fails the node."""
         return NodeResult()
 
 
@@ -145,7 +131,7 @@ class Text(Node, frozen=True, tag="text"):
             left, at = left - (not above.moved), above.parent
         return f"is moved behind {self.moved} texts, which don't stand right before it" if left else None
 
-    def evaluate(self, scope: Scope) -> NodeResult:
+    def evaluate(self, scope: GraphRun) -> NodeResult:
         return NodeResult(scope.render(self.parts))
 
 
@@ -161,7 +147,7 @@ class Argument(Node, frozen=True, tag="argument"):
             return "is an argument and can't have a parent"
         return f"declares argument {self.name!r} a second time" if self.name in before.arguments else None
 
-    def evaluate(self, scope: Scope) -> NodeResult:
+    def evaluate(self, scope: GraphRun) -> NodeResult:
         value = scope.argument(self.name)
         return NodeResult(value=value, value_text=value_text(value))
 
@@ -176,7 +162,9 @@ class Generate(Node, frozen=True, tag="generate"):
     `checks` narrow the constraint where they can (narrowing.py). A value that fails one is generated again, up to
     `retries` times. Its text never joins the branch. `tells_text`: its text is reported as it is generated, whatever
     the options of the run say. `draft`: what the text is expected to be like; only its speed depends on it.
-    `adapter`: the name of the adapter that writes it; empty: that of the run's options.
+    `adapter`: the name of the adapter that writes it; empty: that of the run's options. `model`: the name of the model,
+    where the backend has several; empty: the first one. `tells_calls`: each of its tool calls is reported (NodeEvent of
+    kind `call`) as soon as its text is closed, so that the tool can start while the text goes on.
     """
 
     name: str | None = None
@@ -185,8 +173,10 @@ class Generate(Node, frozen=True, tag="generate"):
     checks: tuple[Check, ...] = ()
     retries: int = 0
     tells_text: bool = False
+    tells_calls: bool = False
     draft: str = ""
     adapter: str = ""
+    model: str = ""
     type: Literal["str", "int", "float", "bool", "json", "tools", "captures"] = "str"
 
     run_by = "model"
@@ -224,13 +214,17 @@ class Generate(Node, frozen=True, tag="generate"):
 
 
 class Select(Node, frozen=True, tag="select"):
-    """The likeliest of `choices` by `scorer`, or a draw from their probabilities if `temperature` > 0."""
+    """The likeliest of `choices` by `scorer`, or a draw from their probabilities if `temperature` > 0.
+
+    `model`: as in Generate.
+    """
 
     choices: tuple[Template, ...]
     name: str | None = None
     scorer: Literal["calibrated", "likelihood", "token_normalized", "greedy", "unconditional"] = DEFAULT_SCORER
     temperature: float = 0.0
     seed: int | None = None
+    model: str = ""
 
     run_by = "model"
     has_value = True
@@ -306,7 +300,7 @@ class Role(Node, frozen=True, tag="role"):
     def problem(self, before: GraphIndex) -> str | None:
         return None if self.role in ROLES else f"has role {self.role!r}; roles are {', '.join(ROLES)}"
 
-    def evaluate(self, scope: Scope) -> NodeResult:
+    def evaluate(self, scope: GraphRun) -> NodeResult:
         return NodeResult(scope.mark(self))
 
 
@@ -325,7 +319,7 @@ class Tools(Node, frozen=True, tag="tools"):
             return None
         return f"declares tools that are no JSON list of functions with a name: {self.tools[:80]!r}"
 
-    def evaluate(self, scope: Scope) -> NodeResult:
+    def evaluate(self, scope: GraphRun) -> NodeResult:
         return NodeResult(scope.mark(self))
 
 
@@ -333,13 +327,15 @@ class Thinking(Node, frozen=True, tag="thinking"):
     """The start or end of the model's thinking before an answer. Its text comes from the model's chat template.
 
     A generation right after a start writes the thinking. It ends where the model writes the end, or by `max_tokens`.
+    `model`: as in Generate.
     """
 
     is_open: bool
+    model: str = ""
 
     is_markup = True
 
-    def evaluate(self, scope: Scope) -> NodeResult:
+    def evaluate(self, scope: GraphRun) -> NodeResult:
         return NodeResult(scope.mark(self))
 
 
@@ -347,12 +343,15 @@ class ToolCall(Node, frozen=True, tag="tool_call"):
     """A call of one of the caller's tools. `arguments` render to a JSON object; the value is the tool's result.
 
     `on_error`: a tool's failure ends the program ("raise"), or becomes the value {"error": ...} ("report").
+    `is_written`: the result is what another model writes here: {"text": what joins the branch, "value": ..., "shown":
+    what a template inserts for the value}.
     """
 
     tool: str
     arguments: Template
     name: str | None = None
     on_error: Literal["raise", "report"] = "raise"
+    is_written: bool = False
 
     run_by = "caller"
     has_value = True
@@ -363,8 +362,18 @@ class ToolCall(Node, frozen=True, tag="tool_call"):
     def changed(self, template: Callable[[Template], Template], node: Callable[[int], int]) -> Self:
         return msgspec.structs.replace(self, arguments=template(self.arguments))
 
-    def evaluate(self, scope: Scope) -> NodeResult:
+    def evaluate(self, scope: GraphRun) -> NodeResult:
         return NodeResult(value={"tool": self.tool, "arguments": parse_value("json", scope.render(self.arguments))})
+
+    def answered(self, value: JsonValue) -> NodeResult:
+        """Return the result that the caller's answer gives. Raises InvalidProgram for a wrong one."""
+        if not self.is_written:
+            return NodeResult(value=value, value_text=value_text(value))
+        found = value if isinstance(value, dict) else {}
+        text, shown = found.get("text"), found.get("shown")
+        if not isinstance(text, str) or not isinstance(shown, str) or "value" not in found:
+            raise InvalidProgram(f"{self.tool} was answered by {repr(value)[:200]}; it needs text, value and shown")
+        return NodeResult(text, value=found["value"], value_text=shown)
 
 
 class Capture(Node, frozen=True, tag="capture"):
@@ -393,7 +402,7 @@ class Capture(Node, frozen=True, tag="capture"):
             return None
         return f"captures from node {self.start}, which is not on its branch"
 
-    def evaluate(self, scope: Scope) -> NodeResult:
+    def evaluate(self, scope: GraphRun) -> NodeResult:
         if self.of == "tokens":
             return NodeResult(value=scope.tokens(self.parent))
         text = scope.text_after(self.start, self.parent)
@@ -465,6 +474,7 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 _READ = (1, VERSION)
+_SEVERAL = "give the run backends by name, backend={'small': ..., 'big': ...}"
 
 
 def _version(data: bytes | str) -> JsonValue:
@@ -494,6 +504,26 @@ def dependencies(node: AnyNode) -> list[int]:
     found.extend(ref.node for ref in refs(node))
     found.extend(node.joined())
     return found
+
+
+def renumbered(node: AnyNode, new_id: Mapping[int, int]) -> AnyNode:
+    """Return a node with other ids: its own, and those of the nodes that it needs."""
+
+    def moved(template: Template) -> Template:
+        return tuple(p if isinstance(p, str) else msgspec.structs.replace(p, node=new_id[p.node]) for p in template)
+
+    parent = None if node.parent is None else new_id[node.parent]
+    return msgspec.structs.replace(node.changed(moved, new_id.__getitem__), id=new_id[node.id], parent=parent)
+
+
+def model_of(node: AnyNode) -> str:
+    """Return the name of the model that a node asks for. Empty: none, as where no model writes anything."""
+    return node.model if isinstance(node, Generate | Select | Thinking) else ""
+
+
+def shown_text(node: AnyNode, text: str) -> str:
+    """Return what a template inserts for the value of a generated text: without the space before a typed value."""
+    return text.removeprefix(" ") if isinstance(node, Generate) and node.is_typed else text
 
 
 def parts_used(node: AnyNode) -> dict[int, set[tuple[str | int, ...]]]:
@@ -607,9 +637,12 @@ class GraphIndex:
     def add(self, graph: Graph, *, is_bound: bool = False) -> None:
         """Check one part and append it. Raises InvalidProgram for a wrong part, of which nothing is appended.
 
-        `is_bound`: every argument must have its value, because the graph is to be run.
+        `is_bound`: every argument must have its value, and no node name a model, because one model is to run the graph.
         """
         unbound = [n.name for n in graph.nodes if isinstance(n, Argument) and n.name not in graph.arguments]
+        asked = next((node for node in graph.nodes if model_of(node)), None) if is_bound else None
+        if asked is not None:
+            raise _wrong(asked, f"asks for model {model_of(asked)!r}, but the backend has one model: {_SEVERAL}")
         if is_bound and unbound:
             raise InvalidProgram(f"argument {unbound[0]!r} has no value; give it when the graph is run")
         if graph.version not in _READ:

@@ -8,6 +8,9 @@ token that the model rarely saw before what it wants to write: it would write ` 
 last token of the author's text is therefore given back where the vocabulary has a longer one that begins with it, and
 the model writes its bytes again, as part of any token that begins with them.
 
+Where no token is given back, a value that is read from its text may begin with the space that prose has there
+(`takes_space`).
+
 The executor and the passes apply these rules; a backend that takes text alone leaves them to its server.
 """
 
@@ -94,3 +97,12 @@ def healing(token_bytes: Sequence[bytes]) -> GivenBack:
         return text if text and len(text) <= num_literal and may_go_on(text) else b""
 
     return given_back
+
+
+def takes_space(token: bytes) -> bool:
+    """Return whether a space may stand between a text that ends with this token and a value.
+
+    It may after a word or a mark that a space follows in prose, such as `Age:`, and not after `(`, `$` or `_`.
+    """
+    last = token.decode(errors="ignore")[-1:]
+    return last.isalnum() or last in tuple(".:,;?!)")

@@ -14,13 +14,13 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-from ramet.errors import CheckFailed, ProgramCancelled, RametError
+from ramet.errors import CheckFailed, InvalidProgram, ProgramCancelled, RametError
 from ramet.lang.graph import ir
 from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.options import Deadline, ProgramOptions
@@ -154,7 +154,7 @@ class GraphRun:
             return None
         return result
 
-    # The methods of ir.Scope, which nodes call.
+    # What nodes call when they are evaluated. All that they depend on is then done.
 
     def render(self, template: ir.Template) -> str:
         return ir.render(template, lambda i: self.nodes[i].value_text, lambda i: self.nodes[i].value)
@@ -163,13 +163,16 @@ class GraphRun:
         return self._arguments[name]
 
     def mark(self, node: ir.Marked) -> str:
+        """Return the text that the model's chat template writes at this node."""
         assert self._mark is not None
         return self._mark(self.branch(node.parent), node)
 
     def tokens(self, tip: int | None) -> ir.JsonValue:
+        """Return the token path of the branch that ends at `tip` (WrittenPath), or None where nobody knows it."""
         return self._tokens(tip)
 
     def text_after(self, start: int | None, tip: int | None) -> str:
+        """Return the text of the branch that ends at `tip`, after node `start` (None: from the branch's beginning)."""
         return self._text_up_to(tip, start=start)
 
     def branch(self, tip: int | None) -> list[ir.AnyNode]:
@@ -187,6 +190,11 @@ class GraphRun:
         """Report a piece of generated text, if the caller wants it."""
         if self.tells_text(run):
             self._emit(run, "text", text=text)
+
+    def tell_call(self, run: NodeRun, index: int, call: Mapping[str, ir.JsonValue]) -> None:
+        """Report a tool call that a generation has closed: its `name` and `arguments`."""
+        if not run.is_over:
+            self._emit(run, "call", value={"index": index, "tool": call["name"], "arguments": call["arguments"]})
 
     def wants_text(self, run: NodeRun) -> bool:
         """Return whether text of a node is needed as it is generated: by the caller, or by nodes that use its parts."""
@@ -273,8 +281,13 @@ class GraphRun:
     def provide(self, node: int, value: ir.JsonValue = None, error: Exception | None = None) -> None:
         """Take a tool's result. An error fails the node, or becomes its value if the call's `on_error` is "report"."""
         run = self.nodes[node]
-        if error is None:
-            self.done(run, ir.NodeResult(value=value, value_text=ir.value_text(value)))
+        if error is None and isinstance(run.node, ir.ToolCall):
+            try:
+                self.done(run, run.node.answered(value))
+            except InvalidProgram as wrong:
+                self.failed(run, wrong)
+        elif error is None:
+            raise InvalidProgram(f"node {node} is no tool call, and needs no answer")
         elif isinstance(run.node, ir.ToolCall) and run.node.on_error == "report":
             reported = {"error": f"{type(error).__name__}: {error}"}
             self.done(run, ir.NodeResult(value=reported, value_text=ir.value_text(reported), meta=dict(reported)))

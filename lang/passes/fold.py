@@ -31,12 +31,12 @@ def fold_constants(graph: ir.Graph) -> ir.Graph:
             assert old.parent is not None
             is_plain = old.parent not in pinned and children[old.parent] == 1
             if isinstance(before, ir.Text) and is_plain and all(new_id[ref.node] < above for ref in ir.refs(node)):
-                parts = _moved(node.parts, new_id)
-                nodes[above] = msgspec.structs.replace(before, parts=_merged((*before.parts, *parts)))
                 new_id[old.id] = above
+                (parts,) = ir.renumbered(node, new_id).templates()
+                nodes[above] = msgspec.structs.replace(before, parts=_merged((*before.parts, *parts)))
                 continue
         new_id[old.id] = len(nodes)
-        nodes.append(_renumbered(node, new_id))
+        nodes.append(ir.renumbered(node, new_id))
     left = {name: value for name, value in graph.arguments.items() if any(_declares(n, name) for n in nodes)}
     return ir.Graph(tuple(nodes), left)
 
@@ -83,13 +83,3 @@ def _merged(parts: ir.Template) -> ir.Template:
         elif part != "":
             found.append(part)
     return tuple(found)
-
-
-def _renumbered(node: ir.AnyNode, new_id: dict[int, int]) -> ir.AnyNode:
-    changed = node.changed(lambda template: _moved(template, new_id), new_id.__getitem__)
-    parent = None if node.parent is None else new_id[node.parent]
-    return msgspec.structs.replace(changed, id=new_id[node.id], parent=parent)
-
-
-def _moved(template: ir.Template, new_id: dict[int, int]) -> ir.Template:
-    return tuple(p if isinstance(p, str) else msgspec.structs.replace(p, node=new_id[p.node]) for p in template)

@@ -11,6 +11,7 @@ from typing import Protocol
 from ramet.errors import ConfigError
 from ramet.lang.backends.default import choose_backend
 from ramet.lang.backends.in_process import EngineBackend
+from ramet.lang.backends.models import Models
 from ramet.lang.graph.ir import AnyNode, Constraint, Marked
 
 
@@ -57,6 +58,11 @@ class Target(Protocol):
 def target_of(backend: object | None = None) -> Target:
     """Return the target of a backend (None: the default one). Raises ConfigError if it offers no tokenizer."""
     found = choose_backend(backend)
+    if isinstance(found, Models):
+        raise ConfigError(
+            f"models {', '.join(found.backends)} tokenise in their own ways; name one of their backends, which then "
+            "counts everything as if its model wrote it all"
+        )
     if not isinstance(found, EngineBackend):
         raise ConfigError(
             f"{type(found).__name__} doesn't tell how it tokenises; explain with an engine of this process"

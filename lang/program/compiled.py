@@ -11,7 +11,7 @@ from typing import Any
 
 from ramet.errors import InvalidProgram
 from ramet.lang.backends.default import choose_backend
-from ramet.lang.backends.protocol import Backend, TakesRows
+from ramet.lang.backends.protocol import Backend, BlockBackend
 from ramet.lang.graph import ir
 from ramet.lang.graph.operations import follow
 from ramet.lang.graph.options import ProgramOptions, deadline
@@ -125,16 +125,20 @@ class Compiled:
         backends = [one.pop("backend", None) for one in common]
         is_alike = all(one == common[0] for one in common) and all(one is backends[0] for one in backends)
         backend = choose_backend(backends[0]) if rows else None
-        if not isinstance(backend, TakesRows) or not is_alike or not common[0].keys() <= _ROW_OPTIONS.keys():
+        if is_alike and isinstance(backend, BlockBackend) and common[0].keys() <= _ROW_OPTIONS.keys():
+            options = self._options(**{**_ROW_OPTIONS, **common[0]})
+            found = [self._new_state(backend, options, {n: v for n, v in row.items() if n in own}) for row in rows]
+            runs = [state.recorder.run for state in found]
+            sessions = backend.start_rows(
+                options, self.graph, [run.arguments for run in runs], [run.on_event for run in runs]
+            )
+        else:
+            sessions = None
+        if sessions is None:
             for row in rows:
                 states.append(self.start(**row))
             return
-        options = self._options(**{**_ROW_OPTIONS, **common[0]})
-        states += [self._new_state(backend, options, {n: v for n, v in row.items() if n in own}) for row in rows]
-        runs = [state.recorder.run for state in states]
-        sessions = backend.start_rows(
-            options, self.graph, [run.arguments for run in runs], [run.on_event for run in runs]
-        )
+        states += found
         index = ir.GraphIndex()
         index.add(self.graph)
         for run, session in zip(runs, sessions, strict=True):

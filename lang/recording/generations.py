@@ -26,7 +26,7 @@ class Gen(Expr):
 
     `grammar`: the description that its constraint was made of, if it was composed. `captures`: the names in that, and
     how their values are read. `draft`: what the text is expected to be like. `adapter`: its name;
-    empty: the run's.
+    empty: the run's. `model`: its name; empty: the backend's first one.
     """
 
     name: str | None
@@ -40,6 +40,7 @@ class Gen(Expr):
     captures: Mapping[str, OutputType] = field(default_factory=dict)
     draft: str = ""
     adapter: str = ""
+    model: str = ""
 
     def record(self, recorder: Recorder) -> NodeSource:
         """Append the generation, and keep its value and captures as variables.
@@ -86,9 +87,10 @@ class Gen(Expr):
         values = ("min_tokens", "stop", "stop_regex", "stop_token_ids", "logprobs")
         own = {"max_tokens": limit, **dict.fromkeys(values)}
         seed = recorder.seed_of_place() if sampling.seed is None else sampling.seed
-        recorder.add(ir.Thinking, is_open=True)
-        recorder.add(ir.Generate, sampling=msgspec.structs.replace(sampling, seed=seed, **own), adapter=self.adapter)
-        recorder.add(ir.Thinking, is_open=False)
+        sampling = msgspec.structs.replace(sampling, seed=seed, **own)
+        recorder.add(ir.Thinking, is_open=True, model=self.model)
+        recorder.add(ir.Generate, sampling=sampling, adapter=self.adapter, model=self.model)
+        recorder.add(ir.Thinking, is_open=False, model=self.model)
 
     def _record_once(
         self, recorder: Recorder, sampling: ir.Sampling, checks: tuple[ir.Check, ...] = (), retries: int = 0
@@ -102,6 +104,8 @@ class Gen(Expr):
             retries=retries,
             draft=self.draft,
             adapter=self.adapter,
+            model=self.model,
+            tells_calls=self.output.wire == "tools" and not recorder.run.stage_always,
             type=self.output.wire,
         )
         return _kept(recorder, NodeSource(recorder.run, node, self.name, self.output))
@@ -134,6 +138,7 @@ class SelectExpr(Expr):
     temperature: float = 0.0
     seed: int | None = None
     return_probs: bool = False
+    model: str = ""
 
     def record(self, recorder: Recorder) -> NodeSource:
         """Append the selection."""
@@ -145,6 +150,7 @@ class SelectExpr(Expr):
             scorer=self.scorer,
             temperature=float(self.temperature),
             seed=recorder.seed_of_place() if is_drawn else self.seed,
+            model=self.model,
         )
         return _kept(recorder, NodeSource(recorder.run, node, self.name, SELECTED if self.return_probs else TEXT))
 

@@ -58,6 +58,7 @@ def gen(
     thinking: bool | int = False,
     draft: str = "",
     adapter: str = "",
+    model: str = "",
 ) -> Gen:
     """Generate text, or a value of `type`, and keep it as variable `name`.
 
@@ -93,12 +94,15 @@ def gen(
 
     `adapter`: the adapter (LoRA) of the engine that writes the value; without one, that of the run's option `adapter`.
 
+    `model`: the name of the model that writes it, in a run with several: `backend={"small": ..., "big": ...}`. Without
+    one, the first of them.
+
     Raises:
         InvalidRequest: a value outside its range, or constraints that exclude each other.
     """
     # A generated value can be a part of a constraint; it must be read first.
     regex, cfg, choices, json_schema, substring_of = plain((regex, cfg, choices, json_schema, substring_of))
-    retries, thinking, draft, adapter = plain((retries, thinking, draft, adapter))
+    retries, thinking, draft, adapter, model = plain((retries, thinking, draft, adapter, model))
     if isinstance(json_schema, str):
         try:
             json_schema = msgspec.json.decode(json_schema, type=dict)
@@ -158,15 +162,21 @@ def gen(
         raise InvalidRequest(f"draft is {draft!r}, but must be text that UTF-8 can write", param="draft")
     if not isinstance(adapter, str) or not is_json(adapter):
         raise InvalidRequest(f"adapter is {adapter!r}, but must be the name of an adapter", param="adapter")
+    _check_model(model)
     budget = THINKING_TOKENS if thinking is True else thinking or None
     said = {name: plain(value) for name, value in values.items() if value is not None}
     if isinstance(type, Composition):
         if constraint is not None or checks:
             raise InvalidRequest("constraints and checks of a grammar stand in its parts", param="type")
-        return replace(
-            composed_gen(name, type, to_sampling(said), tokenization, form, budget), draft=draft, adapter=adapter
-        )
-    return Gen(name, wanted, constraint, to_sampling(said), checks, retries, budget, draft=draft, adapter=adapter)
+        made = composed_gen(name, type, to_sampling(said), tokenization, form, budget)
+    else:
+        made = Gen(name, wanted, constraint, to_sampling(said), checks, retries, budget)
+    return replace(made, draft=draft, adapter=adapter, model=model)
+
+
+def _check_model(name: object) -> None:
+    if not isinstance(name, str) or not is_json(name):
+        raise InvalidRequest(f"model is {name!r}, but must be the name of one of the run's backends", param="model")
 
 
 def select(
@@ -177,10 +187,12 @@ def select(
     temperature: float = 0.0,
     seed: int | None = None,
     return_probs: bool = False,
+    model: str = "",
 ) -> SelectExpr | Composition:
     """Append the likeliest of `choices` and keep it as variable `name`. `s.meta(name)["probs"]` sums to one.
 
     `return_probs`: the value gets an attribute `probs`, a dict of choice -> probability: `s[name].probs`.
+    `model`: as in `gen`.
 
     Scorers: `calibrated` (neither short nor common choices are preferred), `likelihood` (the model's exact
     probabilities; a choice that is the beginning of another one always beats it), `token_normalized`, `greedy`,
@@ -200,9 +212,10 @@ def select(
         FIELDS["seed"].check(seed)
     if scorer not in SCORERS:
         raise InvalidRequest(f"scorer is {scorer!r}, but must be one of {', '.join(SCORERS)}", param="scorer")
+    _check_model(model := plain(model))
     texts = tuple(one for one in choices if isinstance(one, str | Value) and not holds_description(one))
     if len(texts) == len(choices):
-        return SelectExpr(name, texts, scorer, temperature, seed, return_probs)
+        return SelectExpr(name, texts, scorer, temperature, seed, return_probs, model)
     wrong = next(
         (one for one in choices if isinstance(one, int | float | bytes | None) and not isinstance(one, Value)), None
     )
@@ -210,7 +223,8 @@ def select(
         raise InvalidRequest(
             f"a choice is {wrong!r}, but must be text, a generated value or a description", param="choices"
         )
-    if name is not None or (scorer, temperature, seed, return_probs) != (DEFAULT_SCORER, 0.0, None, False):
+    said = (name, scorer, temperature, seed, return_probs, model)
+    if said != (None, DEFAULT_SCORER, 0.0, None, False, ""):
         raise InvalidRequest(
             "a selection among descriptions is a grammar, which has no name, scorer or temperature of its own; write "
             "gen(name, select([...]), temperature=...)",

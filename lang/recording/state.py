@@ -133,6 +133,7 @@ class State(Generic[R]):
         choice: str = "auto",
         parallel: bool = True,
         on_error: Literal["raise", "report"] = "raise",
+        model: str = "",
         **sampling: Any,  # Any: sampling values, which are checked
     ) -> Value:
         """Let the model call tools and read their results until it answers; returns the answer's text.
@@ -141,7 +142,8 @@ class State(Generic[R]):
         After `max_steps` rounds of calls the model must answer. `name`: the variable of the answer. `calls`: the
         variable of the list of ToolUse (name, arguments, result). `choice`: "auto", "required", or the name of a tool
         that must be called first. `parallel`: allow several calls in one message, which run at once. `on_error`: a
-        tool's failure ends the program ("raise"), or the model reads the error ("report"). Waits for the model's calls;
+        tool's failure ends the program ("raise"), or the model reads the error ("report"). `model`: as in `gen`. Waits
+        for the model's calls;
         use `branches.call_tools` for the loops of many branches at once.
         """
         loop = tool_loop(
@@ -153,6 +155,7 @@ class State(Generic[R]):
             choice=choice,
             parallel=parallel,
             on_error=on_error,
+            model=model,
             **sampling,
         )
         return drive(self.recorder.run, loop)

@@ -40,6 +40,7 @@ def tool_loop(
     parallel: bool = True,
     on_error: Literal["raise", "report"] = "raise",
     loop: asyncio.AbstractEventLoop | None = None,
+    model: str = "",
     **sampling: Any,  # Any: sampling values, which are checked
 ) -> Generator[int, None, Value]:
     """Run the steps of one branch. Yields the generation that it needs, and resumes when that is done.
@@ -73,13 +74,15 @@ def tool_loop(
     for step in range(max_steps + 1):
         now = choice if step == 0 else "auto" if step < max_steps else "none"
         with recorder.message("assistant"):
-            message = Gen(name, ANSWER, _constraint(tools, now, parallel), values).record(recorder)
+            message = Gen(name, ANSWER, _constraint(tools, now, parallel), values, model=model).record(recorder)
+        if loop is not None:
+            recorder.run.tools.use_loop(message.node, loop)
         yield message.node
         _raise_failure(recorder.run, called)
         asked = message.read(WHY)["calls"]
         if not asked:
             break
-        called = _record_calls(recorder, message.node, asked, on_error, loop)
+        called = _record_calls(recorder, message.node, asked, on_error)
         uses += [
             ToolUse(call["name"], call["arguments"], Value(NodeSource(recorder.run, node, call["name"], RESULT)))
             for call, node in zip(asked, called, strict=True)
@@ -105,17 +108,13 @@ def _record_calls(
     message: int,
     calls: Sequence[dict[str, Any]],
     on_error: str,
-    loop: asyncio.AbstractEventLoop | None,
 ) -> list[int]:
     """Record a message's calls, which run at once, and a message with each result. Returns the call nodes."""
     run, tip = recorder.run, recorder.tip
     nodes = []
     for index, call in enumerate(calls):
         arguments = (ir.Ref(message, ("calls", index, "arguments")),)
-        node = run.record(ir.ToolCall, tip, tool=call["name"], arguments=arguments, on_error=on_error)
-        if loop is not None:
-            run.tools.use_loop(node, loop)
-        nodes.append(node)
+        nodes.append(run.record(ir.ToolCall, tip, tool=call["name"], arguments=arguments, on_error=on_error))
     for node in nodes:
         with recorder.message("tool"):
             recorder.add(ir.Text, parts=(ir.Ref(node),))

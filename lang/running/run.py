@@ -247,7 +247,8 @@ class Run:
         self.read_quietly(item.node, "a text with this value in it")
         event = self._checked(item.node)
         value = event.value
-        return ir.render((item,), lambda _: event.text or ir.value_text(value), lambda _: value)
+        text = ir.shown_text(self.nodes[item.node], event.text) or ir.value_text(value)
+        return ir.render((item,), lambda _: text, lambda _: value)
 
     def foreign(self, key: bytes, index: int) -> object:
         """Return the text of another run's placeholder. Only enclosing runs can be asked."""
@@ -511,6 +512,11 @@ class Run:
         """Take an event of a node (see OnEvent). Backends call this."""
         if event.kind == "tool":
             self._call_tool(event)
+        elif event.kind == "call":
+            call = event.value
+            self.tools.begin((event.node, call["index"]), call["tool"], call["arguments"])
+        elif event.kind == "error":
+            self.tools.drop(event.node)
         self.outcomes.put(event)
         return self.outcomes.rests if self.is_recording and not self.outcomes.rests.is_set() else None
 
@@ -521,7 +527,14 @@ class Run:
         def done(result: Any, error: Exception | None) -> None:
             session.provide(event.node, result, error)
 
-        self.tools.call(event.node, event.value["tool"], event.value["arguments"], done)
+        self.tools.call(self._call_of(event.node), event.value["tool"], event.value["arguments"], done)
+
+    def _call_of(self, node: int) -> tuple[int, int]:
+        """Return the message and the index of the call that a ToolCall node makes, or the node itself and 0."""
+        for ref in ir.refs(self.nodes[node]):
+            if ref.path[:1] == ("calls",) and isinstance(index := ref.path[1], int):
+                return ref.node, index
+        return node, 0
 
     def finish(self) -> None:
         """Send the rest; no more nodes will be recorded."""

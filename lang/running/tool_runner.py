@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ramet.errors import InvalidProgram, InvalidRequest
@@ -19,6 +20,7 @@ from ramet.lang.running.tools import Tool, to_json
 
 MAX_CALLS = 32  # calls of one program at once
 OnDone = Callable[[Any, Exception | None], None]  # Any: what the tool returned
+Call = tuple[int, int]  # the message, and the index of the call in it
 
 
 class ToolRunner:
@@ -29,7 +31,8 @@ class ToolRunner:
 
     def __init__(self, tools: Mapping[str, Callable[..., Any]]) -> None:
         self._tools = dict(tools)
-        self._loops: dict[int, asyncio.AbstractEventLoop] = {}  # ToolCall nodes whose async tools run there
+        self._loops: dict[int, asyncio.AbstractEventLoop] = {}  # of messages whose async tools run there
+        self._begun: dict[Call, Future[Any]] = {}  # calls for whose results nobody waits yet
         self._lock = threading.Lock()
         self._waiting: deque[Callable[[], None]] = deque()  # each makes one call, on its own thread
         self._num_running = 0
@@ -39,12 +42,35 @@ class ToolRunner:
         """Add a tool. Return False if another tool has its name."""
         return self._tools.setdefault(tool.name, tool) == tool
 
-    def use_loop(self, node: int, loop: asyncio.AbstractEventLoop) -> None:
-        """Run the tool of this ToolCall node on `loop` if it is async."""
-        self._loops[node] = loop
+    def use_loop(self, message: int, loop: asyncio.AbstractEventLoop) -> None:
+        """Run the tools that this message calls on `loop` if they are async."""
+        self._loops[message] = loop
 
-    def call(self, node: int, name: str, arguments: Mapping[str, Any], done: OnDone) -> None:
-        """Call a tool for a ToolCall node. `done` receives the result as JSON, or the error."""
+    def begin(self, call: Call, name: str, arguments: Mapping[str, Any]) -> None:
+        """Start a tool whose arguments are closed, while its message is still being written."""
+        result: Future[Any] = Future()
+        self._begun[call] = result
+        self._start_tool(call, name, arguments, partial(_settle, result))
+
+    def drop(self, message: int) -> None:
+        """Forget the calls of a message that was never completed. Those that wait for a place never start."""
+        for call in [one for one in tuple(self._begun) if one[0] == message]:
+            self._begun.pop(call).cancel()
+
+    def call(self, call: Call, name: str, arguments: Mapping[str, Any], done: OnDone) -> None:
+        """Call a tool for a ToolCall node, or take the call that has begun. `done` receives JSON, or the error."""
+        begun = self._begun.pop(call, None)
+        if begun is None:
+            self._start_tool(call, name, arguments, done)
+            return
+
+        def ended(result: Future[Any]) -> None:
+            error = result.exception()
+            done(None if error else result.result(), error if isinstance(error, Exception) else None)
+
+        begun.add_done_callback(ended)
+
+    def _start_tool(self, call: Call, name: str, arguments: Mapping[str, Any], done: OnDone) -> None:
         tool = self._tools.get(name)
 
         def work() -> Any:
@@ -61,7 +87,7 @@ class ToolRunner:
             done(None if error else result, error)
 
         timeout_s = tool.timeout_s if isinstance(tool, Tool) else None
-        loop = self._loops.get(node)
+        loop = self._loops.get(call[0])
         if loop is not None and isinstance(tool, Tool) and tool.is_async:
             self._start_on(loop, name, work, timeout_s, ended)
         else:

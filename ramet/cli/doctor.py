@@ -19,6 +19,7 @@ from typing import Literal
 from rich.console import Console
 
 from ramet.errors import EXTRAS
+from ramet.runtime.models.catalog import CATALOG, DEFAULT_MODEL, cache_dir, cached_path, is_cached
 
 DEFAULT_PORT = 30000
 _MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[bold red]problem[/]"}
@@ -50,7 +51,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Print all findings. Exit status 1 when one is a problem."""
-    findings = [*_software(), *_machine(), *_devices(), *_network(arguments.port), *_models()]
+    findings = [*_software(), *_image(), *_machine(), *_devices(), *_network(arguments.port), *_models()]
     has_problem = any(finding.status == "problem" for finding in findings)
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
@@ -90,6 +91,23 @@ def _software() -> Iterator[Finding]:
         yield Finding("server", f"missing: {', '.join(lacks['server'])}", "note", advice)
     else:
         yield Finding("server", "its packages are installed")
+
+
+def _image() -> Iterator[Finding]:
+    """What is wrong with how a container of deploy/Dockerfile was started; nothing outside of one."""
+    image, driver = os.environ.get("RAMET_IMAGE"), _driver()
+    if image is None:
+        return
+    value, advice = f"{image}, of deploy/Dockerfile", ""
+    if image == "cuda" and driver is None:
+        advice = "the container sees no GPU: docker run --gpus all, with NVIDIA's container toolkit on the host"
+    elif image == "cpu" and driver is not None:
+        advice = "there is an NVIDIA driver, which this image does not use: build with --target cuda"
+    yield Finding("image", value, "note" if advice else "ok", advice)
+    folder = cache_dir()
+    if not any(os.path.ismount(path) for path in (folder, *folder.parents[:-1])):
+        advice = f"what is fetched is lost with the container: docker run -v ramet-models:{folder}"
+        yield Finding("volume", f"none at {folder}", "note", advice)
 
 
 def _machine() -> Iterator[Finding]:
@@ -189,8 +207,6 @@ def _network(port: int) -> Iterator[Finding]:
 
 
 def _models() -> Iterator[Finding]:
-    from ramet.runtime.models.catalog import CATALOG, DEFAULT_MODEL, cache_dir, cached_path, is_cached
-
     folder = cache_dir()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free

@@ -21,8 +21,12 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     add_program(parser)
     parser.add_argument("--rows", help="a JSON list of rows: explain a batch")
     whose = parser.add_mutually_exclusive_group()
-    whose.add_argument("--model", help="whose tokenizer and chat template (weights are not read); default: bytes")
-    whose.add_argument("--mock", action="store_true", help="plan for MockBackend, whose tokens are bytes: the default")
+    whose.add_argument(
+        "--model", help="whose tokenizer and chat template (weights are not read); default: MockBackend's"
+    )
+    whose.add_argument(
+        "--mock", action="store_true", help="plan for MockBackend, whose tokenizer is a small one: the default"
+    )
     parser.add_argument("--json", action="store_true", help="print plain data")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the graph as well: .html, .svg or .mmd")
 
@@ -53,9 +57,9 @@ def _target(model: str | None) -> Target:
     from ramet.runtime.programs.model import ProgramModel
 
     if model is None:
-        from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
+        from ramet.runtime.testing.byte_tokenizer import small_subword_tokenizer
 
-        return ProgramModel(ByteTokenizer(), name="bytes")
+        return ProgramModel(small_subword_tokenizer(), name="MockBackend")
     from ramet.runtime.engine.config import EngineConfig
     from ramet.runtime.models.catalog import resolve_model
     from ramet.runtime.models.description import describe_model

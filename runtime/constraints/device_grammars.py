@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
 from ramet.kernels.grammar.arena import GrammarArena
-from ramet.kernels.grammar.closing import TokenTrie, closing_table, state_after
+from ramet.kernels.grammar.closing import IMPOSSIBLE, TokenTrie, closing_table, state_after
 from ramet.kernels.grammar.mask import AutomatonTables, mask_classes
 from ramet.runtime.types import Grammar
 
@@ -119,17 +119,21 @@ class DeviceGrammars:
         with self._making_trie:
             if self._trie is None:
                 self._trie = TokenTrie.create(self._token_bytes, self._never)
-        goes_on = (tables.transitions >= 0).any(axis=1)
-        has_ends = bool((tables.accepting & goes_on).any())
+        has_ends = bool((tables.accepting[(tables.transitions >= 0).any(axis=1)] != 0).any())
+        closing = closing_table(tables.byte_class, tables.transitions, tables.accepting, self._trie)
+        if grammar.before:  # written as it is, by the token that was given back
+            closing.token[0] = self._token_bytes.index(grammar.before)
+            after = state_after(tables.byte_class, tables.transitions, grammar.before)
+            closing.need[0] = min(int(closing.need[after]) + 1, IMPOSSIBLE)
         return AutomatonTables(
             tables.byte_class,
             tables.transitions,
             tables.accepting,
-            closing_table(tables.byte_class, tables.transitions, tables.accepting, self._trie),
+            closing,
             mask_classes(tables.transitions, tables.accepting, self._longest, tables.refused, has_ends=has_ends),
             tables.refused,
             has_ends,
-            self._tokens_into(tables, tables.accepting & ~goes_on),
+            self._tokens_into(tables, tables.is_complete | tables.num_after.any(axis=1)),
         )
 
     def _tokens_into(self, tables: DeviceTables, states: NDArray[np.bool_]) -> bytes:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ from ramet.runtime.constraints.host_automaton import HostAutomaton
 from ramet.runtime.constraints.incomplete import cut_off, place_of, strings_ended
 from ramet.runtime.constraints.turns import GrammarWork, Turns
 from ramet.runtime.types import Batch, FinishReason, Grammar, RowOutput, ScheduledSequence, Sequence
+
+if TYPE_CHECKING:
+    from ramet.grammar import DeviceTables
 
 # Whether a row's known tokens are better computed in one step: (their number, rows of the step, the row's KV length).
 ComputesRun = Callable[[int, int, int], bool]
@@ -62,20 +66,20 @@ class TakenRows:
 @dataclass(slots=True, eq=False)
 class _OnDevice:
     """base: the arena's number of the grammar's state 0. has_ends: the request does not ignore the end of its text.
+    whole: the tables of `grammar.device_tables()`.
 
-    The host reads the text only where it may be complete. `state`: after the first `num_read` output tokens.
+    The host reads the text only where it may be complete, or where what follows it may have begun. `state`: after the
+    first `num_read` output tokens. `num_held`, `num_after`: of the text so far, as in RowOutput.
     """
 
     base: int
     tables: AutomatonTables
+    whole: DeviceTables
     has_ends: bool
     state: int | None = 0
     num_read: int = 0
-
-    def may_complete(self, token: int) -> bool:
-        """Return whether a text may be complete, so that nothing can follow, after this token."""
-        tokens = self.tables.may_complete
-        return self.has_ends and token < len(tokens) and tokens[token] != 0
+    num_held: int = 0
+    num_after: int = 0
 
 
 class GrammarStates:
@@ -126,7 +130,9 @@ class GrammarStates:
             tables = device.prepare(grammar)
             base = None if tables is None else device.acquire(grammar, tables, has_ends=has_ends)
             if tables is not None and base is not None:
-                acquired.append(_OnDevice(base, tables, has_ends))
+                whole = grammar.device_tables()
+                assert whole is not None
+                acquired.append(_OnDevice(base, tables, whole, has_ends))
 
         def finish() -> None:
             if acquired:
@@ -327,25 +333,33 @@ class GrammarStates:
             num_sampled += item.num_samples
             automaton = self._on_host.get(item.sequence)
             if automaton is None or not output.token_ids or item.sequence.is_finished:
-                output.is_complete = self._completes(item.sequence, output)
+                self._read(item.sequence, output)
                 other_items.append(item)
                 other_outputs.append(output)
             else:
                 self._follow(automaton, item, output, len(outputs), row, logprob_of)
         return other_items, other_outputs
 
-    def _completes(self, sequence: Sequence, output: RowOutput) -> bool:
-        """Return whether a text whose automaton runs on the device is complete after its new token."""
+    def _read(self, sequence: Sequence, output: RowOutput) -> None:
+        """Note in the output of a row on the device where its text ends, and what follows it, after its new token."""
         found = self._on_device.get(sequence)
-        if found is None or self.device is None or not output.token_ids or not found.may_complete(output.token_ids[0]):
-            return False
-        tables, unread = found.tables, [*sequence.output_ids[found.num_read :], *output.token_ids]
-        if found.state is not None:
-            found.state = self.device.state_after(tables, unread, found.state)
-        found.num_read += len(unread)
-        if found.state is None or not tables.accepting[found.state]:
-            return False
-        return not (tables.transitions[found.state] >= 0).any()
+        if found is None or self.device is None or not output.token_ids:
+            return
+        token, tables = output.token_ids[0], found.tables
+        if token not in sequence.request.stop_ids:  # an end token is no part of the text
+            found.num_held = found.num_after = 0
+            if token >= len(tables.may_end) or not tables.may_end[token]:
+                return
+            unread = [*sequence.output_ids[found.num_read :], *output.token_ids]
+            if found.state is not None:
+                found.state = self.device.state_after(tables, unread, found.state)
+            found.num_read += len(unread)
+            if found.state is None:
+                return
+            found.num_held, found.num_after = found.whole.num_after[found.state].tolist()
+            is_complete = bool(found.whole.is_complete[found.state])
+            output.is_complete = is_complete and (found.has_ends or found.num_after > 0)
+        output.num_held, output.num_after = found.num_held, found.num_after
 
     def _follow(
         self,

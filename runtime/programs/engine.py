@@ -66,8 +66,9 @@ class ProgramEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One request of a node. With `score_from`, the prompt's tokens from there on are scored; nothing is generated.
+    """One request of a node, or of a text that stands in no program.
 
+    With `score_from`, the prompt's tokens from there on are scored; nothing is generated.
     `before`: the prompt's last token, which was given back: the output's first token begins with it. `after`: the
     literal text that follows a constrained value, and ends it. `lead`: what the model may write before the value.
     """

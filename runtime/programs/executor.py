@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -28,6 +28,7 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.following import children_of, following, is_ended_by_following, known_start
 from ramet.lang.graph.options import Deadline, ProgramOptions
+from ramet.lang.graph.prompt_tokens import takes_space
 from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.runtime.programs.cache_hints import CacheHints
 from ramet.runtime.programs.engine import EngineRequest, Handle, ProgramEngine, Work
@@ -90,16 +91,18 @@ class ProgramHost:
         return hashlib.blake2b(b"\0".join(self.model.token_bytes), digest_size=16).hexdigest()
 
     def healed(
-        self, prompt: list[int], sampling: SamplingParams, grammar: CompiledGrammar | None
-    ) -> tuple[list[int], SamplingParams, Grammar | None]:
-        """Give the last token of a text back to the model, where something is gained: see lang/graph/prompt_tokens.py.
+        self, prompt: list[int], sampling: SamplingParams, grammar: CompiledGrammar | None, *, is_typed: bool = False
+    ) -> EngineRequest:
+        """Return the request for a text that stands in no program, with the border that one in a program has.
 
-        Returns what the request is made of.
+        See lang/graph/prompt_tokens.py. `is_typed`: the answer is read, so that a space before it does not change it.
         """
         again = self.model.given_back(prompt[-1], MAX_INT32) if len(prompt) > 1 else b""
-        if not again or (grammar is not None and not grammar.goes_on(again)):
-            return prompt, sampling, grammar
-        return prompt[:-1], with_one_more(sampling), self.model.grammars.between(grammar, again, b"")
+        if again and (grammar is None or grammar.goes_on(again)):
+            return EngineRequest(prompt[:-1], with_one_more(sampling), before=again)
+        may_lead = is_typed and bool(prompt) and takes_space(self.model.token_bytes[prompt[-1]])
+        lead = _lead(grammar, sampling.stop, sampling.stop_regex) if may_lead else b""
+        return EngineRequest(prompt, sampling, lead=lead)
 
     def let_go_on(self, rests: threading.Event) -> None:
         """Let what a program's function asks for, until `rests` is set, be part of the next step.
@@ -184,9 +187,10 @@ class ProgramExecutor:
         """
         with self._lock:
             run = self._graph.nodes[node]
-            if not run.is_over:
-                self._paths[node] = self._path_before(run)  # a tool adds no text
+            is_news = not run.is_over
             self._graph.provide(node, value, error)
+            if is_news and run.status == "done":
+                self._paths[node] = self._path_before(run).append(run.text)
         self._pump()
 
     def finish(self) -> None:
@@ -301,11 +305,8 @@ class ProgramExecutor:
                 self._model.grammars.run_aside(lambda: self._start_aside(run))
                 return
             again = again if goes_on else b""
-        # A grammar that allows the space itself needs no lead.
-        stops = node.sampling.stop or ()
-        is_free = not again and not node.sampling.stop_regex and not any(stop.startswith(" ") for stop in stops)
-        may_lead = is_free and node.is_typed and before.takes_space(self._model.tokenizer)
-        lead = b" " if may_lead and grammar is not None and grammar.advance_bytes(0, b" ") is None else b""
+        may_lead = not again and node.is_typed and before.takes_space(self._model.tokenizer)
+        lead = _lead(grammar, node.sampling.stop or (), node.sampling.stop_regex or ()) if may_lead else b""
         is_in_message = ir.is_in_message(self._index.nodes, node)
         tries, after = len(run.attempts), self._after(node)
         work = Generation(
@@ -318,6 +319,7 @@ class ProgramExecutor:
             lead=lead,
             is_in_message=is_in_message,
             is_thinking=ir.is_thinking(self._index.nodes, node),
+            on_call=partial(self._graph.tell_call, run) if node.tells_calls and node.type == "tools" else None,
         )
         self._ask_engine(run, work)
 
@@ -477,6 +479,13 @@ class ProgramExecutor:
             self._pump()
 
         self._model.grammars.get_narrowed(run.node, self._client).add_done_callback(on_grammar)
+
+
+def _lead(grammar: CompiledGrammar | None, stops: Sequence[str], patterns: Sequence[str]) -> bytes:
+    """Return the space that may stand before a value; none if the grammar allows it itself, or it may end the text."""
+    if grammar is None or patterns or any(stop.startswith(" ") for stop in stops):
+        return b""
+    return b" " if grammar.advance_bytes(0, b" ") is None else b""
 
 
 def _has_grammar(node: ir.AnyNode) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
+from ramet.grammar.tools.events import ArgumentsDelta, CallEnd, CallStart, ToolCallReader
 from ramet.lang.graph import ir
 from ramet.runtime.programs.engine import EngineRequest
 from ramet.runtime.programs.model import ProgramModel
@@ -37,10 +41,12 @@ class Generation:
         lead: bytes = b"",
         is_in_message: bool,
         is_thinking: bool = False,
+        on_call: Callable[[int, dict[str, Any]], None] | None = None,
     ) -> None:
         """`attempt` counts from 0. `again`: the last token of `before`, if the model writes it again. `after`: the
         literal text that follows a constrained value, and ends it. `lead`: what the model may write before the value;
-        it belongs to the branch, and a text that uses the value does not repeat it.
+        it belongs to the branch, and a text that uses the value does not repeat it. `on_call` receives each tool call,
+        with its index, as soon as it is closed.
 
         Inside of a message, the chat template's end of a message also ends the text. Thinking ends at the template's
         end of thinking, and takes at most half of what is left of the context.
@@ -58,6 +64,9 @@ class Generation:
         if again:
             prompt = prompt.without_last()
         self._prompt, self._again = prompt, again
+        self._on_call, self._num_to_skip = on_call, len(again)
+        self._reader = None if on_call is None else ToolCallReader(model.marks.style.format)
+        self._begun: list[dict[str, str]] = []  # calls: name, and arguments as JSON so far
         sampling = ir.retry_sampling(node.sampling, attempt).params()
         room = model.context_length - prompt.length - bool(again)
         if node.sampling.max_tokens is None and 0 < room < (sampling.max_tokens or 0):
@@ -75,6 +84,23 @@ class Generation:
         self._logprobs.extend(output.logprobs or ())
         self._tops.extend(output.top_logprobs or ())
         self._last = output
+        if self._reader is not None and self._on_call is not None:
+            self._tell_calls(self._reader, self._on_call, self._spelled(output.token_ids))
+
+    def _tell_calls(
+        self, reader: ToolCallReader, on_call: Callable[[int, dict[str, Any]], None], written: bytes
+    ) -> None:
+        """Report the calls that end in the next bytes of the text."""
+        own = written[self._num_to_skip :]
+        self._num_to_skip -= len(written) - len(own)
+        for event in reader.push(own):
+            if isinstance(event, CallStart):
+                self._begun.append({"name": event.name, "arguments": ""})
+            elif isinstance(event, ArgumentsDelta):
+                self._begun[event.index]["arguments"] += event.text
+            elif isinstance(event, CallEnd) and event.is_complete:
+                arguments = json.loads(self._begun[event.index]["arguments"])
+                on_call(event.index, {"name": self._begun[event.index]["name"], "arguments": arguments})
 
     def result(self) -> ir.NodeResult:
         output = self._last
@@ -145,11 +171,14 @@ class Generation:
         return self._tool_calls() if self._node.type == "tools" else ir.parse_value(self._node.type, text)
 
     def _tool_calls(self) -> dict[str, object]:
-        """Return the model's text and its tool calls. Special tokens that write parts of calls count as spelled."""
-        style, tokenizer = self._model.marks.style, self._model.tokenizer
-        shown = style.shown_specials(tokenizer.special_tokens)
-        spelled = (shown[t].encode() if t in shown else tokenizer.token_bytes[t] for t in self._tokens)
-        return style.read_calls(b"".join(spelled)[len(self._again) :])
+        """Return the model's text and its tool calls."""
+        return self._model.marks.style.read_calls(self._spelled(self._tokens)[len(self._again) :])
+
+    def _spelled(self, tokens: Sequence[int]) -> bytes:
+        """Return the text of tokens. Special tokens that write parts of calls count as spelled."""
+        tokenizer = self._model.tokenizer
+        shown = self._model.marks.style.shown_specials(tokenizer.special_tokens)
+        return b"".join(shown[t].encode() if t in shown else tokenizer.token_bytes[t] for t in tokens)
 
 
 def _until(end: str, sampling: SamplingParams, model: ProgramModel, limit: int) -> SamplingParams:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from ramet.lang.graph.prompt_tokens import GivenBack
+from ramet.lang.graph.prompt_tokens import GivenBack, takes_space
 from ramet.runtime.text.tokenizer import Tokenizer
 
 
@@ -78,14 +78,8 @@ class Path:
         return rule(self.tokens[-1], self.num_literal) if self.tokens and self.length > 1 else b""
 
     def takes_space(self, tokenizer: Tokenizer) -> bool:
-        """Return whether a space may stand between the author's text at the end and a value. No text may be pending.
-
-        It may after a word or a mark that a space follows in prose, such as `Age:`, and not after `(`, `$` or `_`.
-        """
-        if not self.num_literal or not self.tokens:
-            return False
-        last = tokenizer.token_bytes[self.tokens[-1]].decode(errors="ignore")[-1:]
-        return last.isalnum() or last in tuple(".:,;?!)")
+        """Return whether a space may stand between the author's text at the end and a value. No text may be pending."""
+        return bool(self.num_literal and self.tokens) and takes_space(tokenizer.token_bytes[self.tokens[-1]])
 
     def without_last(self) -> Path:
         """Return the path without its last token, which this point added."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ramet.errors import InvalidProgram, InvalidRequest
@@ -68,6 +69,11 @@ class Selection:
 
     def result(self) -> ir.NodeResult:
         node, count = self._node, len(self._texts)
+        if all(-math.inf in row for row in self._rows[:count]):
+            raise InvalidRequest(
+                f"every choice of {self._texts!r} has the probability 0; a strict script gives it to those that are "
+                "not its answer"
+            )
         neutral = [row[len(row) - len(tail) :] for row, tail in zip(self._rows[count:], self._tails, strict=True)]
         values = choice_scores.scores(node.scorer, self._tails, self._rows[:count], neutral)
         self._chosen = choice_scores.choose(values, node.temperature, node.seed)

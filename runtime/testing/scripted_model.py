@@ -10,11 +10,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -22,13 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic_core import to_jsonable_python
 
-from ramet.errors import ContextOverflow, EngineStopped, InvalidRequest
+from ramet.errors import ConfigError, ContextOverflow, EngineStopped, InvalidRequest
 from ramet.lang.graph.json_form import AS_CONFIGURED
 from ramet.runtime.cache.probe import Difference, trie_differences
 from ramet.runtime.handle import RequestHandle
-from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
+from ramet.runtime.testing.byte_tokenizer import small_subword_tokenizer
 from ramet.runtime.text.detokenizer import Detokenizer
 from ramet.runtime.text.stops import StopScanner
+from ramet.runtime.text.tokenizer import Tokenizer
 from ramet.runtime.types import (
     NO_OPTIONS,
     FinishReason,
@@ -87,10 +92,13 @@ class ScriptedEngine:
 
     `script` is one of three: a mapping from a text in the prompt to the answer (the text that occurs last counts; each
     answer of a list is used once, and the last one repeats), a list of answers in the order of requests, or a function
-    of the prompt. An answer is a text, or any other value, which is written as JSON. Without a scripted answer, a hash
-    of the prompt draws words. `strict`: a prompt without an answer, an answer too few, and an answer that its
-    constraint refuses are errors of their requests. `failures`: maps a text in the prompt to
-    the error of its request. `latency_s`: time of one step, in which every running request writes one word.
+    of the prompt. The texts of a mapping are looked for in what was written, not in the chat template's marks. An
+    answer is a text, or any other value, which is written as JSON. Without a scripted answer, a hash of the prompt
+    draws words. `strict`: a prompt without an answer, an answer too few, an answer that its constraint refuses or
+    `max_tokens` cuts, and one that is none of a select's choices are errors of their requests. `failures`: maps a text
+    in the prompt to the error of its request. `latency_s`: time of one step, in which every running request writes one
+    word. `tokenizer`: None for the small one that comes with the package. Raises ConfigError for a script that cannot
+    be one.
     """
 
     def __init__(
@@ -101,8 +109,14 @@ class ScriptedEngine:
         failures: Mapping[str, Exception] | None = None,
         latency_s: float = 0.0,
         context_length: int = 1 << 20,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
-        self.tokenizer = ByteTokenizer()
+        _check_script(script)
+        if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
+            raise ConfigError(f"the tokenizer is {tokenizer!r}, but must be a model's name, or an engine's tokenizer")
+        self.tokenizer: Tokenizer = small_subword_tokenizer() if tokenizer is None else tokenizer
+        single = [(token, piece) for token, piece in enumerate(self.tokenizer.token_bytes) if len(piece) == 1]
+        self._of_byte = {piece[0]: token for token, piece in single}
         self.page_size, self.json_form, self.device_grammars = 1, AS_CONFIGURED, None
         self._script, self._is_strict = script, strict
         self._failures = dict(failures or {})
@@ -325,7 +339,7 @@ class ScriptedEngine:
         limit = sampling.max_tokens or 1 << 16
         limit = max(1, min(limit, self.context_length - len(job.prompt)))
         answer = self._answer(prompt_text)
-        wanted = None if answer is None else self.tokenizer.encode(answer)
+        wanted = None if answer is None else self.tokenizer.encode(answer, continues=True)
         if _before(job):
             words = wanted if wanted is not None or not self._is_free(job) else self._words(job)
             wanted = None if words is None else self._again(_before(job), words)
@@ -338,7 +352,7 @@ class ScriptedEngine:
         tokens: list[int] = []
         for token in itertools.chain(source, itertools.repeat(eos)):
             if token in stops and len(tokens) < sampling.min_tokens:
-                token = ord(".")
+                token = self.tokenizer.encode(".", continues=True)[-1]
             tokens.append(token)
             if token in stops:
                 return tokens[:-1], self._text(job, tokens[:-1]), FinishReason.STOP, token
@@ -348,6 +362,12 @@ class ScriptedEngine:
                     return tokens, text, FinishReason.STOP, matched
             if len(tokens) == limit:
                 break
+        if self._is_strict and wanted is not None and wanted[:limit] == tokens != wanted:
+            text, num_again = self._text(job, tokens)[-40:], bool(_before(job))
+            raise InvalidRequest(
+                f"the scripted answer has {len(wanted) - num_again} tokens, but {limit - num_again} may be written: it "
+                f"is cut after {text!r}; give a shorter answer, or a larger max_tokens or budget"
+            )
         state = self._state(job, tokens)
         is_complete = job.grammar is not None and state is not None and job.grammar.is_complete(state)
         return tokens, self._text(job, tokens), FinishReason.STOP if is_complete else FinishReason.LENGTH, None
@@ -381,7 +401,8 @@ class ScriptedEngine:
         found = self._answers(prompt_text)
         if found is None:
             if self._is_strict and self._script is not None:
-                raise InvalidRequest(f"the script has no answer to the prompt, which ends with {prompt_text[-80:]!r}")
+                end = self._marks.sub("\n", prompt_text)[-80:]
+                raise InvalidRequest(f"the script has no answer to the prompt, which ends with {end!r}")
             return None
         key, answers = found
         use = self._uses[key] = self._uses.get(key, 0) + 1
@@ -398,9 +419,23 @@ class ScriptedEngine:
             return None if answer is None else ("", (answer,))
         if not isinstance(script, Mapping):
             return ("", script) if script else None
-        at, _, key = max(((prompt_text.rfind(key), len(key), key) for key in script), default=(-1, 0, ""))
+        written = self._marks.sub("\n", prompt_text)
+        at, _, key = max(((written.rfind(key), len(key), key) for key in script), default=(-1, 0, ""))
         answers = script.get(key)
         return None if at < 0 else (key, answers if isinstance(answers, list | tuple) else (answers,))
+
+    @cached_property
+    def _marks(self) -> re.Pattern[str]:
+        """The texts that the chat template writes around messages, up to the mark that opens thinking."""
+        found, thinking = set[str](), self.tokenizer.chat_template.thinking
+        for roles in (), ("user",), ("user", "assistant"), ("system",):
+            for role in ("system", "user", "assistant"):
+                with suppress(InvalidRequest):  # a template without such a message
+                    text = self.tokenizer.chat_template.role_text([{"role": r, "content": "x"} for r in roles], role)
+                    before = text.before if thinking is None else text.before.partition(thinking.open)[0]
+                    found |= {before, text.after}
+        marks = sorted((text for text in found if text.strip()), key=len, reverse=True)
+        return re.compile(f"(?:{'|'.join(map(re.escape, marks))})+" if marks else r"(?!)")
 
     def _seed(self, job: _Job) -> int:
         """0 for greedy sampling. Otherwise the request's seed + 1, or the number of requests with this prompt."""
@@ -421,54 +456,67 @@ class ScriptedEngine:
     def _constrained(self, grammar: Grammar, wanted: Sequence[int] | None, limit: int, digest: bytes) -> Iterator[int]:
         """Tokens that the grammar allows: the wanted ones while it allows them, then drawn ones; ends in time."""
         row = np.zeros((self.tokenizer.vocab_size + 31) // 32, dtype=np.int32)
-        eos = min(self.tokenizer.eos_ids)
+        token_bytes = self.tokenizer.token_bytes
         state: int | None = 0
         drawn = iter(int(byte) for byte in itertools.cycle(digest))
-        plan = deque(wanted or ())
-        for count in itertools.count():
+        plan, written = deque(wanted or ()), list[int]()
+        while True:
             assert state is not None
             if grammar.is_complete(state):
                 if plan and self._is_strict:
-                    raise self._refused(wanted or (), count)
+                    raise self._refused(grammar.before, wanted or (), written)
                 return
             grammar.fill_mask(state, row)
             bits = np.unpackbits(row.view(np.uint8), bitorder="little")[: self.tokenizer.vocab_size]
             rest = grammar.shortest_completion(state)
-            if plan and bits[plan[0]] and len(rest) < limit - count:
+            num_left = limit - len(written)
+            if plan and not bits[plan[0]] and len(token_bytes[plan[0]]) > 1:  # its beginning may be allowed
+                plan.extendleft(self._of_byte[byte] for byte in reversed(token_bytes[plan.popleft()]))
+            if plan and bits[plan[0]] and len(rest) < num_left:
                 token = plan.popleft()
             elif self._is_strict and wanted is not None and (plan or not grammar.is_accepting(state)):
-                raise self._refused(wanted, count)
-            elif rest and (plan or wanted is not None or count >= MAX_FREE_TOKENS or len(rest) >= limit - count - 1):
+                raise self._refused(grammar.before, wanted, written)
+            elif rest and (plan or wanted is not None or len(written) >= MAX_FREE_TOKENS or len(rest) >= num_left - 1):
                 plan.clear()
                 token = rest[0]
             else:
-                if grammar.is_accepting(state) and (wanted is not None or count >= MAX_FREE_TOKENS or next(drawn) % 2):
+                ends = wanted is not None or len(written) >= MAX_FREE_TOKENS or next(drawn) % 2
+                if grammar.is_accepting(state) and ends:
                     return
                 plan.clear()
-                allowed = [int(t) for t in np.flatnonzero(bits) if t != eos]
-                printable = [t for t in allowed if 32 <= t < 127] or allowed
-                if not printable:
+                allowed = [token for byte, token in self._of_byte.items() if 32 <= byte < 127 and bits[token]]
+                allowed = allowed or [int(t) for t in np.flatnonzero(bits) if t not in self.tokenizer.eos_ids]
+                if not allowed:
                     return
-                token = printable[next(drawn) * 7919 % len(printable)]
+                token = allowed[next(drawn) * 7919 % len(allowed)]
             yield token
+            written.append(token)
             state = grammar.advance(state, token)
 
-    def _refused(self, wanted: Sequence[int], count: int) -> InvalidRequest:
-        text, taken = self.tokenizer.decode(wanted), self.tokenizer.decode(wanted[:count])
+    def _refused(self, before: bytes, wanted: Sequence[int], written: Sequence[int]) -> InvalidRequest:
+        """`before`: what the first token begins with, and the prompt has already."""
+        text, taken = (self.tokenizer.decode(tokens).removeprefix(before.decode()) for tokens in (wanted, written))
         why = "is no whole value" if taken == text else f"is refused after {taken!r}"
         return InvalidRequest(f"the scripted answer {text!r} {why}, by its type, constraint or max_tokens")
 
     def _score(self, prompt: Sequence[int], score_from: int) -> NDArray[np.float32]:
-        """log P of prompt[score_from:]. With a script, only tokens that continue its answer are likely."""
+        """log P of prompt[score_from:]. With a script, only tokens that continue its answer are likely.
+
+        In strict mode other tokens cannot be, if the answer was given to nothing else: then it is this selection's.
+        """
         plain = [float(self.logprobs(prompt[:i])[prompt[i]]) for i in range(score_from, len(prompt))]
         before, tail = self.tokenizer.decode(prompt[:score_from]), self.tokenizer.decode(prompt[score_from:])
         found = None if isinstance(self._script, Sequence) else self._answers(before)
         if found is not None and tail.strip():
-            wanted = _written(found[1][min(self._uses.get(found[0], 0), len(found[1]) - 1)])
+            key, answers = found
+            num_used = self._uses.get(key, 0)
+            wanted = _written(answers[min(num_used, len(answers) - 1)])
             begun = next((k for k in range(len(wanted), 0, -1) if before.endswith(wanted[:k])), 0)
             rest = wanted[begun:].strip()
             if rest and (rest.startswith(tail.strip()) or tail.strip().startswith(rest)):
                 plain = [-0.05] * len(plain)
+            elif self._is_strict and num_used < len(answers):
+                plain = [-math.inf] * len(plain)
         return np.asarray(plain, dtype=np.float32)
 
     def _tops(self, job: _Job, tokens: Sequence[int], scores: Sequence[float]) -> tuple[TopTokens, ...] | None:
@@ -501,6 +549,30 @@ class ScriptedEngine:
             at = self._trie.setdefault((at, token), len(self._trie))
 
 
+def _check_script(script: object) -> None:
+    """Raise ConfigError unless this is a script, and all its answers can be written."""
+    if script is None or callable(script):
+        return
+    if isinstance(script, str | bytes) or not isinstance(script, Mapping | Sequence):
+        raise ConfigError(
+            f"the script is {script!r}, but must be a dict from texts in the prompt to answers, a list of answers, or "
+            "a function of the prompt"
+        )
+    for key, answers in script.items() if isinstance(script, Mapping) else [(None, script)]:
+        if key is not None and not (isinstance(key, str) and key):
+            raise ConfigError(f"the script has the key {key!r}, but a key is text that occurs in a prompt")
+        where = "the script" if key is None else f"the script's answer to {key!r}"
+        if key is not None and isinstance(answers, list | tuple) and not answers:
+            raise ConfigError(f"{where} is an empty list; give at least one answer")
+        for answer in answers if isinstance(answers, list | tuple) else [answers]:
+            try:
+                _written(answer).encode()
+            except ValueError as error:  # of pydantic, for what JSON cannot write; of half a character
+                raise ConfigError(
+                    f"{where} has {answer!r}, which cannot be written as text or JSON: {error}"
+                ) from error
+
+
 def _written(answer: object) -> str:
     """Return a scripted answer as the model writes it."""
     return answer if isinstance(answer, str) else json.dumps(to_jsonable_python(answer), ensure_ascii=False)
@@ -517,5 +589,5 @@ def _digest(tokens: Sequence[int], seed: int) -> bytes:
 
 def _word_ends(token_bytes: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
     """Positions where increments end: before each space and at the end, never inside a UTF-8 character."""
-    ends = [i for i, token in enumerate(tokens) if i and token_bytes[token] in (b" ", b"\n")]
+    ends = [i for i, token in enumerate(tokens) if i and token_bytes[token][:1] in (b" ", b"\n")]
     return [*ends, len(tokens)]

@@ -45,6 +45,42 @@ def test_doctor_names_device_versions_memory_and_models(
     assert "repairs" in lines["gemma3-270m"]
 
 
+@pytest.mark.parametrize(
+    ("image", "driver", "is_mounted", "notes"),
+    [
+        (None, None, False, []),
+        ("cpu", None, True, []),
+        ("cpu", "NVIDIA 580.1", True, ["note: image: there is an NVIDIA driver, which this image does not use"]),
+        (
+            "cuda",
+            None,
+            False,
+            ["note: image: the container sees no GPU: docker run --gpus all", "docker run -v ramet-mo"],
+        ),
+        ("cuda", "NVIDIA 580.1", True, []),
+    ],
+)
+def test_doctor_knows_the_images_and_how_their_containers_are_started(
+    image: str | None,
+    driver: str | None,
+    is_mounted: bool,
+    notes: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("ramet.cli.doctor._driver", lambda: driver)
+    monkeypatch.setattr("os.path.ismount", lambda path: is_mounted)
+    monkeypatch.delenv("RAMET_IMAGE", raising=False)
+    if image is not None:
+        monkeypatch.setenv("RAMET_IMAGE", image)
+    main(["doctor"])
+    said = capsys.readouterr().out
+    assert (f"{image}, of deploy/Dockerfile" in said) == (image is not None)
+    found = [line for line in said.splitlines() if line.startswith(("note: image", "note: volume"))]
+    assert len(found) == len(notes)
+    assert all(note in line for note, line in zip(notes, found, strict=True))
+
+
 def test_warm_compiles_tells_how_long_it_took_and_starts_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["warm", "tiny-random"]) == 0
     assert capsys.readouterr().out.startswith("warm after ")

@@ -695,7 +695,7 @@ def a_prefix_is_cached_before() -> None:
 
     summary.cache()
     summary.pin()
-    assert summary.run(text="It rained.").get_meta_info("summary")["cached_tokens"] > 40
+    assert summary.run(text="It rained.").get_meta_info("summary")["cached_tokens"] > 15
 
 
 @program({"hard": "a joke"})

@@ -34,6 +34,7 @@ from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.loading import config_of_replica, load
+from ramet.runtime.programs.engine import EngineRequest
 from ramet.runtime.programs.executor import ProgramExecutor, ProgramHost
 from ramet.runtime.server.link.logs import set_up_logging
 from ramet.runtime.server.link.on_ray import fingerprint
@@ -57,7 +58,7 @@ from ramet.runtime.server.link.protocol import (
     Submit,
     command_decoder,
 )
-from ramet.runtime.types import FinishReason, Grammar, RequestOutput, TokenIds
+from ramet.runtime.types import FinishReason, RequestOutput, TokenIds
 
 if TYPE_CHECKING:
     from ramet.grammar import CompiledGrammar  # loads numba
@@ -236,34 +237,36 @@ class EngineServer:
     def _submit_compiled(
         self, command: Submit, grammar: CompiledGrammar | None, grammar_s: float | None = None
     ) -> None:
-        prompt, sampling, options = command.prompt_ids, command.sampling, command.options
+        options, constraint = command.options, command.constraint
         changes: dict[str, Any] = {"owner": command.client[0]} if command.client else {}  # Any: fields of the options
         if grammar_s is not None and options.deadline_s is not None:
             changes["deadline_s"] = max(options.deadline_s - grammar_s, 0.0)
-        taken: Grammar | None = grammar
-        again = b""
+        request = EngineRequest(command.prompt_ids, command.sampling)
         if command.heals:
-            prompt, sampling, taken = self._host.healed(prompt, sampling, grammar)
-            again = b"" if taken is None else taken.before
+            is_typed = constraint is not None and constraint.kind == "json_schema"
+            request = self._host.healed(command.prompt_ids, command.sampling, grammar, is_typed=is_typed)
         token_bytes = self._host.model.tokenizer.token_bytes
+        border, lead = request.before or request.lead, request.lead.decode()  # no part of the answer
 
         def on_output(output: RequestOutput) -> None:
-            nonlocal again
+            nonlocal border, lead
             report = _to_report(output)
-            if again and report.token_ids:
-                if token_bytes[report.token_ids[0]] == again:  # no part of the answer
+            if border and report.token_ids:
+                if token_bytes[report.token_ids[0]] == border:
                     del report.token_ids[0]
-                again = b""
+                border = b""
+            if lead and report.text:
+                report.text, lead = report.text.removeprefix(lead), ""
             if grammar_s is not None and report.timings is not None:
                 report.timings["grammar_s"] = grammar_s
             self._send(report)
 
         try:
             self.engine.submit(
-                prompt,
-                sampling,
+                request.prompt,
+                request.sampling,
                 options.changed(changes),
-                grammar=taken,
+                grammar=self._host.model.grammars.between(grammar, request.before, request.after, request.lead),
                 request_id=command.id,
                 on_output=on_output,
             )
@@ -301,7 +304,7 @@ class EngineServer:
 
     def _start_row(self, command: StartProgram, name: str, graph: Graph) -> None:
         def on_event(event: NodeEvent) -> None:
-            self._send(ProgramEvent(name, msgspec.structs.replace(event, cause=None)))
+            self._send(ProgramEvent.of(name, event))
             self._end_if_over(name)
 
         deadline_s = None if command.deadline_s is None else time.monotonic() + command.deadline_s

@@ -208,11 +208,26 @@ def _joined(mine: list[T] | None, more: list[T] | None) -> list[T] | None:
 
 
 class ProgramEvent(msgspec.Struct, tag="event", omit_defaults=True):
-    """One node's event; without one: the program has ended. `error`: why it could not be started."""
+    """One node's event; without one: the program has ended. `error`: why it could not be started.
+
+    `value`: of the event, which comes without it, as JSON: a model may write integers that msgpack does not have.
+    """
 
     id: str
     event: NodeEvent | None = None
     error: ErrorInfo | None = None
+    value: bytes = b"null"
+
+    @classmethod
+    def of(cls, program_id: str, event: NodeEvent) -> ProgramEvent:
+        bare = msgspec.structs.replace(event, cause=None, value=None)
+        return cls(program_id, bare, value=msgspec.json.encode(event.value))
+
+    def whole(self) -> NodeEvent | None:
+        """The event with its value."""
+        if self.event is None:
+            return None
+        return msgspec.structs.replace(self.event, value=msgspec.json.decode(self.value))
 
     @property
     def is_last(self) -> bool:

@@ -123,6 +123,8 @@ class StoredProgram:
         if event.kind == "text":
             key = (row, event.node)
             self.texts[key] = self.texts.get(key, "") + event.text
+        elif event.kind == "call":
+            self.log.append((row, event))
         else:
             self.texts.pop((row, event.node), None)
             self.log.append((row, event))
@@ -311,7 +313,7 @@ class ProgramStore:
                 is_over = program.is_over
                 while after < len(program.log):
                     row, event = program.log[after]
-                    begun = sent.pop((row, event.node), 0)
+                    begun = 0 if event.kind == "call" else sent.pop((row, event.node), 0)
                     is_text = program.text_events and event.finish_reason is not None
                     if is_text and len(event.text) > begun:
                         yield after, row, NodeEvent(event.node, "text", event.name, event.text[begun:]), begun
@@ -338,8 +340,9 @@ class ProgramStore:
         row = program.rows[number]
         try:
             async for report in events:
-                if report.event is not None:  # the last one has none
-                    program.note(number, report.event)
+                event = report.whole()
+                if event is not None:  # the last one has none
+                    program.note(number, event)
         except RametError as error:
             row.fail(type(error).__name__, str(error))
         if row.status == "running":

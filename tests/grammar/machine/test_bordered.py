@@ -12,6 +12,9 @@ import pytest
 from ramet.grammar import CompiledGrammar, Vocabulary, compile_constraint
 from ramet.grammar.machine import bitmask
 from ramet.grammar.machine.bordered import Bordered
+from ramet.kernels.grammar.arena import GrammarArena
+from ramet.kernels.grammar.mask import AutomatonTables, TokenTable
+from ramet.runtime.constraints.device_grammars import DeviceGrammars
 
 EOS = 0
 # (pattern, what follows): finite and endless values, what follows inside of values, readings that differ, overlaps
@@ -166,6 +169,103 @@ def test_a_walk_under_the_masks_ends_with_a_value(pattern: str, after: str, befo
         value = text[len(before) : len(text) - bordered.num_after(state, is_last=True)]
         assert text.startswith(before.encode())
         assert is_value(pattern, value), (text, value)
+
+
+@pytest.mark.parametrize(("pattern", "after"), [*LANGUAGES, ("[12]{1,3}", ""), ("[ab]+", "b" * 64), ("a|bab", "\n")])
+@pytest.mark.parametrize(("before", "lead"), [("", ""), (" a", ""), ("a", ""), ("", " ")])
+@pytest.mark.parametrize("has_ends", [False, True])
+def test_the_tables_for_a_device_say_what_the_grammar_says(
+    pattern: str, after: str, before: str, lead: str, has_ends: bool
+) -> None:
+    vocabulary = make_vocabulary(9)
+    grammar = compiled(pattern, vocabulary)
+    bordered = Bordered(grammar, vocabulary, before=before.encode(), after=after.encode(), lead=lead.encode())
+    assert bordered.device_tables() is None, "the grammar is not closed yet"
+    assert grammar.close()
+    if lead and (grammar.is_accepting(0) or grammar.advance_bytes(0, lead.encode()) is not None):
+        return  # there is no such request
+    tables, base, arena = on_device(bordered, vocabulary, has_ends=has_ends)
+    whole = bordered.device_tables()
+    assert whole is not None
+    seen = {(0, 0)}
+    waiting = [(0, 0)]
+    while waiting and len(seen) < 150:
+        state, local = waiting.pop(0)
+        ends = bordered.ends(state) if has_ends else None
+        expected = bordered.mask(state) if ends is None else bordered.mask(state) | ends
+        if not bordered.is_complete(state):  # nobody reads a mask after the end
+            row = arena.mask_rows[arena.mask_index[base + local].long()].numpy()
+            assert bitmask.unpack(row).tolist() == bitmask.unpack(expected).tolist(), (state, local)
+        assert bordered.is_accepting(state) == (whole.accepting[local] > 0)
+        assert bordered.is_complete(state) == whole.is_complete[local]
+        counts = [bordered.num_after(state, is_last=is_last) for is_last in (False, True)]
+        assert counts == whole.num_after[local].tolist()
+        if bordered.is_complete(state):
+            continue
+        for token in bitmask.unpack(bordered.mask(state)).tolist():
+            if token == EOS:
+                continue
+            reached, after_it = (
+                bordered.advance(state, token),
+                device_walk(tables, local, vocabulary.token_bytes[token]),
+            )
+            assert reached is not None
+            if whole.is_complete[after_it] or whole.num_after[after_it].any():
+                assert tables.may_end[token], "the host must read this state"
+            if (reached, after_it) not in seen:
+                seen.add((reached, after_it))
+                waiting.append((reached, after_it))
+
+
+def on_device(
+    grammar: Bordered, vocabulary: Vocabulary, *, has_ends: bool
+) -> tuple[AutomatonTables, int, GrammarArena]:
+    """The tables of a grammar, their place in an arena, and the arena."""
+    texts, special = vocabulary.token_bytes, vocabulary.special_ids
+    table = TokenTable.create(texts, vocabulary.eos_ids, special, vocabulary.vocab_size)
+    arena = GrammarArena(table, 2, max_states=20_000, max_transitions=1 << 18, max_mask_rows=2_000)
+    grammars = DeviceGrammars(arena, texts, vocabulary.eos_ids, special)
+    tables = grammars.prepare(grammar)
+    assert tables is not None
+    base = grammars.acquire(grammar, tables, has_ends=has_ends)
+    assert base is not None
+    return tables, base, arena
+
+
+def device_walk(tables: AutomatonTables, state: int, text: bytes) -> int:
+    for byte in text:
+        state = int(tables.transitions[state, tables.byte_class[byte]])
+        assert state >= 0, text
+    return state
+
+
+@pytest.mark.parametrize("before", ["", "a", " a"])
+def test_the_device_finishes_a_value_by_the_way_that_the_host_knows(before: str) -> None:
+    vocabulary = make_vocabulary(1)
+    grammar = compiled('"[ab]{2,9}"', vocabulary)
+    assert grammar.close()
+    bordered = Bordered(grammar, vocabulary, before=before.encode(), after=b",")
+    tables, _, _ = on_device(bordered, vocabulary, has_ends=True)
+    assert tables.closing is not None
+    local, state, text = 0, 0, b""
+    assert tables.closing.need[0] == len(bordered.shortest_completion(0))
+    while tables.closing.need[local]:
+        token = int(tables.closing.token[local])
+        reached = bordered.advance(state, token)
+        assert reached is not None
+        local, state = device_walk(tables, local, vocabulary.token_bytes[token]), reached
+        text += vocabulary.token_bytes[token]
+    assert is_value('"[ab]{2,9}"', text[len(before) :])
+
+
+def test_tables_of_too_many_places_are_not_made() -> None:
+    vocabulary = make_vocabulary(2)
+    grammar = compiled("[ab]{0,3000}", vocabulary)
+    assert grammar.close()
+    bordered = Bordered(grammar, vocabulary, after=b"ab" * 32)
+    assert bordered.is_closed
+    assert bordered.device_tables() is None
+    assert bordered.device_tables() is None, "nor tried again"
 
 
 def test_the_token_that_was_given_back_comes_first_and_any_value_may_follow_in_it() -> None:

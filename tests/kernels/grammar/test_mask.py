@@ -41,7 +41,7 @@ def ab_star() -> AutomatonTables:
     """(ab)*: state 0 accepting, state 1 after an `a`."""
     byte_class = np.zeros(256, dtype=np.uint8)
     byte_class[ord("a")], byte_class[ord("b")] = 1, 2
-    return AutomatonTables(byte_class, np.array([[-1, 1, -1], [-1, -1, 0]], dtype=np.int32), np.array([True, False]))
+    return AutomatonTables(byte_class, np.array([[-1, 1, -1], [-1, -1, 0]], dtype=np.int32), np.array([1, 0], np.uint8))
 
 
 def random_automaton(seed: int, num_states: int = 12) -> AutomatonTables:
@@ -50,7 +50,8 @@ def random_automaton(seed: int, num_states: int = 12) -> AutomatonTables:
     byte_class[[ord("a"), ord("b"), ord("c")]] = [1, 2, 3]
     transitions = random.integers(0, num_states, size=(num_states, 4)).astype(np.int32)
     transitions[random.random((num_states, 4)) < 0.4] = -1
-    return AutomatonTables(byte_class, transitions, random.random(num_states) < 0.3)
+    accepting = random.choice(np.array([0, 1, 2], dtype=np.uint8), size=num_states, p=[0.6, 0.25, 0.15])
+    return AutomatonTables(byte_class, transitions, accepting)
 
 
 def walk(tables: AutomatonTables, state: int, token: int) -> int | None:
@@ -65,14 +66,14 @@ def walk(tables: AutomatonTables, state: int, token: int) -> int | None:
 
 
 def ends(tables: AutomatonTables, state: int, token: int) -> bool:
-    """Whether a token ends the text, by the definition: it is refused, and no beginning of it is accepted."""
+    """Whether a token ends the text, by the definition: it is refused, and no beginning of it is a whole value."""
     if token >= len(TOKENS) or not TOKENS[token] or not tables.accepting[state]:
         return False
     for byte in TOKENS[token]:
         state = int(tables.transitions[state, tables.byte_class[byte]])
         if state < 0:
             return True
-        if tables.accepting[state]:
+        if tables.accepting[state] == 1:
             return False
     return False
 
@@ -233,7 +234,7 @@ def test_classes_are_exactly_the_states_that_no_short_string_tells_apart(seed: i
     def language(state: int, left: int) -> tuple[object, ...]:
         following = tables.transitions[state] if left else ()
         branches = tuple(None if target < 0 else language(int(target), left - 1) for target in following)
-        return (bool(tables.accepting[state]), branches) if has_ends else branches
+        return (bool(tables.accepting[state] == 1), branches) if has_ends else branches
 
     class_of, _ = mask_classes(tables.transitions, tables.accepting, depth, has_ends=has_ends)
     keys = [(bool(tables.accepting[state]), language(state, depth)) for state in range(8)]

@@ -19,13 +19,14 @@ from ramet.errors import InvalidRequest
 from ramet.lang.explain.cards import MAX_BRANCHES, Card
 from ramet.lang.explain.drawing import Drawing
 from ramet.lang.explain.svg import CHARS
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "programs"
 
 
 @pytest.fixture
 def backend() -> Iterator[MockBackend]:
-    with MockBackend({"pro:": "Yes <b>&", "contra:": 'No "really"'}) as mock:
+    with MockBackend({"pro:": "Yes <b>&", "contra:": 'No "really"'}, tokenizer=ByteTokenizer()) as mock:
         yield mock
     mock.engine.shutdown()
 

@@ -13,13 +13,14 @@ import pytest
 from ramet import MockBackend, State, function, gen, select
 from ramet.cli.main import main
 from ramet.errors import InvalidRequest
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "programs"
 
 
 @pytest.fixture
 def backend() -> Iterator[MockBackend]:
-    with MockBackend() as mock:
+    with MockBackend(tokenizer=ByteTokenizer()) as mock:
         yield mock
     mock.engine.shutdown()
 
@@ -220,7 +221,7 @@ def test_the_command_prints_plain_data(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["explain", file, "--rows", '["One.", "Two."]', "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 2
     assert main(["explain", file, "--mock", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["target"] == "bytes"
+    assert json.loads(capsys.readouterr().out)["target"] == "MockBackend"
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,7 @@ class DistinctWords(ScriptedEngine):
 
 
 def engine_with(tokenizer: Any = None) -> ScriptedEngine:
-    engine = DistinctWords()
-    if tokenizer is not None:
-        engine.tokenizer = tokenizer
-    return engine
+    return DistinctWords(tokenizer=tokenizer)
 
 
 def compare(plan: Explanation, state: State) -> Iterator[tuple[str, int]]:

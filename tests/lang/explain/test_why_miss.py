@@ -13,11 +13,12 @@ from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.probe import differences
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 
 @pytest.fixture
 def backend() -> Iterator[MockBackend]:
-    with MockBackend() as mock:
+    with MockBackend(tokenizer=ByteTokenizer()) as mock:
         yield mock
     mock.engine.shutdown()
 

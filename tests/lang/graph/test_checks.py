@@ -26,13 +26,15 @@ from ramet import (
 from ramet.errors import InvalidProgram, InvalidRequest, ProgramCancelled, ProgramError
 from ramet.lang.graph.ir import Check, Generate, Graph
 from ramet.lang.running.output_types import Selected
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 ANY = "start: /(?s:.)+/"  # checks of a text with a Lark grammar are not masked, so that what fails is retried
 
 
 @pytest.fixture(autouse=True)
 def backend() -> Iterator[MockBackend]:
-    with MockBackend({"name?": ["x", "Annabel Lee", "Ann", "Ann"], "age?": ["12", "150", "41"]}) as mock:
+    script = {"name?": ["x", "Annabel Lee", "Ann", "Ann"], "age?": ["12", "150", "41"]}
+    with MockBackend(script, tokenizer=ByteTokenizer()) as mock:
         yield mock
     mock.engine.shutdown()
 

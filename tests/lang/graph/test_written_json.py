@@ -21,6 +21,7 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.events import NodeEvent, OnEvent
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.written_json import WrittenJson
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 
 Serve = Callable[..., AbstractContextManager[Any]]
@@ -204,7 +205,7 @@ def test_a_list_is_followed_in_a_loop() -> None:
     ("backend", "message"),
     [
         (MockBackend(failures={"Words": RuntimeError("broken")}), "broken"),
-        (MockBackend({"Words": '["one", "two", "three"]'}), "cut by max_tokens"),
+        (MockBackend({"Words": '["one", "two", "three"]'}, tokenizer=ByteTokenizer()), "cut by max_tokens"),
     ],
 )
 def test_a_list_that_fails_fails_the_program_as_before(backend: MockBackend, message: str) -> None:

@@ -299,4 +299,4 @@ def test_a_backend_that_keeps_its_tokenizer_to_itself_is_an_error() -> None:
 
     with pytest.raises(ConfigError, match="Elsewhere doesn't tell how it tokenises"):
         target_of(Elsewhere())
-    assert target_of(MockBackend()).name == "ByteTokenizer"
+    assert target_of(MockBackend()).name == "SubwordTokenizer"

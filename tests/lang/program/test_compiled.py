@@ -12,6 +12,7 @@ import pytest
 
 from ramet import MockBackend, State, function, gen
 from ramet.errors import InvalidProgram
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 PROGRAMS = sorted((Path(__file__).resolve().parents[3] / "examples" / "programs").glob("*.py"))
 Load = Callable[[Path], Any]  # Any: the Example of conftest.py
@@ -19,7 +20,7 @@ Load = Callable[[Path], Any]  # Any: the Example of conftest.py
 
 @pytest.fixture
 def backend() -> Iterator[MockBackend]:
-    with MockBackend() as mock:
+    with MockBackend(tokenizer=ByteTokenizer()) as mock:
         yield mock
     mock.engine.shutdown()
 

@@ -25,11 +25,13 @@ from ramet.errors import (
 )
 from ramet.lang.graph.ir import Generate, Graph, NodeEvent, Ref, Text
 from ramet.lang.recording.state import State
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 
 @pytest.fixture
 def backend() -> Iterator[MockBackend]:
-    with MockBackend({"name?": "Ann", "age?": "41", "colour?": "red", "long?": "one two three four five"}) as mock:
+    script = {"name?": "Ann", "age?": "41", "colour?": "red", "long?": "one two three four five"}
+    with MockBackend(script, tokenizer=ByteTokenizer()) as mock:
         yield mock
     mock.engine.shutdown()
 

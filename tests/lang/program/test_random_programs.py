@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,11 +38,15 @@ def double(number: int) -> int:
 
 FIRST_LETTERS = "abcdeghimr\ufffd"  # about half of what the scripted model begins with, and of what random weights do
 
+several_models: ContextVar[bool] = ContextVar("several_models", default=False)
+
 leaves = st.one_of(
     st.tuples(st.just("text"), st.sampled_from(["a ", "Bé\n", "c.", "  "])),
     st.tuples(
         st.just("gen"), st.sampled_from([{"temperature": 0}, {"temperature": 1}, {"max_tokens": 3}, {"stop": " "}])
     ),
+    st.tuples(st.just("gen of"), st.sampled_from(["", "b"])),
+    st.tuples(st.just("select of"), st.sampled_from(["", "b"])),
     st.tuples(st.just("select"), st.sampled_from([["x", "xy"], ["yes", "no", "nope"]])),
     st.tuples(st.just("use"), st.integers(0, 5)),
     st.tuples(st.just("choose among values"), st.integers(0, 5)),
@@ -82,6 +87,13 @@ def execute(s: State, program: Sequence[Step], known: list[Any], may_read: bool,
         elif kind == "gen":
             s += "> " + gen("g", **what)
             known.append(s["g"])
+        elif kind == "gen of":
+            s += "> " + gen("g", model=what if several_models.get() else "")
+            known.append(s["g"])
+        elif kind == "select of":
+            s += "= " + gen("t", int, model=what if several_models.get() else "") + " of "
+            s += select("s", ["x", "xy"], model=what if several_models.get() else "")
+            known += [s["t"], s["s"]]
         elif kind == "select":
             s += ">" + select("s", what)
             known.append(s["s"])
@@ -186,6 +198,22 @@ def test_how_a_program_is_cut_into_stages_does_not_matter(
     assert texts == texts_2
     assert Counter(prompts) == Counter(prompts_2)
     assert completed == completed_2
+
+
+@given(program=steps, may_read=st.booleans(), stage=st.sampled_from(["needed", "always"]))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_two_models_that_are_alike_write_what_one_writes(program: list[Step], may_read: bool, stage: str) -> None:
+    found = []
+    for is_several in (False, True):
+        token = several_models.set(is_several)
+        with ScriptedEngine() as first, ScriptedEngine() as second:
+            backend: Any = {"a": first, "b": second} if is_several else first
+            state = random_program.run(program=program, may_read=may_read, backend=backend, seed=7, stage=stage)
+            error = state.error()
+            assert error is None, error
+            found.append([(n, e.text, repr(e.value)) for n, e in sorted(state.record.events.items())])
+        several_models.reset(token)
+    assert found[0] == found[1]
 
 
 @given(steps)

@@ -10,6 +10,7 @@ from ramet import MockBackend, State, function, gen, use_backend
 from ramet.errors import InvalidProgram
 from ramet.lang.graph.ir import Graph, Text
 from ramet.lang.passes.argument_motion import as_written
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 
 RULES = "Rules: be brief, be kind, be right. " * 20
@@ -101,7 +102,7 @@ def test_the_graph_says_what_was_moved_and_can_be_put_back() -> None:
 
 
 def test_explain_reports_the_tokens_that_calls_share_more() -> None:
-    with ScriptedEngine() as engine:
+    with ScriptedEngine(tokenizer=ByteTokenizer()) as engine:
         report = next(p for p in ask.explain(question="Why?", backend=engine).passes if p.name == "argument motion")
         plain = next(
             p for p in ask.explain(question="Why?", late=False, backend=engine).passes if p.name == "argument motion"
@@ -117,11 +118,11 @@ def test_the_tokens_saved_are_real_over_rows() -> None:
     ]
 
     def computed(late: bool) -> int:
-        with ScriptedEngine() as engine:
+        with ScriptedEngine(tokenizer=ByteTokenizer()) as engine:
             ask.run_batch(rows, late=late, backend=engine)
             return engine.stats().computed_tokens
 
-    with ScriptedEngine() as engine:
+    with ScriptedEngine(tokenizer=ByteTokenizer()) as engine:
         plan = ask.explain(rows=rows, backend=engine)
     gained = next(p for p in plan.passes if p.name == "prefixes of rows").numbers["gained"]
     saved = computed(False) - computed(True)

@@ -34,11 +34,9 @@ SCRIPT = {
 
 def reasoning(template: str, script: object = SCRIPT, context_length: int = 1 << 20) -> EngineBackend:
     """A scripted engine whose chat template has thinking."""
-    engine = ScriptedEngine(script, context_length=context_length)  # type: ignore[arg-type]
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = ChatTemplate(template)
-    engine.tokenizer = tokenizer
-    return EngineBackend(engine)
+    return EngineBackend(ScriptedEngine(script, context_length=context_length, tokenizer=tokenizer))  # type: ignore[arg-type]
 
 
 @pytest.fixture

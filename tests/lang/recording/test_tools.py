@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import pytest
 
-from ramet import MockBackend, State, Tool, ToolUse, function, gen, tool, use_backend
+from ramet import MockBackend, Remote, State, Tool, ToolUse, function, gen, tool, use_backend
 from ramet.errors import InvalidProgram, InvalidRequest, ProgramCancelled, ProgramError
-from ramet.lang.graph.ir import Generate, Graph, ToolCall, Tools
+from ramet.lang.graph.ir import Generate, Graph, NodeEvent, ToolCall, Tools
+from ramet.lang.running.run import Run
 
 
 def call(name: str, **arguments: Any) -> str:
@@ -425,3 +426,113 @@ def test_a_plan_ends_where_the_model_may_call_a_tool(backend: MockBackend) -> No
     assert event.usage.prompt_tokens == plan.nodes[0].prompt.at_most
     drawing = state.graph()
     assert "capital" in drawing.mermaid()
+
+
+# Tools that start while their message is being written.
+
+
+def _held_until(monkeypatch: pytest.MonkeyPatch, started: threading.Event) -> None:
+    """Hold back the end of every message with calls until a tool has started."""
+    on_event = Run.on_event
+
+    def held(self: Run, event: NodeEvent) -> threading.Event | None:
+        if event.kind == "done" and isinstance(event.value, dict) and event.value.get("calls"):
+            assert started.wait(20), "no tool started before its message ended"
+        return on_event(self, event)
+
+    monkeypatch.setattr(Run, "on_event", held)
+
+
+def _starting(started: threading.Event, numbers: list[int]) -> Tool:
+    @tool
+    def double(number: int) -> int:
+        """Twice as much."""
+        numbers.append(number)
+        started.set()
+        return 2 * number
+
+    return double
+
+
+TWO_CALLS = f"Wait. {call('double', number=1)}\n{call('double', number=2)}"
+
+
+@function
+def doubling(s: State, double: Tool, on_error: Any) -> None:
+    s.user("Double 1 and 2.")
+    s.call_tools([double], on_error=on_error)
+
+
+def test_a_tool_starts_when_its_arguments_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, numbers = threading.Event(), list[int]()
+    _held_until(monkeypatch, started)
+    backend = MockBackend([TWO_CALLS, "2 and 4"])
+    state = doubling.run(_starting(started, numbers), "raise", backend=backend)
+    assert sorted(numbers) == [1, 2], "each call is made once"
+    assert [use.result for use in state["calls"]] == [2, 4]
+    assert state["answer"] == "2 and 4"
+
+
+def test_a_tool_starts_early_on_a_server_too(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, numbers = threading.Event(), list[int]()
+    _held_until(monkeypatch, started)
+    with MockBackend([TWO_CALLS, "2 and 4"]) as backend, serve(backend.engine) as served, Remote(served.url) as remote:
+        state = doubling.run(_starting(started, numbers), "raise", backend=remote)
+    assert sorted(numbers) == [1, 2]
+    assert [use.result for use in state["calls"]] == [2, 4]
+
+
+def test_an_async_tool_starts_early_on_its_own_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, loops = threading.Event(), list[asyncio.AbstractEventLoop]()
+    _held_until(monkeypatch, started)
+
+    @tool
+    async def double(number: int) -> int:
+        """Twice as much."""
+        loops.append(asyncio.get_running_loop())
+        started.set()
+        return 2 * number
+
+    @function
+    async def program(s: State) -> None:
+        s.user("Double 1 and 2.")
+        await s.acall_tools([double])
+        loops.append(asyncio.get_running_loop())
+
+    state = asyncio.run(program.arun(backend=MockBackend([TWO_CALLS, "2 and 4"])))
+    assert len(loops) == 3
+    assert len(set(map(id, loops))) == 1
+    assert [use.result for use in state["calls"]] == [2, 4]
+
+
+def test_a_program_that_waits_for_each_generation_starts_no_tool_early() -> None:
+    numbers: list[int] = []
+    backend = MockBackend([TWO_CALLS, "2 and 4"])
+    state = doubling.run(_starting(threading.Event(), numbers), "raise", backend=backend, stage="always")
+    assert not any(isinstance(node, Generate) and node.tells_calls for node in state.record.graph.nodes)
+    assert [use.result for use in state["calls"]] == [2, 4]
+
+
+def test_an_error_of_a_tool_that_started_early_is_where_it_was() -> None:
+    @tool
+    def double(number: int) -> int:
+        """Twice as much."""
+        raise ValueError(f"no {number}")
+
+    with pytest.raises(ProgramError, match=r"tool 'double'.*ValueError: no 1"):
+        doubling.run(double, "raise", backend=MockBackend([TWO_CALLS, "2 and 4"]))
+    state = doubling.run(double, "report", backend=MockBackend([TWO_CALLS, "2 and 4"]))
+    assert [use.result for use in state["calls"]] == [{"error": f"ValueError: no {number}"} for number in (1, 2)]
+
+
+def test_a_call_of_a_message_that_was_cut_off_is_forgotten() -> None:
+    started, numbers = threading.Event(), list[int]()
+    cut = MockBackend([TWO_CALLS])
+
+    @function
+    def program(s: State) -> None:
+        s.user("Double 1 and 2.")
+        s.call_tools([_starting(started, numbers)], max_tokens=len(TWO_CALLS) - 20)
+
+    with pytest.raises(ProgramError, match="cut by max_tokens"):
+        program.run(backend=cut)

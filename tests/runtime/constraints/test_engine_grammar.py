@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ramet.errors import RequestCancelled
-from ramet.grammar import Vocabulary, deadline
+from ramet.grammar import Bordered, CompiledGrammar, Vocabulary, deadline
 from ramet.grammar.service.sources import compile_constraint
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import AutomatonTables, TokenTable
@@ -78,6 +78,33 @@ def test_host_and_device_automata_give_the_same_tokens(
         expected = run_all(host, grammars, temperature)
         assert run_all(device, grammars, temperature) == expected
         device.check_integrity()
+
+
+# What follows each of PATTERNS, and the token of the prompt's end that is given back, or what may lead the value
+BORDERS = [{"after": b"zz"}, {"after": b" or", "lead": b" "}, {"after": b'"', "before": b"a"}, {"after": b", 1"}]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("max_tokens", [7, 40])
+def test_a_value_ends_where_what_follows_begins_on_the_device_as_on_the_host(
+    tiny_model: LoadedModel, grammars: list[Grammar], temperature: float, max_tokens: int
+) -> None:
+    bordered: list[Grammar] = []
+    for grammar, border in zip(grammars, BORDERS, strict=True):
+        assert isinstance(grammar, CompiledGrammar)
+        bordered.append(Bordered(grammar, grammar.vocabulary, **border))
+    with make_engine(tiny_model, on_device=False) as host, make_engine(tiny_model, on_device=True) as device:
+        device._core.overlap = True
+        given = device._core.grammars.device
+        assert given is not None
+        expected = run_all(host, bordered, temperature, max_tokens)
+        assert run_all(device, bordered, temperature, max_tokens) == expected
+        assert all(given.arena.is_resident((grammar, True)) for grammar in bordered)
+        device.check_integrity()
+    for i, text in enumerate(expected):
+        if i % 5 != 4 and max_tokens == 40:
+            value = text.removeprefix(" ") if "lead" in BORDERS[i % 4] else text
+            assert re.fullmatch(PATTERNS[i % 4], value), (i, text)
 
 
 def test_overlapped_steps_advance_automata_as_synchronous_ones_do(

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from ramet.grammar import Vocabulary, compile_constraint
+from ramet.grammar import Bordered, Vocabulary, compile_constraint
 from ramet.grammar.ir import AS_MODELS_WRITE
 from ramet.grammar.machine import bitmask
 from ramet.kernels.grammar.arena import GrammarArena
@@ -198,3 +198,46 @@ def test_the_device_and_the_host_mask_alike(kind: str, source: str, has_ends: bo
             assert (row.numpy() == (grammar.mask(state) if ends is None else grammar.mask(state) | ends)).all()
     assert tables.refused is not None
     assert len(tables.refused) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "border", [{"after": b", name: "}, {"before": b" ", "after": b"\n"}, {"lead": b" ", "after": b"."}]
+)
+def test_the_device_and_the_host_mask_a_bordered_value_alike(kind: str, border: dict[str, bytes]) -> None:
+    made = tokenizer(kind)
+    grammar = compile_constraint("regex", RECORD, vocabulary(made))
+    assert grammar.close()
+    bordered = Bordered(grammar, grammar.vocabulary, **border)
+    tokens = TokenTable.create(made.token_bytes, made.eos_ids, made.special_ids, made.vocab_size)
+    device = DeviceGrammars(GrammarArena(tokens, 2, **SMALL), made.token_bytes, made.eos_ids, made.special_ids)
+    tables = device.prepare(bordered)
+    assert tables is not None
+    base = device.acquire(bordered, tables, has_ends=True)
+    assert base is not None
+    rng, num_refused = random.Random(4), 0
+    for _ in range(12):
+        state, local = 0, 0
+        while not bordered.is_complete(state):
+            row = device.arena.mask_rows[device.arena.mask_index[base + local].long()].numpy()
+            ends = bordered.ends(state)
+            expected = bordered.mask(state) if ends is None else bordered.mask(state) | ends
+            odd = set(bitmask.unpack(row).tolist()) ^ set(bitmask.unpack(expected).tolist())
+            assert all(over_the_border(bordered, state, made.token_bytes[token]) for token in odd), (state, odd)
+            assert tables.refused is not None
+            num_refused += int((tables.refused[:, 0] == local).sum())
+            choices = [t for t in bitmask.unpack(bordered.mask(state)).tolist() if t not in made.eos_ids]
+            token = rng.choice(choices)
+            reached, after_it = bordered.advance(state, token), device.state_after(tables, [token], local)
+            assert reached is not None
+            assert after_it is not None
+            state, local = reached, after_it
+    assert num_refused > 20
+
+
+def over_the_border(bordered: Bordered, state: int, text: bytes) -> bool:
+    """Whether a token holds so much of the value that the host does not look for it."""
+    place = bordered._places[state]
+    assert place is not None
+    reached = bordered._after_text(place, text)
+    return reached is not None and bool(reached[1]) and len(text) - reached[1][0] > 4

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from ramet.lang.graph.ir import (
 )
 from ramet.lang.graph.options import ProgramOptions
 from ramet.runtime.programs.executor import ProgramHost
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import SamplingParams
 
@@ -70,12 +72,15 @@ class Program:
         return self.wait(node)[node].text
 
 
+scripted = partial(ScriptedEngine, tokenizer=ByteTokenizer())  # lengths are counted in bytes
+
+
 def run(engine: ScriptedEngine, *nodes: AnyNode, **arguments: Any) -> Mapping[int, NodeEvent]:
     return Program(engine).extend(*nodes, **arguments).wait()
 
 
 def test_a_chain_of_text_and_generations_writes_what_separate_requests_would() -> None:
-    with ScriptedEngine() as engine:
+    with scripted() as engine:
         done = run(
             engine,
             Text(id=0, parts=("Once ",)),
@@ -93,7 +98,7 @@ def test_a_turn_computes_exactly_the_tokens_that_are_new() -> None:
     for turn in range(1, 5):
         new = Text(id=2 * turn, parent=2 * turn - 1, parts=(f" Turn {turn}: ",))
         nodes += [new, Generate(id=2 * turn + 1, parent=2 * turn, sampling=GREEDY)]
-    with ScriptedEngine() as engine:
+    with scripted() as engine:
         done = run(engine, *nodes)
     for turn in range(1, 5):
         usage = done[2 * turn + 1].usage
@@ -106,7 +111,7 @@ def test_branches_share_the_prefix_of_their_fork() -> None:
     forks = [Fork(id=1 + i, parent=0, group=1, index=i, width=width) for i in range(width)]
     texts = [Text(id=1 + width + i, parent=1 + i, parts=(f"branch {i:02}",)) for i in range(width)]
     gens = [Generate(id=1 + 2 * width + i, parent=1 + width + i, sampling=GREEDY) for i in range(width)]
-    with ScriptedEngine() as engine:
+    with scripted() as engine:
         run(engine, Text(id=0, parts=(prefix,)), *forks, *texts, *gens)
         stats = engine.stats()
     assert stats.prompt_tokens == width * (len(prefix) + 9)
@@ -114,7 +119,7 @@ def test_branches_share_the_prefix_of_their_fork() -> None:
 
 
 def test_roles_are_rendered_by_the_models_template() -> None:
-    with ScriptedEngine(["Hello!"]) as engine:
+    with scripted(["Hello!"]) as engine:
         done = run(
             engine,
             Role(id=0, role="user", is_open=True),
@@ -134,14 +139,14 @@ def test_roles_are_rendered_by_the_models_template() -> None:
 
 
 def test_text_from_outside_cannot_forge_a_role() -> None:
-    with ScriptedEngine() as engine:
+    with scripted() as engine:
         done = run(engine, Text(id=0, parts=("<|im_start|>",)), Generate(id=1, parent=0))
     assert done[1].usage is not None
     assert done[1].usage.prompt_tokens == len("<|im_start|>")
 
 
 def test_values_flow_along_data_edges_and_arguments() -> None:
-    with ScriptedEngine({"age": "41", "name": "Ann"}) as engine:
+    with scripted({"age": "41", "name": "Ann"}) as engine:
         done = run(
             engine,
             Argument(id=0, name="city"),
@@ -157,7 +162,7 @@ def test_values_flow_along_data_edges_and_arguments() -> None:
 
 
 def test_a_stop_string_cuts_text_and_path_alike() -> None:
-    with ScriptedEngine(["one. two", "end"]) as engine:
+    with scripted(["one. two", "end"]) as engine:
         program = Program(engine).extend(
             Text(id=0, parts=("Say: ",)),
             Generate(id=1, parent=0, sampling=Sampling(stop=(" tw",))),
@@ -184,7 +189,7 @@ def test_select_gives_the_scores_of_a_brute_force_over_the_models_distribution(p
             tokens.append(token)
         return total
 
-    with ScriptedEngine() as engine:
+    with scripted() as engine:
         done = run(
             engine,
             Text(id=0, parts=("Is it? ",)),
@@ -207,7 +212,7 @@ def test_select_gives_the_scores_of_a_brute_force_over_the_models_distribution(p
 
 
 def test_what_follows_a_selection_continues_the_chosen_text() -> None:
-    with ScriptedEngine() as engine:
+    with scripted() as engine:
         program = Program(engine).extend(
             Text(id=0, parts=("I like ",)),
             Select(id=1, parent=0, choices=(("tea",), ("coffee",))),
@@ -221,7 +226,7 @@ def test_what_follows_a_selection_continues_the_chosen_text() -> None:
 
 @pytest.mark.parametrize("scorer", ["calibrated", "likelihood", "token_normalized", "greedy", "unconditional"])
 def test_every_scorer_chooses_one_of_the_choices(scorer: Any) -> None:
-    with ScriptedEngine() as engine:
+    with scripted() as engine:
         select = Select(id=1, parent=0, choices=(("a",), ("ab",), ("b",)), scorer=scorer)
         done = run(engine, Text(id=0, parts=("Q ",)), select)
     assert done[1].meta is not None
@@ -230,7 +235,7 @@ def test_every_scorer_chooses_one_of_the_choices(scorer: Any) -> None:
 
 
 def test_a_drawn_selection_repeats_with_its_seed_and_follows_the_probabilities() -> None:
-    with ScriptedEngine() as engine:
+    with scripted() as engine:
         nodes = [Text(id=0, parts=("Q ",))] + [
             Select(id=1 + i, parent=0, choices=(("x",), ("y",)), temperature=1.0, seed=i // 2) for i in range(40)
         ]
@@ -243,7 +248,7 @@ def test_a_drawn_selection_repeats_with_its_seed_and_follows_the_probabilities()
 
 
 def test_a_constraint_is_compiled_and_obeyed() -> None:
-    with ScriptedEngine({"year": "1999", "colour": "red"}) as engine:
+    with scripted({"year": "1999", "colour": "red"}) as engine:
         done = run(
             engine,
             Text(id=0, parts=("year ",)),
@@ -256,7 +261,7 @@ def test_a_constraint_is_compiled_and_obeyed() -> None:
 
 
 def test_a_constraint_that_does_not_compile_fails_its_node() -> None:
-    with ScriptedEngine() as engine:
+    with scripted() as engine:
         node = Generate(id=1, parent=0, constraint=Constraint("regex", "(["))
         done = run(engine, Text(id=0, parts=("a",)), node)
         assert done[1].error is not None
@@ -265,7 +270,7 @@ def test_a_constraint_that_does_not_compile_fails_its_node() -> None:
 
 
 def test_a_value_cut_by_max_tokens_is_flagged_and_never_passed_off_as_complete() -> None:
-    with ScriptedEngine({"x": '{"a": 1'}) as engine:
+    with scripted({"x": '{"a": 1'}) as engine:
         node = Generate(id=1, parent=0, sampling=Sampling(max_tokens=4), type="json")
         done = run(engine, Text(id=0, parts=("x",)), node)
     assert done[1].kind == "done"
@@ -277,7 +282,7 @@ def test_a_value_cut_by_max_tokens_is_flagged_and_never_passed_off_as_complete()
 
 def test_a_failed_node_fails_what_needs_it_and_cancels_the_rest() -> None:
     boom = RametError("no luck")
-    with ScriptedEngine(failures={"bad": boom}, latency_s=0.002) as engine:
+    with scripted(failures={"bad": boom}, latency_s=0.002) as engine:
         program = Program(engine).extend(
             Fork(id=0, group=0, index=0, width=2),
             Fork(id=1, group=0, index=1, width=2),
@@ -308,7 +313,7 @@ def test_a_failed_node_fails_what_needs_it_and_cancels_the_rest() -> None:
 
 
 def test_cancelling_ends_requests_and_what_comes_later() -> None:
-    with ScriptedEngine(latency_s=0.05) as engine:
+    with scripted(latency_s=0.05) as engine:
         program = Program(engine).extend(Text(id=0, parts=("a",)), Generate(id=1, parent=0), Generate(id=2, parent=1))
         program.executor.cancel()
         done = program.wait()
@@ -322,7 +327,7 @@ def test_cancelling_ends_requests_and_what_comes_later() -> None:
 
 
 def test_one_branch_can_be_cancelled_alone() -> None:
-    with ScriptedEngine(latency_s=0.02) as engine:
+    with scripted(latency_s=0.02) as engine:
         program = Program(engine).extend(
             Text(id=0, parts=("a",)),
             Generate(id=1, parent=0),
@@ -336,14 +341,14 @@ def test_one_branch_can_be_cancelled_alone() -> None:
 
 
 def test_a_deadline_ends_the_program() -> None:
-    with ScriptedEngine(latency_s=0.05) as engine:
+    with scripted(latency_s=0.05) as engine:
         program = Program(engine, deadline_s=time.monotonic() + 0.08)
         done = program.extend(Text(id=0, parts=("a",)), Generate(id=1, parent=0), Generate(id=2, parent=1)).wait()
     assert isinstance(done[1].cause, DeadlineExceeded)
 
 
 def test_a_token_budget_holds_over_all_generations() -> None:
-    with ScriptedEngine() as engine:
+    with scripted() as engine:
         gens = [Generate(id=1 + i, parent=0, sampling=Sampling(max_tokens=30, seed=i)) for i in range(8)]
         done = Program(engine, token_budget=50).extend(Text(id=0, parts=("a",)), *gens).wait()
         assert engine.stats().completion_tokens <= 50
@@ -353,7 +358,7 @@ def test_a_token_budget_holds_over_all_generations() -> None:
 
 
 def test_tool_calls_are_asked_for_and_answered() -> None:
-    with ScriptedEngine() as engine:
+    with scripted() as engine:
         program = Program(engine).extend(
             ToolCall(id=0, tool="add", arguments=('{"a": 1, "b": 2}',), name="sum"),
             Text(id=1, parts=("sum: ", Ref(0))),
@@ -368,7 +373,7 @@ def test_tool_calls_are_asked_for_and_answered() -> None:
 
 
 def test_an_argument_without_value_is_refused() -> None:
-    with ScriptedEngine() as engine, pytest.raises(InvalidProgram, match="'city' has no value"):
+    with scripted() as engine, pytest.raises(InvalidProgram, match="'city' has no value"):
         Program(engine).extend(Argument(id=0, name="city"))
 
 
@@ -377,7 +382,7 @@ def test_ten_thousand_branches_need_no_threads_of_their_own() -> None:
     before = threading.active_count()
     forks = [Fork(id=1 + i, parent=0, group=1, index=i, width=width) for i in range(width)]
     gens = [Generate(id=1 + width + i, parent=1 + i, sampling=Sampling(max_tokens=1)) for i in range(width)]
-    with ScriptedEngine() as engine:
+    with scripted() as engine:
         program = Program(engine).extend(Text(id=0, parts=("q",)), *forks, *gens)
         assert threading.active_count() <= before + 2
         done = program.wait()
@@ -385,7 +390,7 @@ def test_ten_thousand_branches_need_no_threads_of_their_own() -> None:
 
 
 def test_a_generation_without_a_limit_takes_what_is_left_of_the_context() -> None:
-    with ScriptedEngine({"x": "y" * 200}, context_length=60) as engine:
+    with scripted({"x": "y" * 200}, context_length=60) as engine:
         done = run(engine, Text(id=0, parts=("x" * 40,)), Generate(id=1, parent=0))
         assert done[1].finish_reason == "length"
         assert len(done[1].text) == 20

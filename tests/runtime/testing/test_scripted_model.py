@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ramet import MockBackend, State, function, gen, select
-from ramet.errors import ContextOverflow, EngineStopped, InvalidRequest
+from ramet import MockBackend, State, function, gen, select, system, user
+from ramet.errors import ConfigError, ContextOverflow, EngineStopped, InvalidRequest, ModelNotFound
+from ramet.runtime.testing.byte_tokenizer import ByteTokenizer, small_subword_tokenizer
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import FinishReason, RequestOutput, SamplingParams
 
@@ -44,7 +47,7 @@ def test_greedy_answers_repeat_and_sampled_ones_follow_their_seed() -> None:
 
 
 def test_limits_and_stops_end_a_text_as_the_real_engine_does() -> None:
-    with ScriptedEngine({"say": "one two three"}) as engine:
+    with ScriptedEngine({"say": "one two three"}, tokenizer=ByteTokenizer()) as engine:
         cut = engine.submit("say", SamplingParams(max_tokens=5)).result()
         assert (cut.text, cut.finish_reason) == ("one t", FinishReason.LENGTH)
         stopped = engine.submit("say", SamplingParams(stop=("wo", " th"))).result()
@@ -57,7 +60,7 @@ def test_limits_and_stops_end_a_text_as_the_real_engine_does() -> None:
 
 
 def test_prefixes_are_counted_as_a_radix_cache_counts_them() -> None:
-    with ScriptedEngine({"a" * 10: "bcd"}) as engine:
+    with ScriptedEngine({"a" * 10: "bcd"}, tokenizer=ByteTokenizer()) as engine:
         first = engine.submit("a" * 10, GREEDY).result()
         second = engine.submit("a" * 10 + "bcd" + "x", GREEDY).result()
         again = engine.submit("a" * 10, GREEDY).result()
@@ -66,7 +69,7 @@ def test_prefixes_are_counted_as_a_radix_cache_counts_them() -> None:
 
 
 def test_log_probabilities_are_a_distribution_and_scores_follow_it() -> None:
-    with ScriptedEngine() as engine:
+    with ScriptedEngine(tokenizer=ByteTokenizer()) as engine:
         assert math.isclose(float(np.exp(engine.logprobs([1, 2])).sum()), 1.0)
         prompt = engine.tokenizer.encode("abcd")
         scored = engine.submit(prompt, GREEDY, score_from=2).result()
@@ -176,10 +179,117 @@ def test_a_strict_script_must_fit_the_program(script: Any, message: str | None) 
     assert not isinstance(script, dict) or towns.run(backend=MockBackend(script), failures="keep").error() is None
 
 
-def test_selections_need_no_answer_of_a_strict_script() -> None:
-    @function
-    def choose(s: State) -> None:
-        s += "Sea or hills? " + select("best", ["sea", "hills"])
+@function
+def choose(s: State) -> None:
+    s += "Sea or hills? " + select("best", ["sea", "hills"])
 
+
+def test_selections_need_no_answer_of_a_strict_script() -> None:
     assert choose.run(backend=MockBackend({"Sea or": "hills"}, strict=True))["best"] == "hills"
+    assert choose.run(backend=MockBackend({"Sea or": "hills, of course"}, strict=True))["best"] == "hills"
     assert choose.run(backend=MockBackend({}, strict=True))["best"] in ("sea", "hills")
+
+
+def test_an_answer_that_is_none_of_the_choices_is_an_error_of_a_strict_script() -> None:
+    state = choose.run(backend=MockBackend({"Sea or": "woods"}, strict=True), failures="keep")
+    assert "every choice of ['sea', 'hills'] has the probability 0; a strict script" in str(state.error())
+    assert choose.run(backend=MockBackend({"Sea or": "woods"}))["best"] in ("sea", "hills")
+
+    @function
+    def after_an_answer(s: State) -> None:
+        s += "Name? " + gen("name", stop="\n") + " Sea or hills? " + select("best", ["sea", "hills"])
+
+    state = after_an_answer.run(backend=MockBackend({"Name?": "Ann"}, strict=True))  # Ann is no choice, and not meant
+    assert state["best"] in ("sea", "hills")
+
+
+@pytest.mark.parametrize(
+    ("answer", "max_tokens", "message"),
+    [
+        ("A short one.", 5, None),
+        ("This is a much longer answer", 3, "has 5 tokens, but 3 may be written: it is cut after 'This is a much'"),
+        ("This is one. And more that nobody reads", 6, None),  # the stop string ends it
+    ],
+)
+def test_a_text_that_max_tokens_cuts_is_an_error_of_a_strict_script(
+    answer: str, max_tokens: int, message: str | None
+) -> None:
+    @function
+    def program(s: State) -> None:
+        s += "Say: " + gen("x", max_tokens=max_tokens, stop=".")
+
+    error = program.run(backend=MockBackend({"Say": answer}, strict=True), failures="keep").error()
+    assert error is None if message is None else message in str(error)
+    assert program.run(backend=MockBackend({"Say": answer}))["x"]
+
+
+def test_keys_are_looked_for_in_what_the_program_wrote_and_not_in_the_templates_marks() -> None:
+    @function
+    def program(s: State) -> None:
+        s += system("Be brief.") + user("Who was it?")
+        with s.assistant():
+            s += gen("who")
+
+    script = {"user": "wrong", "assistant": "wrong", "<|im_": "wrong", "brief": "wrong", "Who was": "Ann"}
+    assert program.run(backend=MockBackend(script, strict=True))["who"] == "Ann"
+    state = program.run(backend=MockBackend({"assistant": "x"}, strict=True), failures="keep")
+    assert "Be brief.\\nWho was it?\\n'" in str(state.error())
+
+
+def test_tokens_are_those_of_subwords() -> None:
+    text = "The quick brown fox jumps over the lazy dog, and nobody counts its 12 steps."
+    tokenizer = small_subword_tokenizer()
+    tokens = tokenizer.encode(text)
+    assert 16 <= len(tokens) <= 26  # SmolLM2's own tokenizer: 18
+    assert b"".join(tokenizer.token_bytes[token] for token in tokens).decode() == tokenizer.decode(tokens) == text
+    assert [tokenizer.token_bytes[byte] for byte in range(256)] == [bytes([byte]) for byte in range(256)]
+    assert tokenizer.decode(tokenizer.encode("Zürich, 東京 🎈\n\tx")) == "Zürich, 東京 🎈\n\tx"
+
+    @function
+    def program(s: State) -> None:
+        s += "Say: " + gen("x", max_tokens=5)
+
+    assert program.run(backend=MockBackend({"Say": text}))["x"] == "The quick brown fox j"
+    assert program.run(backend=MockBackend({"Say": text}, tokenizer=ByteTokenizer()))["x"] == "The q"
+
+
+def test_an_answer_of_larger_pieces_than_a_constraint_allows_is_written_in_smaller_ones() -> None:
+    @function
+    def program(s: State) -> None:
+        s += "Colour: " + gen("x", choices=["yes", "yellow"])
+
+    assert program.run(backend=MockBackend({"Colour": "yellowish"}))["x"] == "yellow"
+    state = program.run(backend=MockBackend({"Colour": "yellowish"}, strict=True), failures="keep")
+    assert "'yellowish' is refused after 'yellow'" in str(state.error())
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("just text", "the script is 'just text', but must be a dict"),
+        (7, "the script is 7"),
+        (b"bytes", "the script is b'bytes'"),
+        ({1: "x"}, "has the key 1, but a key is text"),
+        ({"": "x"}, "has the key ''"),
+        ({"a": []}, "answer to 'a' is an empty list"),
+        ({"a": object()}, "answer to 'a' has <object"),
+        (["fine", {1, object()}], "which cannot be written as text or JSON"),
+        ({"a": "half \ud83d"}, "answer to 'a' has 'half"),
+    ],
+)
+def test_what_is_no_script_is_refused_before_anything_runs(script: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        MockBackend(script)
+
+
+def test_the_tokenizer_of_a_model_may_be_named(smollm2_path: Path) -> None:
+    mock = MockBackend(["Good day to you."], tokenizer="smollm2-135m")
+    assert mock.engine.tokenizer.vocab_size == 49152
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    ratio = len(small_subword_tokenizer().encode(text)) / len(mock.engine.tokenizer.encode(text))
+    assert 1.1 < ratio < 1.3, "the documents say: a fifth more tokens than those of models"
+    assert choose.run(backend=mock)["best"] in ("sea", "hills")
+    with pytest.raises(ModelNotFound, match="no-such-model"):
+        MockBackend(tokenizer="no-such-model")
+    with pytest.raises(ConfigError, match="the tokenizer is 7, but must be"):
+        MockBackend(tokenizer=7)  # type: ignore[arg-type]

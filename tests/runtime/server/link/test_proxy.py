@@ -162,7 +162,7 @@ def test_a_program_runs_in_the_engine_process_and_its_events_come_in_order() -> 
         command = StartProgram(proxy.new_id("program"), Graph(nodes).to_json())
         reports = [report async for report in proxy.start_program(command)[0]]
         assert [report.is_last for report in reports] == [False] * (len(reports) - 1) + [True]
-        events = [report.event for report in reports if report.event is not None]
+        events = [event for report in reports if (event := report.whole()) is not None]
         assert [e.node for e in events if e.kind == "done"] == [0, 1]
         streamed = "".join(e.text for e in events if e.kind == "text")
         assert streamed == next(e.value for e in events if e.kind == "done" and e.node == 1)
