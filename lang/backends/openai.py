@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -21,7 +21,7 @@ from ramet.errors import InvalidRequest, NotSupported, RametError, RemoteError
 from ramet.lang.backends.http_loop import HttpLoop, retry_pause
 from ramet.lang.backends.protocol import BlockBackend
 from ramet.lang.backends.sse import DONE
-from ramet.lang.backends.text_program import Prompt, TextSession, messages_json
+from ramet.lang.backends.text_program import OnCall, OnText, Prompt, TextSession
 from ramet.lang.graph import choice_scores, ir
 from ramet.lang.graph.events import NodeResult, OnEvent
 from ramet.lang.graph.options import Deadline, ProgramOptions
@@ -94,14 +94,21 @@ class OpenAI(BlockBackend):
     # Generations.
 
     async def write(
-        self, prompt: Prompt, node: ir.Generate, deadline: Deadline, on_text: Callable[[str], None] | None
+        self,
+        prompt: Prompt,
+        node: ir.Generate,
+        deadline: Deadline,
+        on_text: OnText | None,
+        on_call: OnCall | None = None,
     ) -> NodeResult:
         """One request. Raises NotSupported, and what the server's answer means."""
         path, body = self._place(prompt)
         max_tokens = node.sampling.max_tokens
         body |= self._sampling(node.sampling, is_chat=prompt.is_chat)
         form = _Form()
-        if node.constraint is not None:
+        if prompt.tools:
+            body |= _tool_fields(prompt, node)
+        if node.constraint is not None and node.type != "tools":
             form = self._constrain(body, node.constraint, is_chat=prompt.is_chat)
         stops = node.sampling.stop or ()
         # A number ends by its pattern. The text after it is cut off here, because servers accept few stop strings.
@@ -110,35 +117,36 @@ class OpenAI(BlockBackend):
             body[self._max_tokens_field] = max_tokens + _WRAPPING_TOKENS
         if stops and not is_cut_here:
             body["stop"] = list(stops)
-        streams = on_text is not None and not is_cut_here
+        streams = (on_text is not None or on_call is not None) and not is_cut_here
         async with self._place_free():
             written = await (
-                self._stream(path, body, deadline, on_text)
-                if streams and on_text is not None
-                else self._ask(path, body, deadline)
+                self._stream(path, body, deadline, on_text, on_call) if streams else self._ask(path, body, deadline)
             )
+        if node.type == "tools":
+            return _with_text_of_calls(written)
         return form.read(written, stops if is_cut_here else ())
 
     def _place(self, prompt: Prompt) -> tuple[str, dict[str, Any]]:
         """Return the URL path, and the prompt fields of the body."""
         if not prompt.is_chat:
             return "/completions", {"model": self.model, "prompt": prompt.text}
-        messages, role = messages_json(prompt), prompt.messages[-1][0]
+        messages, role = [dict(message) for message in prompt.messages], prompt.messages[-1]["role"]
         if not prompt.is_open:
             raise NotSupported(f"a generation stands outside of the messages; write it in s.assistant(){_OURS}")
         if role != "assistant":
             raise NotSupported(f"an endpoint writes assistant messages only, not a {role} message{_OURS}")
-        if any(one == "tool" for one, _ in prompt.messages) and not self._extensions:
-            raise NotSupported("tool messages need the ids of calls, which a program has not" + _OURS)
+        is_loose = any(one["role"] == "tool" and "tool_call_id" not in one for one in messages)
+        if is_loose and not self._extensions:
+            raise NotSupported("tool messages need the ids of calls, which call_tools alone writes" + _OURS)
         body: dict[str, Any] = {"model": self.model, "messages": messages}
-        if not prompt.messages[-1][1]:
+        if not messages[-1]["content"] and "tool_calls" not in messages[-1]:
             messages.pop()
             if not messages:
                 raise NotSupported("a chat needs a message before the assistant's; write s.user(...) first")
         elif self._extensions:
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         else:
-            begun = prompt.messages[-1][1]
+            begun = messages[-1]["content"]
             raise NotSupported(f"the assistant's message has begun with {begun[-40:]!r}, but {_CONTINUES}")
         return "/chat/completions", body
 
@@ -165,7 +173,7 @@ class OpenAI(BlockBackend):
                 f"{next(iter(form))} is not in OpenAI's API; say extensions=True where the server takes it{_OURS}"
             )
         body |= form
-        if kind in ("substring", "tools", "grammar"):
+        if kind in ("substring", "grammar"):
             raise NotSupported(f"an endpoint can't hold text to a constraint of kind {kind!r}{_OURS}")
         pattern = source if kind == "regex" else None
         if self._extensions:
@@ -281,20 +289,23 @@ class OpenAI(BlockBackend):
                 refusal = choice["message"].get("refusal")
                 if refusal:
                     raise RemoteError(f"the endpoint refused: {refusal}")
-            written = _written(choice)
+            written, calls = _written(choice), list[dict[str, str]]()
+            _take_calls(calls, choice)
             reason = written.finish_reason or "stop"
-            return msgspec.structs.replace(written, usage=_usage(answer), finish_reason=reason)
+            value = {"text": written.text, "calls": calls}
+            return msgspec.structs.replace(written, value=value, usage=_usage(answer), finish_reason=reason)
         except (AttributeError, LookupError, TypeError) as error:
             raise RemoteError(f"{self.http.url}{path} answered {str(answer)[:200]}") from error
 
     async def _stream(
-        self, path: str, body: Mapping[str, Any], deadline: Deadline, on_text: Callable[[str], None]
+        self, path: str, body: Mapping[str, Any], deadline: Deadline, on_text: OnText | None, on_call: OnCall | None
     ) -> NodeResult:
         """`_ask` with the text as it comes. Begun anew only while none has come."""
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         attempt = 0
         while True:
             pieces, usage, first_s = list[NodeResult](), ir.Usage(), None
+            calls, num_closed = list[dict[str, str]](), 0
             try:
                 async with asyncio.timeout(deadline.left_s()), self.http.stream("POST", path, asked) as events:
                     async for event in events:
@@ -306,8 +317,17 @@ class OpenAI(BlockBackend):
                             pieces.append(piece)
                             if piece.text:
                                 first_s = first_s or time.monotonic()
-                                on_text(piece.text)
-                return _whole(pieces, usage, first_s)
+                                if on_text is not None:
+                                    on_text(piece.text)
+                        for choice in chunk.get("choices", ())[:1]:
+                            if _take_calls(calls, choice):
+                                first_s = first_s or time.monotonic()
+                        while on_call is not None and num_closed < len(calls) and _is_closed(calls[num_closed]):
+                            call = calls[num_closed]
+                            on_call(num_closed, {"name": call["name"], "arguments": json.loads(call["arguments"])})
+                            num_closed += 1
+                whole = _whole(pieces, usage, first_s)
+                return msgspec.structs.replace(whole, value={"text": whole.text, "calls": calls})
             except TimeoutError as error:
                 raise Deadline.error() from error
             except RametError as error:
@@ -366,6 +386,47 @@ def _written(choice: Mapping[str, Any]) -> NodeResult:
     message = choice.get("message") or choice.get("delta")
     text = choice["text"] if message is None else message.get("content")
     return NodeResult(text or "", finish_reason=choice.get("finish_reason"), meta=_logprobs(choice))
+
+
+def _tool_fields(prompt: Prompt, node: ir.Generate) -> dict[str, Any]:
+    """Return the fields of a body for the tools that a branch declares."""
+    if node.type != "tools" or node.constraint is None:
+        return {"tools": prompt.tools, "tool_choice": "none"}
+    source = json.loads(node.constraint.source)
+    choice = source["choice"]
+    if isinstance(choice, dict):
+        choice = {"type": "function", "function": choice}
+    return {"tools": prompt.tools, "tool_choice": choice, "parallel_tool_calls": source["parallel"]}
+
+
+def _take_calls(calls: list[dict[str, str]], choice: Mapping[str, Any]) -> bool:
+    """Add what one choice of an answer, or a piece of a streamed one, says of tool calls. Return whether it does."""
+    found = (choice.get("message") or choice.get("delta") or {}).get("tool_calls") or ()
+    for place, said in enumerate(found):
+        index, function = said.get("index", place), said.get("function") or {}
+        if not 0 <= index <= len(calls):
+            raise RemoteError(f"the endpoint wrote call {index} of tools, after {len(calls)} calls")
+        if index == len(calls):
+            calls.append({"name": "", "arguments": ""})
+        calls[index]["name"] = calls[index]["name"] or function.get("name") or ""
+        calls[index]["arguments"] += function.get("arguments") or ""
+    return bool(found)
+
+
+def _is_closed(call: Mapping[str, str]) -> bool:
+    """Return whether the arguments of a call are a whole JSON object, which nothing can follow."""
+    if not call["arguments"].rstrip().endswith("}"):
+        return False
+    try:
+        return isinstance(json.loads(call["arguments"]), dict)
+    except ValueError:
+        return False
+
+
+def _with_text_of_calls(written: NodeResult) -> NodeResult:
+    """Return an answer whose text also has its calls, one a line: a program's text shows what was asked."""
+    lines = [f'{{"name": {json.dumps(c["name"])}, "arguments": {c["arguments"]}}}' for c in written.value["calls"]]
+    return msgspec.structs.replace(written, text="\n".join([written.text] * bool(written.text) + lines))
 
 
 def _pieces(chunk: Mapping[str, Any]) -> list[NodeResult]:

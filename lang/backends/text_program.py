@@ -7,6 +7,8 @@ which nodes are ready, and handles failures and the token budget.
 from __future__ import annotations
 
 import asyncio
+import json
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,20 +26,27 @@ from ramet.lang.graph.run import GraphRun, NodeRun
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The prompt of a generation: plain text, or messages. The last message may be unfinished (`is_open`)."""
+    """The prompt of a generation: plain text, or messages in OpenAI's form. The last one may be unfinished (`is_open`).
 
-    messages: tuple[tuple[str, str], ...] = ()  # (role, content)
+    `tools`: those that the branch declares.
+    """
+
+    messages: tuple[dict[str, Any], ...] = ()  # Any: JSON
     text: str = ""
     is_open: bool = False
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def is_chat(self) -> bool:
         return bool(self.messages)
 
 
-# The text of a generation, with its reason to end; the last argument wants it as it comes.
+OnText: TypeAlias = Callable[[str], None]  # the next piece of a text
+OnCall: TypeAlias = Callable[[int, Mapping[str, Any]], None]  # a tool call: its index, its name and arguments
+# The text of a generation, with its reason to end; the last two arguments want it, and its calls, as they come. The
+# value of one that may call tools is {"text": ..., "calls": [...]}, with the arguments as JSON text.
 Write: TypeAlias = Callable[
-    [Prompt, ir.Generate, Deadline, Callable[[str], None] | None], Coroutine[Any, Any, NodeResult]
+    [Prompt, ir.Generate, Deadline, OnText | None, OnCall | None], Coroutine[Any, Any, NodeResult]
 ]
 # One of the choices; `meta["index"]` says which.
 Choose: TypeAlias = Callable[[Prompt, ir.Select, Sequence[str], Deadline], Coroutine[Any, Any, NodeResult]]
@@ -137,16 +146,15 @@ class TextSession:
         self._pump()
 
     async def _generate(self, run: NodeRun, node: ir.Generate) -> None:
-        if node.type == "tools":
-            raise NotSupported("this endpoint can't constrain text to tool calls; use Engine or Remote")
         prompt = self._prompt(node)
         sampling = self._graph.within_budget(run, ir.retry_sampling(node.sampling, len(run.attempts)))
         if sampling is None:
             return
         asked = msgspec.structs.replace(node, sampling=sampling)
         on_text = partial(self._take_in, run) if self._graph.wants_text(run) else None
-        written = await self._write(prompt, asked, self._graph.deadline, on_text)
-        judged = self._graph.judge(run, written)
+        on_call = partial(self._graph.tell_call, run) if node.tells_calls else None
+        written = await self._write(prompt, asked, self._graph.deadline, on_text, on_call)
+        judged = self._graph.judge(run, written, partial(_tool_calls, written) if node.type == "tools" else None)
         if judged is not None:
             self._graph.done(run, judged)
 
@@ -162,34 +170,59 @@ class TextSession:
 
     def _prompt(self, node: ir.AnyNode) -> Prompt:
         """Return the prompt of a node in an endpoint's form. Raises NotSupported if it has no such form."""
-        messages: list[tuple[str, str]] = []
+        messages: list[dict[str, Any]] = []
+        tools: dict[str, dict[str, Any]] = {}
+        unanswered: deque[str] = deque()  # ids of calls
         plain, is_open = "", False
         for one in self._graph.branch(node.parent):
-            if isinstance(one, ir.Role):
+            if isinstance(one, ir.Tools):
+                tools |= {tool["function"]["name"]: tool for tool in json.loads(one.tools)}
+            elif isinstance(one, ir.Role):
                 is_open = one.is_open
                 if is_open:
-                    messages.append((one.role, ""))
-                continue
-            text = self._graph.nodes[one.id].text
-            if is_open:
-                messages[-1] = (messages[-1][0], messages[-1][1] + text)
+                    answers = {"tool_call_id": unanswered.popleft()} if one.role == "tool" and unanswered else {}
+                    messages.append({"role": one.role, "content": "", **answers})
+            elif isinstance(one, ir.Generate) and one.type == "tools" and is_open:
+                value = self._graph.nodes[one.id].value
+                messages[-1] |= _with_calls(messages[-1]["content"], value, one.id)
+                unanswered.extend(call["id"] for call in messages[-1].get("tool_calls", ()))
+            elif is_open:
+                messages[-1]["content"] += self._graph.nodes[one.id].text
             else:
-                plain += text
+                plain += self._graph.nodes[one.id].text
         if messages and plain.strip():
             raise NotSupported(
                 f"the text {plain.strip()[:40]!r} stands outside of the messages; an endpoint takes messages or text"
             )
-        return Prompt(tuple(messages), plain, is_open)
+        return Prompt(tuple(messages), plain, is_open, tuple(tools.values()))
 
 
 def _mark(before: Sequence[ir.AnyNode], node: ir.Marked) -> str:
     """Return no text for the border of a message, because an endpoint takes messages."""
     if isinstance(node, ir.Thinking):
         raise NotSupported("this endpoint doesn't say how its model thinks; use Engine or Remote")
-    if isinstance(node, ir.Tools):
-        raise NotSupported("this endpoint has no place for tools in a program's text; use Engine or Remote")
     return ""
 
 
-def messages_json(prompt: Prompt) -> list[Mapping[str, str]]:
-    return [{"role": role, "content": content} for role, content in prompt.messages]
+def _with_calls(content: str, value: Mapping[str, Any], node: int) -> dict[str, Any]:
+    """Return the fields of an assistant's message that calls tools. Ids are of nine characters, as Mistral wants."""
+    calls = [
+        {
+            "id": f"{node % 10**6:06}{index % 1000:03}",
+            "type": "function",
+            "function": {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)},
+        }
+        for index, call in enumerate(value["calls"])
+    ]
+    return {"content": content + value["text"], **({"tool_calls": calls} if calls else {})}
+
+
+def _tool_calls(written: NodeResult, text: str) -> dict[str, Any]:
+    """Return the value of a generation that may call tools. Raises ValueError for arguments that are no JSON object."""
+    calls = []
+    for call in written.value["calls"]:
+        arguments = json.loads(call["arguments"])
+        if not isinstance(arguments, dict):
+            raise ValueError(f"the arguments of {call['name']!r} are no JSON object")
+        calls.append({"name": call["name"], "arguments": arguments})
+    return {"text": written.value["text"], "calls": calls}

@@ -14,8 +14,16 @@ from typing import Any, Literal
 
 import pytest
 
-from ramet import Engine, MockBackend, OpenAI, State, function, gen, select
-from ramet.errors import CheckFailed, DeadlineExceeded, NotSupported, Overloaded, ProgramCancelled, RemoteError
+from ramet import Engine, MockBackend, OpenAI, State, function, gen, select, tool
+from ramet.errors import (
+    CheckFailed,
+    DeadlineExceeded,
+    NotSupported,
+    Overloaded,
+    ProgramCancelled,
+    ProgramError,
+    RemoteError,
+)
 from ramet.lang.graph.checks import length
 from ramet.lang.graph.ir import Graph, NodeEvent, Ref, Text, ToolCall
 from ramet.lang.graph.options import ProgramOptions
@@ -25,7 +33,10 @@ Answer = Callable[[str, dict[str, Any]], Any]
 
 
 class Endpoint:
-    """Answers what `answer(path, body)` returns: text, a whole body, or (status, body, headers). Keeps all bodies."""
+    """Answers what `answer(path, body)` returns: text, a whole body, (status, body, headers), or a stream's events.
+
+    Keeps all bodies.
+    """
 
     def __init__(self, answer: Answer) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
@@ -39,6 +50,15 @@ class Endpoint:
                 endpoint.asked.append((self.path, body))
                 found = answer(self.path, body)
                 status, headers = 200, {}
+                if isinstance(found, Iterator):
+                    self.send_response(200)
+                    self.end_headers()
+                    for chunk in found:
+                        self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+                        self.wfile.flush()
+                    self.wfile.write(b"data: [DONE]\n\n")
+                    self.close_connection = True
+                    return
                 if isinstance(found, tuple):
                     status, found, headers = found
                 if isinstance(found, str):
@@ -485,6 +505,97 @@ def test_a_tools_error_is_reported_as_in_process() -> None:
 
     with Endpoint(saying("x")) as endpoint, OpenAI(endpoint.url) as there, MockBackend() as here:
         assert call(there) == call(here)
+
+
+def _piece(index: int | None = None, name: str = "", arguments: str = "", **choice: Any) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    delta = {} if index is None else {"tool_calls": [{"index": index, "function": function}]}
+    return {"choices": [{"index": 0, "delta": delta, **choice}]}
+
+
+def _looked_up(word: str) -> str:
+    """What a word means."""
+    return f"{word} is a word"
+
+
+def test_a_model_of_an_endpoint_calls_tools_and_one_starts_while_the_message_goes_on() -> None:
+    started, asked = threading.Event(), list[str]()
+
+    @tool
+    def look_up(word: str) -> str:
+        """What a word means."""
+        asked.append(word)
+        started.set()
+        return f"{word} is a word"
+
+    def calls() -> Iterator[dict[str, Any]]:
+        yield _piece(0, "look_up", '{"word": ')
+        yield _piece(0, "", '"a"}')
+        assert started.wait(20), "no tool started before the message ended"
+        yield _piece(1, "look_up", '{"word": "b"}')
+        yield _piece(finish_reason="tool_calls")
+
+    def answer(path: str, body: dict[str, Any]) -> Any:
+        if body["messages"][-1]["role"] == "tool":
+            return iter([{"choices": [{"index": 0, "delta": {"content": "Both."}, "finish_reason": "stop"}]}])
+        return calls() if body.get("stream") else "Yes"
+
+    @function(temperature=0)
+    def program(s: State) -> None:
+        s.user("What are a and b?")
+        s.call_tools([look_up], choice="look_up")
+        s.user("Sure?")
+        s.assistant(gen("sure"))
+
+    with Endpoint(answer) as endpoint, OpenAI(endpoint.url) as backend:
+        state = program.run(backend=backend)
+    assert (state["answer"], state["sure"], sorted(asked)) == ("Both.", "Yes", ["a", "b"])
+    assert [(use.name, use.arguments, use.result) for use in state["calls"]] == [
+        ("look_up", {"word": word}, f"{word} is a word") for word in ("a", "b")
+    ]
+    first, second, third = (body for _, body in endpoint.asked)
+    assert first["tool_choice"] == {"type": "function", "function": {"name": "look_up"}}
+    assert first["tools"][0]["function"]["parameters"]["required"] == ["word"]
+    assert (second["tool_choice"], third["tool_choice"]) == ("auto", "none")
+    written, *results = second["messages"][-3:]
+    assert [call["function"]["arguments"] for call in written["tool_calls"]] == ['{"word": "a"}', '{"word": "b"}']
+    assert [(one["content"], one["tool_call_id"]) for one in results] == [
+        (f"{word} is a word", call["id"]) for word, call in zip("ab", written["tool_calls"], strict=True)
+    ]
+    assert '{"name": "look_up", "arguments": {"word": "a"}}' in state.text()
+
+
+def test_calls_that_an_endpoint_cuts_off_or_mixes_up_are_errors() -> None:
+    @function
+    def program(s: State) -> None:
+        s.user("What is a?")
+        s.call_tools([_looked_up])
+
+    for pieces, error in (
+        ([_piece(0, "_looked_up", '{"word": '), _piece(finish_reason="length")], "cut by max_tokens"),
+        ([_piece(0, "_looked_up", "[1]"), _piece(finish_reason="stop")], "no JSON object"),
+        ([_piece(7, "_looked_up", "{}"), _piece(finish_reason="stop")], "wrote call 7 of tools, after 0 calls"),
+    ):
+        answer: Answer = lambda path, body, pieces=pieces: iter(pieces)  # noqa: E731
+        with Endpoint(answer) as endpoint, OpenAI(endpoint.url) as there, pytest.raises(ProgramError, match=error):
+            program.run(backend=there)
+
+
+def test_tools_on_our_own_server_by_openais_api_are_as_in_process(serve: Any) -> None:
+    call = '<tool_call>\n{"name": "_looked_up", "arguments": {"word": "a"}}\n</tool_call>'
+
+    @function(temperature=0)
+    def program(s: State) -> None:
+        s.user("What is a?")
+        s.call_tools([_looked_up])
+
+    with MockBackend({"What is a?": [call, "A word."]}) as here:
+        expected = program.run(backend=here)
+    mock = MockBackend({"What is a?": [call, "A word."]})
+    with serve(mock.engine) as served, OpenAI(f"{served.url}/v1", model="test") as there:
+        state = program.run(backend=there)
+    assert state["answer"] == expected["answer"] == "A word."
+    assert state["calls"] == expected["calls"]
 
 
 def test_closing_the_backend_ends_programs_that_wait_for_a_tool() -> None:

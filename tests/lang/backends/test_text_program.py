@@ -28,7 +28,12 @@ class Endpoint:
         return TextSession(self.http, self.write, self.choose, options, on_event)
 
     async def write(
-        self, prompt: Prompt, node: ir.Generate, deadline: Deadline, on_text: Callable[[str], None] | None
+        self,
+        prompt: Prompt,
+        node: ir.Generate,
+        deadline: Deadline,
+        on_text: Callable[[str], None] | None,
+        on_call: object,
     ) -> ir.NodeResult:
         self.prompts.append(prompt.text)
         if node.type != "json":
