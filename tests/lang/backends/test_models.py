@@ -42,7 +42,6 @@ def test_each_model_writes_its_part_and_reads_what_the_other_wrote() -> None:
     assert state.text() == "A line about Rome: one\nBetter: two\nAgain: one and two: three"
     assert (state["draft"], state["line"], state["last"], state.result) == ("one", "two", "three", "two")
     assert len(state.record.stages) == 0
-    assert state.usage.completion_tokens > 0
 
 
 def test_models_run_behind_a_server_and_an_openai_endpoint_as_they_do_here(serve: Serve) -> None:
