@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
 
 import msgspec
 
@@ -17,12 +17,12 @@ from ramet.errors import CheckFailed
 from ramet.lang.graph import ir
 from ramet.lang.recording.recorder import Expr, Recorder
 from ramet.lang.running.output_types import SELECTED, TEXT, OutputType
-from ramet.lang.running.values import NodeSource, Value
+from ramet.lang.running.values import NodeSource, V, Value
 
 
 @dataclass(frozen=True, slots=True)
-class Gen(Expr):
-    """A generation. `sampling` holds only the values given to `gen`; the run's defaults fill the rest.
+class Gen(Expr, Generic[V]):
+    """A generation of a value of type V. `sampling` holds only the values given to `gen`; the run's defaults fill the rest.
 
     `grammar`: the description that its constraint was made of, if it was composed. `captures`: the names in that, and
     how their values are read. `draft`: what the text is expected to be like. `adapter`: its name;

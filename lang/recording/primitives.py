@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, get_args, overload
 
 import msgspec
 
@@ -17,15 +17,15 @@ from ramet.lang.graph.sampling import FIELDS, to_sampling
 from ramet.lang.recording.composition import Composition, Part, composed_gen, holds_description
 from ramet.lang.recording.generations import Gen, SelectExpr
 from ramet.lang.recording.recorder import Appendable, Chain
-from ramet.lang.running.output_types import TEXT, Kind, choice, json_schema, output_type
-from ramet.lang.running.values import Value, plain
+from ramet.lang.running.output_types import TEXT, Form, choice, json_schema, output_type
+from ramet.lang.running.values import V, Value, plain
 
 THINKING_TOKENS = 1024
 
 
 def gen(
     name: str | None = None,
-    type: Kind | Composition | None = None,
+    type: type[V] | Form | Composition | None = None,
     *,
     max_tokens: int | None = None,
     min_tokens: int | None = None,
@@ -59,7 +59,7 @@ def gen(
     draft: str = "",
     adapter: str = "",
     model: str = "",
-) -> Gen:
+) -> Gen[V]:
     """Generate text, or a value of `type`, and keep it as variable `name`.
 
     Text before it may end with a space or half a word: the model writes the last token of that text again, as a part of
@@ -179,6 +179,28 @@ def _check_model(name: object) -> None:
         raise InvalidRequest(f"model is {name!r}, but must be the name of one of the run's backends", param="model")
 
 
+@overload
+def select(
+    name: str | None,
+    choices: Sequence[str | Value],
+    *,
+    scorer: str = DEFAULT_SCORER,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    return_probs: bool = False,
+    model: str = "",
+) -> SelectExpr: ...
+@overload
+def select(
+    name: str | Sequence[Part] | None = None,
+    choices: Sequence[Part] = (),
+    *,
+    scorer: str = DEFAULT_SCORER,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    return_probs: bool = False,
+    model: str = "",
+) -> SelectExpr | Composition: ...
 def select(
     name: str | Sequence[Part] | None = None,
     choices: Sequence[Part] = (),

@@ -22,13 +22,14 @@ from ramet.lang.backends.default import choose_backend
 from ramet.lang.graph import ir
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.recording.continuing import loaded, saved
+from ramet.lang.recording.generations import Gen, SelectExpr
 from ramet.lang.recording.primitives import gen
 from ramet.lang.recording.recorder import Appendable, Chain, Recorder
 from ramet.lang.recording.tool_loop import adrive, drive, tool_loop
 from ramet.lang.running.output_types import Kind
 from ramet.lang.running.run import Run
 from ramet.lang.running.tools import Tool, as_tools
-from ramet.lang.running.values import Value, plain, source_of
+from ramet.lang.running.values import V, Value, plain, source_of
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -61,16 +62,27 @@ class State(Generic[R]):
     def __add__(self, other: Appendable) -> State[R]:
         raise TypeError(f"a state plus a {type(other).__name__} appends nothing; write s += ..., or s.append(...)")
 
-    def append(self, item: Appendable, *, prefix: str | None = None) -> None:
+    @overload
+    def append(self, item: Gen[V], *, prefix: None = None) -> Value[V]: ...
+    @overload
+    def append(self, item: SelectExpr, *, prefix: None = None) -> Value[str]: ...
+    @overload
+    def append(self, item: Appendable, *, prefix: str | None = None) -> Value | None: ...
+    def append(self, item: Appendable, *, prefix: str | None = None) -> Value | None:
         """Append text, a value, a description (`gen`, ...), or several of them.
+
+        Returns the value of a `gen` or a `select`, also of one without a name: `n = s.append(gen("n", int))`.
 
         `prefix="late"`: this text may be moved past the text that follows it, up to the next generation, selection or
         fork, or the end of its message. Calls that differ in this text then share the text that followed it.
         """
-        if prefix is None:
-            self.recorder.append(item)
-        else:
+        if prefix is not None:
             self.recorder.hold_late(item, prefix)
+        elif isinstance(item, Gen | SelectExpr):
+            return Value(item.record(self.recorder))
+        else:
+            self.recorder.append(item)
+        return None
 
     # Going on after the end of the program.
 

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from types import GenericAlias, UnionType
     from typing import _SpecialForm
 
-# What stands for a type: a class, `list[str]`, `int | None`, `Literal[...]`, a JSON schema.
-Kind: TypeAlias = "type[Any] | UnionType | GenericAlias | _SpecialForm | Mapping[str, Any]"
+# What stands for a type beside a class: `int | None`, `Literal[...]`, a JSON schema.
+Form: TypeAlias = "UnionType | GenericAlias | _SpecialForm | Mapping[str, Any]"
+Kind: TypeAlias = "type[Any] | Form"
 Wire = Literal["str", "int", "float", "bool", "json", "tools", "captures"]
 
 _INT = r"-?(?:0|[1-9][0-9]{0,14})"

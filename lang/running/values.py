@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from ramet.lang.graph.ir import Ref
 from ramet.lang.graph.operations import (
@@ -28,6 +28,15 @@ from ramet.lang.graph.operations import (
 from ramet.lang.running.output_types import TEXT, OutputType, Shape
 from ramet.lang.running.placeholders import has_placeholder
 from ramet.lang.running.run import Run, current_run
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    V = TypeVar("V", default=Any)  # the type of what a value is; a function that is given no type returns Any
+else:  # defaults came with Python 3.13
+    from typing import TypeVar
+
+    V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,8 +356,8 @@ class Readable:
         return divmod(self._read("divmod()"), plain(other))
 
 
-class Value(Readable):
-    """A value of a running program, which may not exist yet.
+class Value(Readable, Generic[V]):
+    """A value of a running program, which may not exist yet. Type checkers know V, the type of what it is.
 
     `await value`, `value.value` and `str(value)` read it (all except `await` block); f-strings do not.
     """
@@ -417,14 +426,15 @@ class Value(Readable):
     # Reading.
 
     @property
-    def value(self) -> Any:
+    def value(self) -> V:
         """Return the value itself. Waits for it; raises ProgramError if there is none."""
-        return self._read(".value")
+        found: V = self._read(".value")
+        return found
 
     def _read(self, why: str) -> Any:
         return self._source.read(why)
 
-    def __await__(self) -> Generator[Any, None, Any]:
+    def __await__(self) -> Generator[Any, None, V]:
         return self._source.aread().__await__()
 
     def __repr__(self) -> str:

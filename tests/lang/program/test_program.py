@@ -771,6 +771,33 @@ def test_arguments_and_results_have_the_types_of_the_function() -> None:
             gen("y", 64)  # type: ignore[arg-type]
 
 
+def test_append_returns_the_value_in_its_type() -> None:
+    """As above: what is wrong here is refused by mypy."""
+
+    @function
+    def f(s: State) -> tuple[int, str, int]:
+        s += "How many? "
+        n = s.append(gen("n", int))
+        kind = s.append(select(None, ["few", "many"]))
+        s += f" of {kind}, {n + 1}: "
+        unnamed = s.append(gen(type=int, max_tokens=3))
+        assert s.append("text") is None
+        assert s.append("text" + gen("x", max_tokens=1)) is None
+        found: int = n.value
+        wrong: str = n.value  # type: ignore[assignment]
+        assert found == wrong == s["n"]  # type: ignore[comparison-overlap]
+        return n.value, str(kind), unnamed.value
+
+    with use_backend(MockBackend()):
+        state = f.run()
+        assert state.result[0] == state["n"]
+        assert state.result[1] in ("few", "many")
+        assert isinstance(state.result[2], int)
+        assert not f.trace().graph.nodes == ()
+        wrong: str = f.run().result[0]  # type: ignore[assignment]
+        assert isinstance(wrong, int)
+
+
 def test_arguments_of_the_function_win_over_options_of_the_run(backend: MockBackend) -> None:
     @function
     def program(s: State, temperature: str, *, seed: str = "x") -> None:
