@@ -77,7 +77,7 @@ def test_fields_selections_and_branches_flow_between_models() -> None:
 
 
 def test_the_first_model_is_the_one_that_is_not_named() -> None:
-    backends = {"big": MockBackend({"": "big"}), "small": MockBackend({"": "small"})}
+    backends = {"big": MockBackend(lambda prompt: "big"), "small": MockBackend(lambda prompt: "small")}
 
     @function
     def program(s: State) -> None:
@@ -95,7 +95,7 @@ def test_the_first_model_is_the_one_that_is_not_named() -> None:
 
 
 def test_messages_are_in_each_models_own_template() -> None:
-    small, big = MockBackend({"": "s"}), MockBackend({"": "b"})
+    small, big = MockBackend(lambda prompt: "s"), MockBackend(lambda prompt: "b")
 
     @function
     def chat(s: State) -> None:
