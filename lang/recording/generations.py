@@ -22,8 +22,9 @@ from ramet.lang.running.values import NodeSource, V, Value
 
 @dataclass(frozen=True, slots=True)
 class Gen(Expr, Generic[V]):
-    """A generation of a value of type V. `sampling` holds only the values given to `gen`; the run's defaults fill the rest.
+    """A generation of a value of type V.
 
+    `sampling` holds only the values given to `gen`; the run's defaults fill the rest.
     `grammar`: the description that its constraint was made of, if it was composed. `captures`: the names in that, and
     how their values are read. `draft`: what the text is expected to be like. `adapter`: its name;
     empty: the run's. `model`: its name; empty: the backend's first one.
