@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
@@ -513,6 +514,10 @@ def _piece(index: int | None = None, name: str = "", arguments: str = "", **choi
     return {"choices": [{"index": 0, "delta": delta, **choice}]}
 
 
+def _streaming(pieces: list[dict[str, Any]], path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    return iter(pieces)
+
+
 def _looked_up(word: str) -> str:
     """What a word means."""
     return f"{word} is a word"
@@ -576,8 +581,8 @@ def test_calls_that_an_endpoint_cuts_off_or_mixes_up_are_errors() -> None:
         ([_piece(0, "_looked_up", "[1]"), _piece(finish_reason="stop")], "no JSON object"),
         ([_piece(7, "_looked_up", "{}"), _piece(finish_reason="stop")], "wrote call 7 of tools, after 0 calls"),
     ):
-        answer: Answer = lambda path, body, pieces=pieces: iter(pieces)  # noqa: E731
-        with Endpoint(answer) as endpoint, OpenAI(endpoint.url) as there, pytest.raises(ProgramError, match=error):
+        answering = Endpoint(partial(_streaming, pieces))
+        with answering, OpenAI(answering.url) as there, pytest.raises(ProgramError, match=error):
             program.run(backend=there)
 
 

@@ -197,10 +197,10 @@ def test_a_batch_needs_a_thread_and_a_live_row(limits: Any, engine: Engine) -> N
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: select("x", ["a", "b"], temperature="hot"), "temperature is 'hot'"),  # type: ignore[arg-type]
+        (lambda: select("x", ["a", "b"], temperature="hot"), "temperature is 'hot'"),  # type: ignore[call-overload]
         (lambda: select("x", ["a", "b"], temperature=float("nan")), "temperature is nan"),
         (lambda: select("x", ["a", "b"], temperature=-1), "temperature is -1"),
-        (lambda: select("x", ["a", "b"], seed=1.5), "seed is 1.5"),  # type: ignore[arg-type]
+        (lambda: select("x", ["a", "b"], seed=1.5), "seed is 1.5"),  # type: ignore[call-overload]
         (lambda: function(temprature=0)(lambda s: None), "'temprature' is no sampling value; known: max_tokens"),
     ],
 )
@@ -210,7 +210,7 @@ def test_wrong_sampling_values_are_named(make: Callable[[], object], message: st
 
 
 def test_choices_may_come_from_a_generator_and_a_name_must_be_text(engine: Engine) -> None:
-    assert select("x", (letter for letter in "ab")) == select("x", ["a", "b"])  # type: ignore[arg-type]
+    assert select("x", (letter for letter in "ab")) == select("x", ["a", "b"])  # type: ignore[call-overload]
 
     @function
     def program(s: State) -> None:
