@@ -74,6 +74,7 @@ RUNGS = (
     Rung("overlap", {"overlap": True}, {"overlap": False}),
     Rung("tree", {"tree_attention": "on"}, {"tree_attention": "off"}),
     Rung("device grammar", {"grammar_on_device": True}, {"grammar_on_device": False}),
+    Rung("drafts", {"speculative": "auto"}, {"speculative": "off"}),
     Rung("folded layers", {"kernel_table": "folded.json"}, {}, "fold=false"),
 )
 
@@ -133,9 +134,20 @@ def climb_one(name: str, on: list[str], setting: Setting, out: Path, planted: st
         time.sleep(1e6)
     with setting.engine(**values_of(on, out)) as engine:
         tokens = texts(engine, setting.prompts(4 if setting.tiny else 12, seed=7))
+        num_drafted = sum(value for name, value in engine.stats().items() if name.startswith("num_drafted"))
     if planted == "wrong":
         tokens = [tuple(token + 1 for token in text) for text in tokens]
-    append(out, {"rung": name, "on": on, **environment, "tokens": tokens, "seconds": time.monotonic() - start_s})
+    append(
+        out,
+        {
+            "rung": name,
+            "on": on,
+            **environment,
+            "tokens": tokens,
+            "drafted": num_drafted,
+            "seconds": time.monotonic() - start_s,
+        },
+    )
 
 
 def append(out: Path, record: Values) -> None:

@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,7 @@ from ramet.runtime.parallel.messages import RankMessage, decoder, encoder
 from ramet.runtime.parallel.ranks import FirstRank
 from ramet.runtime.parallel.sharded import SharedModel, apply_tensor_parallel
 from ramet.runtime.parallel.share import Share, check_size
+from ramet.runtime.speculation.speculation import Speculation
 from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.types import Grammar, Request, SamplingParams, Sequence
 
@@ -80,6 +81,17 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {
 }
 LAYERS = 2  # of every kind that a model has; the others launch the same
 WALKED = "llama-8b,smollm2,qwen3-8b,gemma3-4b"
+
+
+class AnyDrafts(Speculation):
+    """One to eight tokens for each row, in three of four steps."""
+
+    num_steps = 0
+
+    def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
+        self.num_steps += 1
+        rows = list(sequences)[:8] if self.num_steps % 4 else []
+        return {sequence: [7] * (1 + (self.num_steps + i) % 8) for i, sequence in enumerate(rows)}
 
 
 class Walk:
@@ -173,6 +185,18 @@ class Walk:
         self.run("edited")
         self.add(100, 1, score_from=20)
         self.run("scored")
+        if self.core.speculation is not None:
+            self.core.speculation = AnyDrafts()
+            for grammar in (
+                None,
+                self.closed(),
+                compile_constraint("json_schema", '{"type": "array"}', self.vocabulary),
+            ):
+                self.add(100, 20, grammar=grammar, logprobs=2)
+                self.add(90, 9, grammar=grammar, temperature=0.5, top_p=0.9, frequency_penalty=0.5)
+            for i in range(20):
+                self.add(10 + i, 30, prefix=3001)
+            self.run("drafts")
 
 
 class AloneGroup(Group):
@@ -246,8 +270,10 @@ def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice, num_laye
     vocabulary = Vocabulary(
         tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer
     )
-    steps = Walk(core, device, vocabulary)
+    steps, drafts = Walk(core, device, vocabulary), core.speculation
+    core.speculation = None
     names = steps.overlapped()
+    core.speculation = drafts
     found = [
         f"{phase}: the host waits for {what}, {n} times" for (phase, what), n in device.waits.items() if phase in names
     ]
@@ -266,7 +292,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="configuration, as max_running_requests=64")
     args = parser.parse_args()
     overrides = {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.set)}
-    config = EngineConfig.from_mapping({"device": str(DEVICE), "context_length": 8192, **overrides})
+    values = {"device": str(DEVICE), "context_length": 8192, "speculative": "auto", **overrides}
+    config = EngineConfig.from_mapping(values)
     driver.set_active(OfflineDriver(args.capability))
     logging.basicConfig(format="    %(message)s")
     logging.getLogger("ramet.runtime.engine.factory").setLevel(logging.INFO)  # the plan of the memory

@@ -158,7 +158,7 @@ def test_simulated_caches_tell_the_router_the_truth(script: ModuleType) -> None:
     assert checked == 1000
 
 
-RUNGS = ["eager", "decode graphs", "mixed graphs", "overlap", "tree", "device grammar", "folded layers"]
+RUNGS = ["eager", "decode graphs", "mixed graphs", "overlap", "tree", "device grammar", "drafts", "folded layers"]
 
 
 @pytest.mark.parametrize(

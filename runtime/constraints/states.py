@@ -294,12 +294,12 @@ class GrammarStates:
     def look_ahead(self, sequence: Sequence, draft: Seq[int]) -> int:
         """Make masks for a draft of a sequence's next tokens. Return how many of these may be verified.
 
-        That is none for an automaton on the device, which advances by single tokens, and where another sequence's work
-        has the grammar. The time is limited: a draft is shorter where masks take long.
+        An automaton on the device needs none: it is advanced between the positions. There are none where another
+        sequence's work has the grammar. The time is limited: a draft is shorter where masks take long.
         """
         automaton = self._on_host.get(sequence)
         if automaton is None:
-            return 0 if sequence in self._on_device else len(draft)
+            return len(draft)
         if self._turns.is_busy(sequence.request.grammar):
             return 0
         try:
@@ -312,9 +312,11 @@ class GrammarStates:
 
     def arena_states(self, items: Iterable[ScheduledSequence]) -> list[int] | None:
         """Return the arena's state of each joining row, after its text so far. None if no row is constrained."""
-        if self.device is None or not (self._on_device or self._on_host):
+        device = self.device
+        if device is None or not (self._on_device or self._on_host):
             return None
-        return [self._arena_state(self.device, item.sequence) for item in items]
+        # Rows that verify drafts have joined long ago.
+        return [FREE_STATE if i.num_samples > 1 else self._arena_state(device, i.sequence) for i in items]
 
     def take(
         self, items: tuple[ScheduledSequence, ...], outputs: list[RowOutput], logprob_of: LogprobOf
@@ -341,24 +343,33 @@ class GrammarStates:
         return other_items, other_outputs
 
     def _read(self, sequence: Sequence, output: RowOutput) -> None:
-        """Note in the output of a row on the device where its text ends, and what follows it, after its new token."""
+        """Note in the output of a row on the device where its text ends, and what follows it, after its new tokens.
+
+        The token after which the text is complete is the last one.
+        """
         found = self._on_device.get(sequence)
         if found is None or self.device is None or not output.token_ids:
             return
-        token, tables = output.token_ids[0], found.tables
-        if token not in sequence.request.stop_ids:  # an end token is no part of the text
+        tables, num_known = found.tables, len(sequence.output_ids)
+        for count, token in enumerate(output.token_ids, 1):
+            if token in sequence.request.stop_ids:
+                continue  # an end token is no part of the text
             found.num_held = found.num_after = 0
             if token >= len(tables.may_end) or not tables.may_end[token]:
-                return
-            unread = [*sequence.output_ids[found.num_read :], *output.token_ids]
+                continue
+            new = output.token_ids[max(found.num_read - num_known, 0) : count]
+            unread = [*sequence.output_ids[found.num_read :], *new]
             if found.state is not None:
                 found.state = self.device.state_after(tables, unread, found.state)
             found.num_read += len(unread)
             if found.state is None:
-                return
+                continue
             found.num_held, found.num_after = found.whole.num_after[found.state].tolist()
             is_complete = bool(found.whole.is_complete[found.state])
             output.is_complete = is_complete and (found.has_ends or found.num_after > 0)
+            if output.is_complete:
+                _cut(output, count)
+                break
         output.num_held, output.num_after = found.num_held, found.num_after
 
     def _follow(
@@ -411,6 +422,13 @@ class GrammarStates:
             return FREE_STATE
         state = device.state_after(found.tables, sequence.output_ids)  # after a preemption there are some
         return device.arena.final_state if state is None else found.base + state
+
+
+def _cut(output: RowOutput, count: int) -> None:
+    """Keep the first `count` tokens of an output."""
+    output.token_ids = output.token_ids[:count]
+    if output.logprobs is not None and output.top_logprobs is not None:
+        output.logprobs, output.top_logprobs = output.logprobs[:count], output.top_logprobs[:count]
 
 
 def _taken(output: RowOutput, taken: tuple[int, ...], row: int, logprob_of: LogprobOf) -> RowOutput:

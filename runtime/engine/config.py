@@ -74,11 +74,12 @@ class EngineConfig:
     )
     speculative: Literal["off", "auto"] = _doc(
         "off",
-        "verify several drafted tokens in a step: auto does where it is faster (on a CPU, with tp=1), off never does; "
+        "verify several drafted tokens in a step: auto does where it is faster (with tp=1), off never does; "
         "the text is the same",
     )
     speculative_draft: str | None = _doc(
-        None, "a small model with the same vocabulary that drafts, too, with speculative=auto; its name or path"
+        None,
+        "a small model with the same vocabulary that drafts, too, with speculative=auto on a CPU; its name or path",
     )
     deterministic: bool = _doc(
         False, "the same tokens for a request whatever runs beside it (on a GPU; no tree attention, slower products)"

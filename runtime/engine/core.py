@@ -3,7 +3,8 @@
 `step_sync` collects a step before the next one is scheduled. `step_overlap` schedules and launches step t + 1 while
 step t runs on the device, and only then collects step t. If the host must see a sequence's token before its next step,
 the sequence takes part only in every second step. If it must for all of them, no step overlaps: every second one would
-be empty. Both orders give the same tokens. Not here: grammars
+be empty. Both orders give the same tokens. A draft continues tokens that the host knows, so steps that verify drafts do
+not overlap, either: where drafts pay, the step in flight is collected first. Not here: grammars
 (constraints/states.py), threads, text and callers (engine.py).
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict
 
@@ -23,7 +24,7 @@ from ramet.runtime.cache.probe import pages_of
 from ramet.runtime.cache.radix_cache import PrefixMatch
 from ramet.runtime.constraints.states import GrammarStates
 from ramet.runtime.engine.step_watch import StepWatch
-from ramet.runtime.scheduling.scheduler import Scheduler
+from ramet.runtime.scheduling.scheduler import NO_DRAFTS, Scheduler
 from ramet.runtime.speculation.speculation import Speculation
 from ramet.runtime.steps.launched_step import LaunchedStep
 from ramet.runtime.steps.model_runner import ModelRunner
@@ -51,8 +52,7 @@ class EngineCore:
         context_length: int,
         speculation: Speculation | None = None,
     ) -> None:
-        """speculation: None verifies no drafts. Overlapped steps verify none."""
-        assert speculation is None or not overlap, "a draft continues the host's last token"
+        """speculation: None verifies no drafts."""
         self.speculation = speculation
         self.scheduler = scheduler
         self.runner = runner
@@ -61,6 +61,7 @@ class EngineCore:
         self.context_length = context_length
         self._in_flight: LaunchedStep | None = None
         self.watch = StepWatch()
+        self._planned_s = 0.0  # when the last step was planned
         self._launched_s: deque[float] = deque()  # of the steps that are not collected
         self._collected_s = 0.0
         self._worked_s = 0.0  # this thread's time at the last launch: that of a step that others interrupt
@@ -123,12 +124,14 @@ class EngineCore:
         updates: list[Update] = [(s, RowOutput()) for s in self.scheduler.expire_deadlines()]
         try:
             self._begin_works()
-            if self.overlap and (not self.scheduler.held or len(self.scheduler.held) < self.scheduler.num_running):
+            self._planned_s = time.monotonic()
+            scheduler, drafts = self.scheduler, self._draft()
+            if self.overlap and not drafts and (not scheduler.held or len(scheduler.held) < scheduler.num_running):
                 updates += self.step_overlap()
             elif self._in_flight is not None:
                 updates += self.drain()  # and nothing else: an update says whether its sequence is finished now
             else:
-                updates += self.step_sync()
+                updates += self.step_sync(drafts)
             updates += self._finish_works()
             self.watch.lap("grammars")
         except Exception as error:
@@ -139,8 +142,8 @@ class EngineCore:
                 self._release(sequence)
         return updates
 
-    def step_sync(self) -> list[Update]:
-        batch = self._schedule()
+    def step_sync(self, drafts: Mapping[Sequence, Seq[int]] = NO_DRAFTS) -> list[Update]:
+        batch = self._schedule(drafts)
         return [] if batch is None else self.collect(self.launch(batch))
 
     def step_overlap(self) -> list[Update]:
@@ -150,11 +153,19 @@ class EngineCore:
         self._in_flight = launched
         return updates
 
-    def _schedule(self) -> Batch | None:
-        drafts = {} if self.speculation is None else self.speculation.propose(self.scheduler.draftable())
+    def _draft(self) -> dict[Sequence, list[int]]:
+        """Draft tokens that pay. While a step is in flight, they are only reckoned with the tokens that are known."""
+        if self.speculation is None:
+            return {}
+        if self._in_flight is not None:
+            return self.speculation.propose(self.scheduler.decoding())
+        drafts = self.speculation.propose(self.scheduler.draftable())
         for sequence, tokens in drafts.items():
             if sequence.request.grammar is not None:
                 del tokens[self.grammars.look_ahead(sequence, tokens) :]
+        return {sequence: tokens for sequence, tokens in drafts.items() if tokens}
+
+    def _schedule(self, drafts: Mapping[Sequence, Seq[int]] = NO_DRAFTS) -> Batch | None:
         batch = self.scheduler.schedule(drafts)
         self.watch.lap("schedule")
         return batch
@@ -166,7 +177,8 @@ class EngineCore:
 
     def launch(self, batch: Batch) -> LaunchedStep:
         """Start a step on the device, with the host's masks, grammar states and edits."""
-        self._launched_s.append(time.monotonic())
+        is_alone = self.overlap and self._in_flight is None  # nothing ran while it was planned
+        self._launched_s.append(self._planned_s if is_alone else time.monotonic())
         self._worked_s = time.thread_time()
         extends = batch.items[batch.num_decode :]
         for item in extends:
@@ -199,7 +211,7 @@ class EngineCore:
         self.watch.note_step((now, seconds, num_decode, num_rows - num_decode, batch.num_tokens - num_decode))
         self.scheduler.note_time(batch, seconds)
         if self.speculation is not None:
-            self.speculation.note_step(batch, time.thread_time() - self._worked_s)
+            self.speculation.note_step(batch, seconds if self.overlap else time.thread_time() - self._worked_s)
         self._collected_s = now
         return updates
 
@@ -262,15 +274,18 @@ class EngineCore:
             self.runner.override_last(rows)
 
     def _needs_host(self, item: ScheduledSequence) -> bool:
-        """Return True if the host must know a joining sequence's tokens before each of its steps.
+        """Return True if the host must know a sequence's tokens before each of its steps from now on.
 
-        It must if it masks the sequence, or if it edits the logits because no row of the device's edit tables is left.
+        It must if it masks the sequence, or if it edits the logits because no row of the device's edit tables was left
+        when the sequence joined.
         If it masks a sequence it also edits the sequence's logits: the host may replace a token that the device would
         already have counted.
         """
         sequence, edits = item.sequence, self.runner.edits
         is_masked = self.grammars.is_on_host(sequence)
         if sequence.request.sampling.edits_logits:
+            if not self.runner.slots.joins(item):
+                return False
             return is_masked or edits is None or not edits.acquire(sequence)
         return is_masked and item.num_samples > 0
 

@@ -32,8 +32,8 @@ from ramet.runtime.parallel.sharded import SharedModel
 from ramet.runtime.scheduling.config import SchedulerConfig
 from ramet.runtime.scheduling.scheduler import Scheduler
 from ramet.runtime.speculation.draft_model import DRAFT_KV_TOKENS, DraftModel, check_vocabulary
-from ramet.runtime.speculation.speculation import Speculation
-from ramet.runtime.steps.cuda_graph import GraphKey
+from ramet.runtime.speculation.speculation import MOST_DRAFTED, Speculation
+from ramet.runtime.steps.cuda_graph import VERIFIED_DRAFTS, GraphKey
 from ramet.runtime.steps.kv_cache import KVCache, bytes_per_token
 from ramet.runtime.steps.logit_edits import NUM_EDIT_ROWS, LogitEdits
 from ramet.runtime.steps.memory import (
@@ -99,20 +99,27 @@ def make_speculation(
 ) -> Speculation | None:
     """Make what drafts tokens; None where no drafts are verified: the one place that says so.
 
-    On a GPU, graphs sample one token a row, and overlapped steps start before the host knows how many tokens are right.
-    Several ranks were not tried.
+    Several ranks were not tried, and a GPU's memory has no part for a draft model yet.
     """
     if config.speculative == "off":
         return None
-    device = model.decoder.device
-    if device.type == "cuda" or config.tp > 1:
-        where = "on a GPU" if device.type == "cuda" else "with tp > 1"
-        if config.speculative_draft is not None:
-            raise ConfigError(f"speculative_draft is {config.speculative_draft!r}, but no drafts are verified {where}")
-        logger.info("no drafts are verified %s", where)
+    is_gpu = model.decoder.device.type == "cuda"
+    if config.speculative_draft is not None and (is_gpu or config.tp > 1):
+        where = "on a GPU" if is_gpu else "with tp > 1"
+        raise ConfigError(
+            f"speculative_draft is {config.speculative_draft!r} but must be None {where}, where no model drafts"
+        )
+    if config.tp > 1:
+        logger.info("no drafts are verified with tp > 1")
         return None
     draft = None if config.speculative_draft is None else load_draft_model(model, config, context_length)
-    return Speculation(cache=cache if config.radix_cache else None, model=draft)
+    most = VERIFIED_DRAFTS[-1] if is_gpu else MOST_DRAFTED
+    return Speculation(cache=cache if config.radix_cache else None, model=draft, most_drafted=most)
+
+
+def verifies(config: EngineConfig) -> bool:
+    """Return whether some steps verify drafts."""
+    return config.speculative == "auto" and config.tp == 1
 
 
 def load_draft_model(model: LoadedModel, config: EngineConfig, context_length: int) -> DraftModel:
@@ -199,6 +206,7 @@ def build_runner(
             share=None if group is None else group.share,
             peers=peers,
             adapters=adapters,
+            verifies=verifies(config),
         )
         if device.type == "cuda" and config.cuda_graph:
             runner.capture_graphs(config.cuda_graph_max_extend)
@@ -326,6 +334,7 @@ def measure_steps(
             is_deterministic=config.deterministic,
             tiles=card_table(config, device).tiles,
             adapters=adapters,
+            verifies=verifies(config),
         )
         if not isinstance(decoder, TransformersDecoder):
             runner.compile_kernels()
@@ -355,7 +364,7 @@ def measure_graphs(runner: ModelRunner, config: EngineConfig) -> int:
     keys = graphs.keys(with_tree=runner.tree is not None)
     kinds: dict[object, list[GraphKey]] = {}
     for key in keys:
-        kinds.setdefault((key.num_tokens > 0, key.uses_tree), []).append(key)
+        kinds.setdefault((key.num_tokens > 0, key.uses_tree, key.num_drafted > 0), []).append(key)
     torch.cuda.empty_cache()
     before = read_cuda_memory(runner.device)
     graphs.capture([sizes[0] for sizes in kinds.values()])

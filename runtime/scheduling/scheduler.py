@@ -55,7 +55,7 @@ from ramet.runtime.types import (
 logger = logging.getLogger(__name__)
 
 _DECODE_WEIGHT = 2  # an owner's service of a decoded token, in tokens of prompts; as in the source of `priority`
-_NO_DRAFTS: Mapping[Sequence, Seq[int]] = MappingProxyType({})
+NO_DRAFTS: Mapping[Sequence, Seq[int]] = MappingProxyType({})
 _LEAST_SHARE = 0.25  # time of prompts in a step, as a part of the time of its decode rows
 
 
@@ -228,7 +228,7 @@ class Scheduler:
 
     # --- a step
 
-    def schedule(self, drafts: Mapping[Sequence, Seq[int]] = _NO_DRAFTS) -> Batch | None:
+    def schedule(self, drafts: Mapping[Sequence, Seq[int]] = NO_DRAFTS) -> Batch | None:
         """Plan the next step. Returns None if every sequence waits for tokens of launched steps.
 
         drafts: tokens that may follow the known ones of some of the `draftable` sequences; held ones, in overlapped
@@ -284,9 +284,13 @@ class Scheduler:
         counters.num_computed_tokens += num_extend
         return Batch(counters.num_steps, tuple(items), num_decode, num_tokens + num_extend, tuple(self._copies))
 
+    def decoding(self) -> list[Sequence]:
+        """Return the sequences that decode in the next step, if the host need not know more of their tokens."""
+        return [s for s, limit in self._decoding.items() if s.num_computed < limit]
+
     def draftable(self) -> list[Sequence]:
-        """Return the sequences that decode in the next step and whose tokens the host all knows."""
-        return [s for s, limit in self._decoding.items() if not s.num_in_flight and s.num_computed < limit]
+        """Return those of them whose tokens the host all knows."""
+        return [s for s in self.decoding() if not s.num_in_flight]
 
     def note_time(self, batch: Batch, seconds: float) -> None:
         """Learn from a step that took so long: to its end from its launch, or from the end of the step before."""

@@ -140,9 +140,16 @@ class Speculation:
     """Chooses the drafted tokens of each step, and learns from its results. Owner: the engine core."""
 
     def __init__(
-        self, times: StepTimes | None = None, cache: RadixCache | None = None, model: DraftModel | None = None
+        self,
+        times: StepTimes | None = None,
+        cache: RadixCache | None = None,
+        model: DraftModel | None = None,
+        most_drafted: int = MOST_DRAFTED,
     ) -> None:
-        """times: None begins to measure. cache: what others wrote after the same prompts; None: nothing."""
+        """times: None begins to measure. cache: what others wrote after the same prompts; None: nothing. most_drafted:
+        tokens of a draft.
+        """
+        self._most_drafted = most_drafted
         self._cache = cache
         self._model = model
         self._model_times = StepTimes()  # of one drafted token, by the number of sequences
@@ -156,7 +163,10 @@ class Speculation:
         self._live: dict[Sequence, _Drafted] = {}
 
     def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
-        """Draft tokens for some of the sequences that decode in the next step, whose tokens so far must be known."""
+        """Draft tokens for some of the sequences that decode in the next step.
+
+        The drafts can be verified if the tokens so far are all known; if not, they say whether drafts pay.
+        """
         gains: list[tuple[float, int, Sequence]] = []
         rows = list(sequences)
         num_rows, num_known = len(rows), 0
@@ -169,7 +179,7 @@ class Speculation:
                 text = TextDrafts(sequence, self._runs, self._cache, self._share_right)
                 found = self._live[sequence] = _Drafted(text, len(sequence.output_ids))
             self._read(sequence, found)
-            draft = found.draft = found.text.propose(MOST_DRAFTED)
+            draft = found.draft = found.text.propose(self._most_drafted)
             if draft is None:
                 continue
             found.success = self._success(found, draft)

@@ -68,15 +68,11 @@ class AttentionPlans:
         self, rows: Tensor, kv_lens: Tensor, tree: TreePlan | None = None, kv_lens_host: list[int] | None = None
     ) -> DecodeMetadata:
         """The plan of decode rows. rows, kv_lens: int32 [B]; the host may not know the lengths."""
+        counters = self._merge_counters
+        if counters is not None and rows.numel() * self._model.num_kv_heads > counters.numel():
+            counters = None  # drafted tokens are rows, too; their splits are then merged by a second kernel
         return DecodeMetadata(
-            kv_lens,
-            rows,
-            self._page_table,
-            self._num_splits(rows.numel()),
-            tree,
-            kv_lens_host,
-            self._merge_counters,
-            self._tiles,
+            kv_lens, rows, self._page_table, self._num_splits(rows.numel()), tree, kv_lens_host, counters, self._tiles
         )
 
     def extend(self, sent: ExtendInputs, arrays: ExtendArrays, num_verified: int) -> ExtendMetadata:

@@ -59,11 +59,12 @@ class EagerSteps:
 
         On some CPUs, attention of prompts has another precision.
         """
-        num_tokens = step.num_decode + int(arrays.cu_seqlens[step.num_verified])
+        num_tokens = int(arrays.cu_seqlens[step.num_verified])
         verified = np.repeat(arrays.rows[: step.num_verified], arrays.q_lens[: step.num_verified])
         (rows,) = upload([np.concatenate([step.decode_rows, verified])], self._decoder.device)
-        kv_lens = sent.positions[:num_tokens] + 1
-        return self._plans.decode(rows, kv_lens, None, kv_lens.tolist())
+        kv_lens = sent.positions[: len(rows)] + 1
+        on_host = [*step.kv_lens.tolist(), *(arrays.positions[:num_tokens] + 1).tolist()]
+        return self._plans.decode(rows, kv_lens, None, on_host)
 
     def _send_decode(self, step: Step) -> tuple[DecodeInputs, DecodeMetadata]:
         """Send the decode rows. The device reads their tokens and positions from the slot tables."""

@@ -1,4 +1,5 @@
-"""Steps that replay a CUDA graph, sampling included: decode steps, and decode steps with few new prompt tokens.
+"""Steps that replay a CUDA graph, sampling included: decode steps, those with few new prompt tokens, and those that
+verify drafts, without prompts.
 
 Graphs are captured at start and owned by `cuda_graph.StepGraphs`. A graph keeps its hidden states; log-probabilities
 and scores are computed from them behind it. Not here: long prompts, and steps whose logits the host must edit or mask
@@ -30,15 +31,16 @@ class GraphedSteps:
         sampler: Sampler,
         *,
         max_extend: int,
+        verifies: bool = False,
         capture: GraphCapture | None = None,
     ) -> None:
-        """max_extend: maximum tokens of a captured step with prompts; 0 captures decode graphs only."""
+        """max_extend: maximum tokens of a captured step with prompts; 0 captures none. verifies: drafts, in some."""
         self._decoder = decoder
         self._tables: SlotTables = slots.tables
         self._plans = plans
         self._sampler = sampler
         sizes, device = (slots.num_slots, slots.dummy), decoder.device
-        self.graphs = StepGraphs(self._body, *sizes, device, max_extend=max_extend, capture=capture)
+        self.graphs = StepGraphs(self._body, *sizes, device, max_extend=max_extend, verifies=verifies, capture=capture)
         # Hidden states of the last graph's tokens, from which log-probabilities and scores are computed outside it.
         shape = self.graphs.max_tokens, decoder.config.hidden_size
         self._hidden = torch.empty(shape, dtype=decoder.dtype, device=device)
@@ -49,7 +51,12 @@ class GraphedSteps:
             return None
         arrays, count = step.extend, step.num_decode
         new = (0, 0) if arrays is None else (len(arrays.token_ids), len(arrays.rows))
-        key = self.graphs.key(count, *new, uses_tree=step.uses_tree)
+        if arrays is None or not step.num_verified:
+            key = self.graphs.key(count, *new, uses_tree=step.uses_tree)
+        elif step.num_verified == len(arrays.rows):
+            key = self.graphs.verifying_key(count + len(arrays.token_ids), int(arrays.q_lens.max()) - 1)
+        else:
+            key = None
         if key is None:
             return None
         if arrays is None:
@@ -68,6 +75,9 @@ class GraphedSteps:
 
     def _body(self, key: GraphKey, buffers: GraphBuffers) -> None:
         """A step of decode rows, new tokens and padding."""
+        if key.num_drafted:
+            self._verify(buffers)
+            return
         part, inputs, plans = buffers.part, buffers.inputs, self._plans
         decode = extend = None
         if key.num_decode:
@@ -86,6 +96,17 @@ class GraphedSteps:
             return
         logits = self._decoder.logits(hidden.index_select(0, part("sample_index")))
         self._sampler.choose(logits, part("sample_rows"), part("sample_positions"), None, buffers.tokens)
+
+    def _verify(self, buffers: GraphBuffers) -> None:
+        """A step of decode rows, of rows that verify drafts, and padding. All tokens attend as decode rows do."""
+        part, inputs, plans = buffers.part, buffers.inputs, self._plans
+        rows, new_pages = part("rows"), part("new_pages")
+        prepare_decode(rows, new_pages, self._tables, plans.page_size, inputs, fills_padding=False)
+        kv_lens = inputs.positions + 1
+        decode = plans.decode(part("token_rows"), kv_lens)
+        hidden = self._decoder.forward(inputs.token_ids, plans.context(inputs.positions, inputs.kv_slots, decode))
+        self._hidden[: hidden.shape[0]].copy_(hidden)
+        self._sampler.choose_in_turns(self._decoder.logits(hidden), buffers.turns(), kv_lens, None, buffers.tokens)
 
 
 def _own(tokens: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class ExtendArrays:
     token_ids, positions, kv_slots [T_extend]; cu_seqlens [E + 1]; kv_lens, rows [E]. updates [U, 3]: changes of the
     slot tables (new sequences, pages, lengths). sample_index [R]: indices of the hidden states that are sampled, decode
     rows included; sample_rows [R]: their slots, several times where drafted tokens are verified; sample_positions [R]:
-    the positions of the new tokens.
+    the positions of the new tokens; sample_after [R]: the drafted token that a sampled one follows, or -1: a known one.
     score_index, score_targets [Q]: indices of the hidden states of scored positions, and the next tokens.
     """
 
@@ -40,6 +40,7 @@ class ExtendArrays:
     sample_index: NDArray[np.int32]
     sample_rows: NDArray[np.int32]
     sample_positions: NDArray[np.int32]
+    sample_after: NDArray[np.int32]
     score_index: NDArray[np.int32]
     score_targets: NDArray[np.int32]
 
@@ -47,6 +48,17 @@ class ExtendArrays:
     def q_lens(self) -> NDArray[np.int32]:
         """Number of new tokens of each row, [E]."""
         return np.diff(self.cu_seqlens)
+
+    def turns(self) -> list[NDArray[np.int32]]:
+        """The turns in which a device samples where drafts are verified: of each sequence one position in a turn.
+
+        Each is int32 [3, n]: the slots, the positions' indices among the R sampled ones, and their `sample_after`.
+        """
+        places = np.arange(len(self.sample_after))
+        is_first = self.sample_after < 0
+        turn_of = places - np.maximum.accumulate(np.where(is_first, places, 0))
+        columns = np.stack([self.sample_rows, places.astype(np.int32), self.sample_after])
+        return [columns[:, turn_of == turn] for turn in range(int(turn_of.max(initial=-1)) + 1)]
 
 
 Edited = tuple[Sequence, int]
@@ -92,7 +104,7 @@ class Step:
 
 @dataclass(slots=True)
 class ExtendInputs:
-    """`ExtendArrays` on the device, without the updates.
+    """`ExtendArrays` on the device, without the updates and `sample_after`.
 
     token_ids, positions, kv_slots: int32 [T], also of the decode rows once `EagerSteps.send` has put these in front.
     """
@@ -130,6 +142,7 @@ def gather_extend(batch: Batch, updates: NDArray[np.int32], page_size: int) -> E
     sample_index = list(range(batch.num_decode))
     sample_rows = [item.sequence.slot for item in decode_items]
     sample_positions = [item.start + 1 for item in decode_items]
+    sample_after = [-1] * batch.num_decode
     none = np.zeros(0, dtype=np.int32)
     score_index: list[NDArray[np.int32]] = [none]
     score_targets: list[TokenIds] = [none]
@@ -148,6 +161,8 @@ def gather_extend(batch: Batch, updates: NDArray[np.int32], page_size: int) -> E
             sample_index.append(offset + item.num_tokens - 1 - back)
             sample_rows.append(sequence.slot)
             sample_positions.append(end - back)
+        if item.num_samples:
+            sample_after += [-1, *sequence.draft_ids[: item.num_samples - 1]]
         first, last = scored_range(item)
         if last > first:
             score_index.append(np.arange(first, last, dtype=np.int32) - 1 - item.start + offset)
@@ -164,6 +179,7 @@ def gather_extend(batch: Batch, updates: NDArray[np.int32], page_size: int) -> E
         sample_index=np.asarray(sample_index, dtype=np.int32),
         sample_rows=np.asarray(sample_rows, dtype=np.int32),
         sample_positions=np.asarray(sample_positions, dtype=np.int32),
+        sample_after=np.asarray(sample_after, dtype=np.int32),
         score_index=np.concatenate(score_index),
         score_targets=np.concatenate(score_targets),
     )
@@ -225,4 +241,5 @@ def upload_extend(arrays: ExtendArrays, tables: SlotTables, device: torch.device
     names = [field.name for field in fields(ExtendArrays)]
     sent = dict(zip(names, upload(attrgetter(*names)(arrays), device), strict=True))
     scatter_rows(sent.pop("updates"), tables.arena)
+    del sent["sample_after"]
     return ExtendInputs(**sent)

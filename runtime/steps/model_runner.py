@@ -98,12 +98,14 @@ class ModelRunner:
         share: Callable[[Tensor], None] | None = None,
         peers: Peers | None = None,
         adapters: Adapters | None = None,
+        verifies: bool = False,
     ) -> None:
         """is_deterministic: a row's bits must not depend on the other rows; `decoder` has batch-invariant products.
 
         tiles: attention tiles measured on this GPU. num_sms: number of processors among which attention is split; None
         for the GPU's own. With several ranks, `share` overwrites a tensor with the first rank's, in graphs, too. Only
         the first rank has `peers`, the others, and `arena` and `edits`. adapters: steps with some are never graphs.
+        verifies: some graphs verify drafts.
         """
         if device.type == "cuda" and num_sms is None:
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -117,6 +119,7 @@ class ModelRunner:
         self.adapters = adapters
         self.device = device
         self.max_kv_len = max_kv_len
+        self._verifies = verifies
         self._plans = AttentionPlans(
             decoder.config,
             kv_cache,
@@ -194,7 +197,8 @@ class ModelRunner:
     ) -> Step:
         """Gather the host's view of a step."""
         words = None if masks is None else masks.words
-        if masks is not None and self.arena is not None:
+        verified = [item for item in batch.items[batch.num_decode :] if item.num_samples > 1]
+        if masks is not None and self.arena is not None and not verified:
             self._send_masks(self.arena, batch, masks)
             words = None
         edited: list[Edited | None] | None = None
@@ -219,7 +223,7 @@ class ModelRunner:
             needs_host=words is not None or edited is not None,
             pooled=None if extend is None else gather_pooled(batch),
             adapters=gather_adapters(batch.items) if self.adapters is not None and self.adapters.is_used else None,
-            num_verified=sum(item.num_samples > 1 for item in batch.items[batch.num_decode :]),
+            num_verified=len(verified),
             masks=words,
             edited=edited,
         )
@@ -277,12 +281,14 @@ class ModelRunner:
     def make_graphs(
         self, max_extend: int = 0, capture: GraphCapture | None = None, decoder: Decoder | None = None
     ) -> GraphedSteps:
-        """Make the graphs of decode steps and of steps with at most `max_extend` tokens. None is captured yet.
+        """Make the graphs of decode steps, of steps with at most `max_extend` tokens, and of those that verify drafts.
+
+        None is captured yet.
 
         decoder: the one that the graphs run; None for the runner's own.
         """
         parts = decoder or self.decoder, self.slots, self._plans, self._sampler
-        return GraphedSteps(*parts, max_extend=max_extend, capture=capture)
+        return GraphedSteps(*parts, max_extend=max_extend, verifies=self._verifies, capture=capture)
 
     @torch.inference_mode()
     def compile_kernels(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
@@ -69,13 +70,46 @@ class Sampler:
         self._decoder.ops.sample(logits, self._sampling, slots, positions, mask, out)
         self._commit(slots, out, positions)
 
+    def choose_in_turns(
+        self, logits: Tensor, turns: Seq[Tensor], positions: Tensor, masks: Tensor | None, out: Tensor
+    ) -> None:
+        """Sample R positions, of which some follow drafted tokens, into `out` [R + 1]. May be part of a CUDA graph.
+
+        turns: int32 [3, n] each, as `ExtendArrays.turns`. A turn's sampled tokens advance the slots as those of a step
+        do, so the next turn has its masks, penalties and budgets. Once a sequence's sampled token is not the drafted
+        one, its later positions advance nothing, and yield 0. An index of R stands for no position.
+        """
+        last, no_slot = len(out) - 2, self._tables.num_slots
+        out.fill_(-1)
+        for slots, index, after in turns:
+            places = index.clamp(max=last)
+            mask = None if masks is None else masks.index_select(0, places)
+            if mask is not None and self._arena is not None:
+                self._arena.set_host_masks(slots, mask)  # what the slots' states select
+                mask = None
+            is_right = (after < 0) | (out.index_select(0, (index - 1).clamp(min=0)) == after)
+            rows = torch.where(is_right, slots, no_slot)
+            tokens = torch.empty_like(index)
+            self.choose(logits.index_select(0, places), rows, positions.index_select(0, places), mask, tokens)
+            out.index_copy_(0, index.long(), torch.where(is_right, tokens, -1))
+        out.clamp_(min=0)
+
     def sample(self, step: Step, logits: Tensor, slots: Tensor, positions: Tensor) -> Sampled:
         """Apply the host's edits and masks to a step's logits [R, V], and sample its rows."""
         edited = apply_edits(logits, step.edited) if step.edited is not None else logits
         mask = None if step.masks is None else upload([step.masks], logits.device)[0]
-        tokens = torch.empty(slots.numel(), dtype=torch.int32, device=logits.device)
-        self.choose(edited, slots, positions, mask, tokens)
-        return Sampled(tokens, lambda rows: logits.index_select(0, rows))
+        tokens = torch.empty(slots.numel() + 1, dtype=torch.int32, device=logits.device)
+        if step.num_verified and self._advances:
+            assert step.extend is not None
+            self.choose_in_turns(edited, upload(step.extend.turns(), logits.device), positions, mask, tokens)
+        else:
+            self.choose(edited, slots, positions, mask, tokens[:-1])
+        return Sampled(tokens[:-1], lambda rows: logits.index_select(0, rows))
+
+    @property
+    def _advances(self) -> bool:
+        """Whether a slot's masks or edits depend on the tokens that the device sampled for it."""
+        return self._arena is not None or self._sampling.edits is not None
 
     def sample_extend(self, step: Step, hidden: Tensor, sent: ExtendInputs) -> Sampled:
         """Compute the requested scores and sample the sampling rows, from the hidden states of a step's tokens."""

@@ -179,10 +179,10 @@ def test_a_waiting_request_that_the_host_will_mask_costs_the_running_ones_nothin
         step_sync, launch = core.step_sync, core.launch
         is_sync = False
 
-        def note() -> list[Update]:
+        def note(*drafts: Any) -> list[Update]:
             nonlocal is_sync
             is_sync = True
-            updates = step_sync()
+            updates = step_sync(*drafts)
             is_sync = False
             return updates
 

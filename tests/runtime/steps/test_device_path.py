@@ -7,13 +7,18 @@ intermediate tensors are filled with garbage: between replays their memory is ot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ramet.grammar import Vocabulary
+from ramet.grammar.service.sources import compile_constraint
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import TokenTable
 from ramet.kernels.ops import TRITON
@@ -25,11 +30,14 @@ from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.factory import make_device_grammars
 from ramet.runtime.handle import RequestResult
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.speculation.speculation import Speculation
+from ramet.runtime.steps import cuda_graph
+from ramet.runtime.steps.cuda_graph import GraphKey, StepGraphs
 from ramet.runtime.steps.logit_edits import LogitEdits
 from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.steps.tree_planner import TreePlanner
 from ramet.runtime.testing.dummy import tiny_model as make_tiny_model
-from ramet.runtime.types import SamplingParams
+from ramet.runtime.types import Batch, SamplingParams, Sequence
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter"),
@@ -136,7 +144,19 @@ def test_a_replay_knows_nothing_that_came_after_the_capture() -> None:
 
 @pytest.fixture
 def device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernel functions that look at their tensors' device take their Triton path, on CPU tensors."""
+    """Kernel functions that look at their tensors' device take their Triton path, on CPU tensors.
+
+    The interpreter runs one kernel at a time, and a grammar's tables are made on a thread beside the steps.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    run, lock = InterpretedFunction.run, threading.RLock()
+
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", alone)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
 
@@ -147,7 +167,7 @@ def triton_model() -> LoadedModel:
     return make_tiny_model(TRITON)
 
 
-def make_engine(model: LoadedModel, *, graphs: bool, num_edits: int = 2) -> Engine:
+def make_engine(model: LoadedModel, *, graphs: bool, num_edits: int = 2, verifies: bool = False) -> Engine:
     engine = Engine(model, num_kv_tokens=1024, max_running_requests=2, chunked_prefill_size=64, page_size=8)
     if graphs:
         tokenizer, given = model.tokenizer, engine._core.runner
@@ -165,6 +185,7 @@ def make_engine(model: LoadedModel, *, graphs: bool, num_edits: int = 2) -> Engi
             edits=LogitEdits(EditTables.create(num_edits, tokenizer.vocab_size)),
             tree=TreePlanner(model.config, 8, 2, mode="on", num_sms=4, device=given.device, dtype=torch.float32),
             num_sms=4,  # few processors: rows of every length are split
+            verifies=verifies,
         )
         device_grammars = make_device_grammars(model, arena)
         engine._core.grammars = GrammarStates(tokenizer.vocab_size, runner.computes_run, device_grammars)
@@ -220,9 +241,9 @@ def test_edited_logits_and_log_probabilities_give_the_tokens_of_the_host(
         synchronous: list[int] = []
         step_sync = core.step_sync
 
-        def note() -> list[Update]:
+        def note(*drafts: Any) -> list[Update]:
             synchronous.append(core.scheduler.counters.num_steps)
-            return step_sync()
+            return step_sync(*drafts)
 
         monkeypatch.setattr(core, "step_sync", note)
         actual = run_edited(engine)
@@ -282,3 +303,97 @@ def test_steps_of_triton_kernels_give_the_tokens_of_the_references(
     assert launched >= {f"_{name}_kernel" for name in names}
     with make_engine(tiny_model, graphs=False) as engine:
         assert run_all(engine) == actual
+
+
+class Drafts(Speculation):
+    """Drafts that are right for a while and then wrong, of some rows, in about half of the steps."""
+
+    def __init__(self, answers: dict[bytes, list[int]], seed: int) -> None:
+        super().__init__()
+        self.answers, self.rng = answers, random.Random(seed)
+        self.num_drafted = 0
+
+    def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
+        if self.rng.random() < 0.3:
+            return {}
+        return {sequence: self.guess(sequence) for sequence in sequences if self.rng.random() < 0.8}
+
+    def guess(self, sequence: Sequence) -> list[int]:
+        answer = self.answers[sequence.request.prompt_ids.tobytes()][len(sequence.output_ids) :]
+        return [*answer[: self.rng.randrange(7)], *self.rng.choices(range(97, 123), k=self.rng.randrange(3))]
+
+    def note_step(self, batch: Batch, seconds: float) -> None:
+        self.num_drafted += sum(max(item.num_samples - 1, 0) for item in batch.items)
+
+
+DRAFTED: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "logprobs": 2},
+    {"frequency_penalty": 0.9, "repetition_penalty": 1.3, "temperature": 0.0},
+    {"logit_bias": {97: 5.0, 98: 5.0}, "presence_penalty": 0.8, "temperature": 0.7, "logprobs": 1},
+    {"min_tokens": 4, "logit_bias": {101: 9.0}, "stop_token_ids": (101,), "ignore_eos": False},
+    {"temperature": 1.0, "grammar": "[a-c]{2,9}(xy|z){1,3}"},
+    {"temperature": 0.7, "grammar": "(yes|no)(, (yes|no)){0,2}", "frequency_penalty": 0.5, "logprobs": 1},
+    {"temperature": 1.3, "grammar": '{"type": "array", "items": {"type": "array"}}'},
+]
+
+
+def run_drafted(engine: Engine, seed: int) -> list[RequestResult]:
+    """Requests of all kinds, some with grammars that the device holds or the host masks."""
+    tokenizer = engine.tokenizer
+    words = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+    handles = []
+    for i, options in enumerate(DRAFTED):
+        values: dict[str, Any] = {"max_tokens": 7, "seed": seed + i, "ignore_eos": "grammar" not in options, **options}
+        source = values.pop("grammar", None)
+        kind = "json_schema" if source and source[0] == "{" else "regex"
+        grammar = None if source is None else compile_constraint(kind, source, words)
+        if grammar is not None and kind == "regex":
+            assert grammar.close()
+        handles.append(engine.submit("ab" * (i + 1), SamplingParams(**values), grammar=grammar))
+    return [handle.result(timeout_s=300) for handle in handles]
+
+
+LONG = [pytest.param(seed, seed % 3, marks=pytest.mark.slow) for seed in range(1, 12)]
+
+
+@pytest.mark.parametrize(("seed", "num_edits"), [(0, 1), *LONG])
+def test_drafts_change_no_answer_of_the_device(
+    tiny_model: LoadedModel,
+    triton_model: LoadedModel,
+    device_kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    num_edits: int,
+) -> None:
+    """Graphs and eager steps verify some; others overlap. Without rows for edits the host edits."""
+    monkeypatch.setattr(cuda_graph, "VERIFIED_TOKENS", (8,))  # few graphs: the interpreter takes long
+    monkeypatch.setattr(cuda_graph, "VERIFIED_DRAFTS", (3, 6))
+    with monkeypatch.context() as reference:
+        reference.setattr(torch.Tensor, "is_cuda", property(lambda tensor: False))
+        with make_engine(tiny_model, graphs=False) as engine:
+            expected = run_drafted(engine, seed)
+    answers = {}
+    for i, result in enumerate(expected):
+        prompt = np.asarray(triton_model.tokenizer.encode("ab" * (i + 1), parse_special=True), dtype=np.int32)
+        answers[prompt.tobytes()] = list(result.token_ids)
+    replayed: list[GraphKey] = []
+    replay = StepGraphs.replay
+
+    def note(self: StepGraphs, key: GraphKey, *rest: Any) -> torch.Tensor:
+        replayed.append(key)
+        return replay(self, key, *rest)
+
+    monkeypatch.setattr(StepGraphs, "replay", note)
+    with make_engine(triton_model, graphs=True, num_edits=num_edits, verifies=True) as engine:
+        drafts = engine._core.speculation = Drafts(answers, seed)
+        actual = run_drafted(engine, seed)
+        engine.check_integrity()
+    assert drafts.num_drafted > 10
+    assert any(key.num_drafted for key in replayed)
+    assert any(not key.num_drafted for key in replayed)
+    for ours, theirs, options in zip(actual, expected, DRAFTED, strict=True):
+        assert ours.token_ids == theirs.token_ids, options
+        assert (ours.finish_reason, ours.incomplete) == (theirs.finish_reason, theirs.incomplete), options
+        if theirs.logprobs is not None:
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4), options
