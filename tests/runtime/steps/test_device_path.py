@@ -320,7 +320,7 @@ class Drafts(Speculation):
 
     def guess(self, sequence: Sequence) -> list[int]:
         answer = self.answers[sequence.request.prompt_ids.tobytes()][len(sequence.output_ids) :]
-        return [*answer[: self.rng.randrange(7)], *self.rng.choices(range(97, 123), k=self.rng.randrange(3))]
+        return [*answer[: self.rng.randrange(5)], *self.rng.choices(range(97, 123), k=self.rng.randrange(2))]
 
     def note_step(self, batch: Batch, seconds: float) -> None:
         self.num_drafted += sum(max(item.num_samples - 1, 0) for item in batch.items)
