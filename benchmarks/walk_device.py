@@ -53,6 +53,7 @@ from ramet.runtime.parallel.ranks import FirstRank
 from ramet.runtime.parallel.sharded import SharedModel, apply_tensor_parallel
 from ramet.runtime.parallel.share import Share, check_size
 from ramet.runtime.speculation.speculation import Speculation
+from ramet.runtime.steps.cuda_graph import VERIFIED_TOKENS
 from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.types import Grammar, Request, SamplingParams, Sequence
 
@@ -84,14 +85,15 @@ WALKED = "llama-8b,smollm2,qwen3-8b,gemma3-4b"
 
 
 class AnyDrafts(Speculation):
-    """One to eight tokens for each row, in three of four steps."""
+    """Up to eight tokens for each of some rows, in three of four steps."""
 
     num_steps = 0
 
     def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
         self.num_steps += 1
-        rows = list(sequences)[:8] if self.num_steps % 4 else []
-        return {sequence: [7] * (1 + (self.num_steps + i) % 8) for i, sequence in enumerate(rows)}
+        rows = list(sequences)
+        num_drafted = max((VERIFIED_TOKENS[-1] - len(rows)) // 4, 0) if self.num_steps % 4 else 0
+        return {sequence: [7] * min(num_drafted, 1 + (self.num_steps + i) % 8) for i, sequence in enumerate(rows[:4])}
 
 
 class Walk:
@@ -192,8 +194,9 @@ class Walk:
                 self.closed(),
                 compile_constraint("json_schema", '{"type": "array"}', self.vocabulary),
             ):
-                self.add(100, 20, grammar=grammar, logprobs=2)
-                self.add(90, 9, grammar=grammar, temperature=0.5, top_p=0.9, frequency_penalty=0.5)
+                self.add(100, 20, grammar=grammar, logprobs=2 if grammar is None else None)
+                self.add(90, 9, grammar=grammar, temperature=0.5, top_p=0.9)
+            self.add(90, 9, temperature=0.5, frequency_penalty=0.5)
             for i in range(20):
                 self.add(10 + i, 30, prefix=3001)
             self.run("drafts")

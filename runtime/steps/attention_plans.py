@@ -15,6 +15,7 @@ from ramet.kernels.attention.plan import FIXED_SPLITS, PROGRAMS_PER_SM, Attentio
 from ramet.kernels.attention.tree import TreePlan
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.decoder import ForwardContext
+from ramet.runtime.steps.cuda_graph import VERIFIED_TOKENS
 from ramet.runtime.steps.inputs import ExtendArrays, ExtendInputs
 from ramet.runtime.steps.kv_cache import KVCache
 from ramet.runtime.steps.slots import RunningSlots
@@ -53,7 +54,7 @@ class AttentionPlans:
         self._tiles = tiles
         self._merge_counters: Tensor | None = None
         if num_sms is not None:
-            num_counters = slots.num_slots * model.num_kv_heads
+            num_counters = max(slots.num_slots, VERIFIED_TOKENS[-1]) * model.num_kv_heads
             self._merge_counters = torch.zeros(num_counters, dtype=torch.int32, device=kv_cache.storage.device)
 
     @property
@@ -70,7 +71,7 @@ class AttentionPlans:
         """The plan of decode rows. rows, kv_lens: int32 [B]; the host may not know the lengths."""
         counters = self._merge_counters
         if counters is not None and rows.numel() * self._model.num_kv_heads > counters.numel():
-            counters = None  # drafted tokens are rows, too; their splits are then merged by a second kernel
+            counters = None  # a test's drafts; their splits are merged by a second kernel
         return DecodeMetadata(
             kv_lens, rows, self._page_table, self._num_splits(rows.numel()), tree, kv_lens_host, counters, self._tiles
         )
