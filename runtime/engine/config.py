@@ -79,7 +79,8 @@ class EngineConfig:
     )
     speculative_draft: str | None = _doc(
         None,
-        "a small model with the same vocabulary that drafts, too, with speculative=auto on a CPU; its name or path",
+        "what drafts, too, with speculative=auto on a CPU: the name or path of a small model with the same vocabulary, "
+        "the folder of an EAGLE-3 head, or the model's own folder, for its layer of multi-token prediction",
     )
     deterministic: bool = _doc(
         False, "the same tokens for a request whatever runs beside it (on a GPU; no tree attention, slower products)"

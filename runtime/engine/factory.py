@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from ramet.runtime.parallel.sharded import SharedModel
 from ramet.runtime.scheduling.config import SchedulerConfig
 from ramet.runtime.scheduling.scheduler import Scheduler
 from ramet.runtime.speculation.draft_model import DRAFT_KV_TOKENS, DraftModel, check_vocabulary
+from ramet.runtime.speculation.heads import DraftHead, has_head, load_head
 from ramet.runtime.speculation.speculation import MOST_DRAFTED, Speculation
 from ramet.runtime.steps.cuda_graph import VERIFIED_DRAFTS, GraphKey
 from ramet.runtime.steps.kv_cache import KVCache, bytes_per_token
@@ -63,12 +65,15 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
     device = model.decoder.device
     use_device(device)
     arena, edits = make_arena(model, config, device), make_edits(model, config, device)
+    head = make_head(model, config)
     if ranks is None:
-        runner = build_runner(model.decoder, config, arena=arena, edits=edits)
+        runner = build_runner(model.decoder if head is None else head.decoder, config, arena=arena, edits=edits)
     else:
         parts = ranks.group, ranks.peers
         runner = build_runner(model.decoder, config, *parts, arena=arena, edits=edits)
     kv_cache, context = runner.kv_cache, runner.max_kv_len
+    if head is not None:
+        head.make_room(kv_cache.num_pages)
     pool = PagePool(kv_cache.num_pages, config.page_size)
     cache = RadixCache(pool)
     scheduler = Scheduler(scheduler_config(config, context, model.decoder), pool, cache)
@@ -90,12 +95,12 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         grammars,
         overlap=config.overlap and device.type == "cuda",
         context_length=context,
-        speculation=make_speculation(model, config, context, cache),
+        speculation=make_speculation(model, config, context, cache, head),
     )
 
 
 def make_speculation(
-    model: LoadedModel, config: EngineConfig, context_length: int, cache: RadixCache
+    model: LoadedModel, config: EngineConfig, context_length: int, cache: RadixCache, head: DraftHead | None
 ) -> Speculation | None:
     """Make what drafts tokens; None where no drafts are verified: the one place that says so.
 
@@ -112,9 +117,23 @@ def make_speculation(
     if config.tp > 1:
         logger.info("no drafts are verified with tp > 1")
         return None
-    draft = None if config.speculative_draft is None else load_draft_model(model, config, context_length)
+    draft: DraftModel | DraftHead | None = head
+    if draft is None and config.speculative_draft is not None:
+        draft = load_draft_model(model, config, context_length)
     most = VERIFIED_DRAFTS[-1] if is_gpu else MOST_DRAFTED
     return Speculation(cache=cache if config.radix_cache else None, model=draft, most_drafted=most)
+
+
+def make_head(model: LoadedModel, config: EngineConfig) -> DraftHead | None:
+    """Load the head of `speculative_draft`, if it is a folder with one. Raises: ConfigError: it cannot serve."""
+    name, decoder = config.speculative_draft, model.decoder
+    if name is None or config.tp > 1 or decoder.device.type == "cuda" or not has_head(Path(name), model.name):
+        return None
+    if config.kv_cache_dtype != "auto" or config.num_loras or isinstance(decoder, TransformersDecoder):
+        raise ConfigError(
+            f"speculative_draft is a head, {name!r}; it needs Ramet's own layers, kv_cache_dtype auto and no adapters"
+        )
+    return load_head(Path(name), decoder, config.page_size)
 
 
 def verifies(config: EngineConfig) -> bool:

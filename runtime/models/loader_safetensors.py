@@ -66,6 +66,11 @@ def load_safetensors(folder: Path, config: ModelConfig) -> Weights:
                         stored[mapped] = path, name, tuple(part.get_shape()), part.get_dtype()
         except (SafetensorError, OSError) as error:
             raise BrokenModelFile(f"{path} cannot be read: {error}") from error
+    num_drafting = read_json(folder / "config.json").get("num_nextn_predict_layers") or 0  # see `speculation/heads.py`
+    for name in [
+        name for name in stored if _layer_of(name) in range(config.num_layers, config.num_layers + num_drafting)
+    ]:
+        del stored[name]
     if config.tie_word_embeddings:  # some checkpoints store the shared matrix twice
         stored.pop("lm_head.weight", None)
     matrices: dict[str, StoredMatrix] = {}
@@ -134,6 +139,13 @@ def _own_tensors(
         if shape[0] == stops[-1]:  # else the check of names and shapes reports it
             return list(zip(names, itertools.pairwise([0, *stops]), strict=True))
     return [(name, None)]
+
+
+def _layer_of(name: str) -> int | None:
+    """The number of the layer to which a tensor belongs; None: to none."""
+    prefix, _, rest = name.partition("model.layers.")
+    number = rest.partition(".")[0]
+    return int(number) if not prefix and number.isdecimal() else None
 
 
 def _weight_files(folder: Path) -> dict[Path, Iterable[str] | None]:

@@ -27,6 +27,7 @@ from statistics import median
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.speculation.draft_model import DraftModel
 from ramet.runtime.speculation.drafts import SOURCES, Draft, EarlierRuns, TextDrafts
+from ramet.runtime.speculation.heads import DraftHead
 from ramet.runtime.types import Batch, FinishReason, Sequence
 
 MOST_DRAFTED = 16  # tokens of a draft
@@ -143,7 +144,7 @@ class Speculation:
         self,
         times: StepTimes | None = None,
         cache: RadixCache | None = None,
-        model: DraftModel | None = None,
+        model: DraftModel | DraftHead | None = None,
         most_drafted: int = MOST_DRAFTED,
     ) -> None:
         """times: None begins to measure. cache: what others wrote after the same prompts; None: nothing. most_drafted:
@@ -227,7 +228,7 @@ class Speculation:
             for what, counts in (("drafted", self.drafted), ("accepted", self.accepted))
         }
 
-    def _ask(self, model: DraftModel, rows: list[Sequence], kv_len: float) -> None:
+    def _ask(self, model: DraftModel | DraftHead, rows: list[Sequence], kv_len: float) -> None:
         """Let the model draft for the rows for which that is likelier to be right than the drafts that they have."""
         success = min(self._share_right(_MODEL, 0), _MOST_SUCCESS)
         asking = [s for s in rows if self._live[s].draft is None or self._live[s].success < success]
