@@ -23,6 +23,7 @@ from ramet.runtime.programs.path import Path
 MAX_EXAMINED = 64  # nodes visited for one answer: this runs on the engine's thread
 MAX_HINTS = 256  # next uses of one program at a time
 MAX_DEAD_TOKENS = 1 << 20  # of one program: the hints are made on the engine's thread
+MAX_DEAD = 2048  # branches of one program, for the same reason
 
 NextUse = tuple[list[int], float]  # tokens, and the time of their next use; inf: never
 
@@ -127,7 +128,7 @@ def dead_branches(nodes: Sequence[ir.AnyNode], path_of: Callable[[int], Path]) -
         main.add(at)
         at = nodes[at].parent
     inner = {node.parent for node in nodes}
-    left = MAX_DEAD_TOKENS
+    left, num_dead = MAX_DEAD_TOKENS, 0
     for node in nodes:
         if node.id in inner or node.id in main or node.parent is None:
             continue
@@ -137,7 +138,8 @@ def dead_branches(nodes: Sequence[ir.AnyNode], path_of: Callable[[int], Path]) -
         num_live = 0 if at is None else path_of(at).length
         tokens = path_of(node.id).token_ids()
         left -= len(tokens)
-        if left < 0:
+        if left < 0 or num_dead == MAX_DEAD:
             return
         if len(tokens) > num_live:
+            num_dead += 1
             yield tokens, num_live

@@ -17,8 +17,9 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from socket import gethostname
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
+_LARGE_BYTES = 1 << 16  # of a program's part: about a thousand nodes, which take 20 ms
 # How long a thread runs before another one gets the interpreter: ten times shorter than by default. A step gives it up
 # some hundred times, and waits so long for it again and again while a grammar is compiled.
 _SWITCH_S = 0.0005
@@ -134,6 +136,8 @@ class EngineServer:
         # Requests whose grammars compile, by id: each with the future, and the time.monotonic() of its deadline.
         self._compiling: dict[str, tuple[Submit, Future[CompiledGrammar], float]] = {}
         self._lock = threading.Lock()
+        self._aside = ThreadPoolExecutor(1, "ramet-large-programs")
+        self._num_aside: Counter[str] = Counter()  # commands that it has, by program
         self.questions: dict[str, Callable[..., object]] = {
             "stats": engine.stats,
             "flush_cache": lambda: engine.flush_cache(),  # engines of tests need not have what nobody asks for
@@ -155,7 +159,27 @@ class EngineServer:
             logger.warning("a first constraint failed: %s", error)
 
     def carry_out(self, command: Command) -> None:
-        """Start one command. Nothing is raised: an error, a bug of ours too, is reported to its caller alone."""
+        """Start one command. Nothing is raised: an error, a bug of ours too, is reported to its caller alone.
+
+        Reading a large program takes seconds. A thread of its own does it, and all that follows for this program.
+        """
+        program = command.id.partition("/")[0]
+        with self._lock:
+            is_large = isinstance(command, StartProgram | ExtendProgram) and len(command.graph or b"") > _LARGE_BYTES
+            if is_large or program in self._num_aside:
+                self._num_aside[program] += 1
+                self._aside.submit(self._carry_out_aside, command, program)
+                return
+        self._try(command)
+
+    def _carry_out_aside(self, command: Command, program: str) -> None:
+        self._try(command)
+        with self._lock:
+            self._num_aside[program] -= 1
+            if not self._num_aside[program]:
+                del self._num_aside[program]
+
+    def _try(self, command: Command) -> None:
         try:
             self._start(command)
         except Exception as error:  # the other commands must not pay for it
