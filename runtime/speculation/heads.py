@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from ramet.errors import ConfigError
+from ramet.errors import BrokenModelFile, ConfigError
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder, ForwardContext, Layer
@@ -39,11 +39,6 @@ from ramet.runtime.types import Sequence
 _EAGLE = "LlamaForCausalLMEagle3"
 _MOST_NEW = 256  # tokens that are new to the head, in one draft of all sequences
 _MOST_KEPT = 65_536  # tokens of all sequences whose keys and values are kept
-_OF_BOTH = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"),
-)
-_OPTIONAL = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 @dataclass(slots=True, eq=False)
@@ -77,8 +72,7 @@ class DraftHead:
         self._config = config
         self._rotary = RotaryTable.build(config.rope, config.head_dim, config.max_position_embeddings, decoder.device)
         num_layers, layers = decoder.config.num_layers, list(decoder.layers)
-        # The model's layers before which EAGLE-3 reads the hidden states: early, in the middle, late.
-        before = (2, num_layers // 2, num_layers - 3) if self._is_eagle else (num_layers,)
+        before = _layers_read(num_layers, is_eagle=self._is_eagle)
         self._noted = [torch.zeros(0, device=decoder.device, dtype=decoder.dtype) for _ in before]
         for number, noted in zip(before, self._noted, strict=True):
             layers[number - 1] = TappedLayer(layers[number - 1], noted)
@@ -86,7 +80,10 @@ class DraftHead:
         self._past: dict[Sequence, tuple[Tensor, Tensor]] = {}  # keys and values of pairs, [T, heads, D]
 
     def make_room(self, num_pages: int) -> None:
-        """Make room for the hidden states of all tokens in the model's KV cache. Before its first step."""
+        """Make room for the hidden states of all tokens in the model's KV cache, one (MTP) or three (EAGLE-3) for each.
+
+        Before its first step.
+        """
         for noted in self._noted:
             noted.resize_(num_pages * self._page_size, self.decoder.config.hidden_size).zero_()
 
@@ -200,39 +197,71 @@ def has_head(folder: Path, model: str) -> bool:
 
 
 def load_head(folder: Path, decoder: Decoder, page_size: int) -> DraftHead:
-    """Load the head of a folder for which `has_head` is true. Raises: ConfigError: it does not fit the model."""
+    """Load the head of a folder for which `has_head` is true.
+
+    Raises: BrokenModelFile; ConfigError naming what does not fit the model.
+    """
     fields, target = read_json(folder / "config.json"), decoder.config
     is_eagle = _EAGLE in (fields.get("architectures") or ())
     config = config_from_hf({**fields, "architectures": ["LlamaForCausalLM"]}) if is_eagle else target
-    own = ("fc", "hidden_norm", "norm") if is_eagle else ("eh_proj", "enorm", "hnorm", "norm")
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  a file of tensors is no mapping
-                short = _short_name(name, is_eagle=is_eagle, layer=target.num_layers)
-                if short is not None:
-                    found[short] = file.get_tensor(name)
-    missing = [name for name in (*_OF_BOTH, *own) if name not in found]
-    known = {*_OF_BOTH, *_OPTIONAL, *own, "embed_tokens", "lm_head", "d2t"}
-    unknown = sorted(name for name in found if name.removesuffix(".bias") not in known)
-    hidden, query = target.hidden_size, config.num_heads * config.head_dim
-    width = 2 * hidden if is_eagle else hidden
-    shapes = {"self_attn.q_proj": (query, width), "self_attn.o_proj": (hidden, query)}
-    shapes |= {"fc": (hidden, 3 * hidden)} if is_eagle else {"eh_proj": (hidden, 2 * hidden)}
-    wrong = [
-        f"{n} is {list(found[n].shape)}, not {list(s)}" for n, s in shapes.items() if n in found and found[n].shape != s
-    ]
-    if is_eagle and "d2t" in found and int((found["d2t"] + torch.arange(len(found["d2t"]))).max()) >= target.vocab_size:
-        wrong.append(f"d2t leads to tokens beyond the model's {target.vocab_size:,}")
-    if is_eagle and target.num_layers < 6:
-        wrong.append(f"it reads layers that a model of {target.num_layers} does not have")
-    if target.norm_offset:
-        wrong.append("the model's norms have an offset")
-    problems = [f"missing {', '.join(missing)}"] if missing else []
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  a file of tensors is no mapping
+                    short = _short_name(name, is_eagle=is_eagle, layer=target.num_layers)
+                    if short is not None:
+                        found[short] = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise BrokenModelFile(f"{path} cannot be read: {error}") from error
+    needed, optional = _shapes(config, target, found.get("d2t"), is_eagle=is_eagle)
+    missing, shapes = sorted(needed.keys() - found.keys()), needed | optional
+    problems = [f"missing {', '.join(missing[:5])}"] if missing else []
+    unknown = sorted(found.keys() - shapes.keys())
     problems += [f"not read: {', '.join(unknown[:5])}"] if unknown else []
-    if problems or wrong:
-        raise ConfigError(f"the head in {folder} does not fit {target.architecture}: {'; '.join([*problems, *wrong])}")
+    pairs = [(name, list(found[name].shape), list(shape)) for name, shape in shapes.items() if name in found]
+    problems += [f"{name} is {shape}, not {right}" for name, shape, right in pairs if shape != right][:5]
+    offsets = found.get("d2t")
+    if offsets is not None and offsets.ndim == 1 and len(offsets):
+        tokens = offsets.long() + torch.arange(len(offsets))
+        if int(tokens.min()) < 0 or int(tokens.max()) >= target.vocab_size:
+            problems.append(f"d2t leads to tokens beyond the model's {target.vocab_size:,}")
+    before, read = _layers_read(target.num_layers, is_eagle=is_eagle), fields.get("eagle_config") or fields
+    given = read.get("eagle_aux_hidden_state_layer_ids") if is_eagle else None
+    # Files number the layers whose results are read, or the layers behind these.
+    if given and tuple(given) not in (before, tuple(number - 1 for number in before)):
+        problems.append(f"it reads layers {given}, and Ramet those before {list(before)}")
+    if is_eagle and (target.num_layers < 6 or fields.get("norm_before_residual")):
+        problems.append("norm_before_residual, and models of fewer than six layers, are not supported")
+    if target.norm_offset:
+        problems.append("the model's norms have an offset")
+    if problems:
+        raise ConfigError(f"the head in {folder} does not fit {target.architecture}: {'; '.join(problems)}")
     return DraftHead(found, config, decoder, page_size)
+
+
+def _layers_read(num_layers: int, *, is_eagle: bool) -> tuple[int, ...]:
+    """The layers before which a head reads the hidden states. EAGLE-3: early, in the middle, late; MTP: the end."""
+    return (2, num_layers // 2, num_layers - 3) if is_eagle else (num_layers,)
+
+
+def _shapes(
+    config: ModelConfig, target: ModelConfig, offsets: Tensor | None, *, is_eagle: bool
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """The shapes of the tensors that a head must have, and of those that it may have."""
+    hidden, head, inner = target.hidden_size, config.head_dim, config.intermediate_size
+    rows = {"q": config.num_heads * head, "k": config.num_kv_heads * head, "v": config.num_kv_heads * head}
+    vocab = target.vocab_size if offsets is None else len(offsets)
+    matrices = {f"self_attn.{name}_proj": (size, 2 * hidden if is_eagle else hidden) for name, size in rows.items()}
+    matrices |= {"self_attn.o_proj": (hidden, rows["q"]), "mlp.down_proj": (hidden, inner)}
+    matrices |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (inner, hidden))
+    matrices |= {"fc": (hidden, 3 * hidden)} if is_eagle else {"eh_proj": (hidden, 2 * hidden)}
+    norms = ("hidden_norm",) if is_eagle else ("enorm", "hnorm")
+    vectors = dict.fromkeys((*norms, "norm", "input_layernorm", "post_attention_layernorm"), (hidden,))
+    may = {"embed_tokens": (target.vocab_size, hidden), "lm_head": (vocab, hidden)}
+    biases = {f"self_attn.{name}_proj.bias": (size,) for name, size in rows.items()}
+    more = {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,), **({"d2t": (vocab,)} if is_eagle else {})}
+    return {**matrices, **vectors}, {**may, **biases, **more}
 
 
 def _short_name(name: str, *, is_eagle: bool, layer: int) -> str | None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from ramet.errors import ConfigError
+from ramet.errors import BrokenModelFile, ConfigError
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.speculation.heads import DraftHead
 from ramet.runtime.speculation.speculation import Speculation, StepTimes
@@ -208,6 +208,9 @@ def test_a_head_drafts_what_the_paper_drafts_and_changes_no_answer(kind: str, fo
         ({"d2t": torch.full((100,), 5_000)}, "d2t leads to tokens beyond the model's 257"),
         ({"midlayer.more.weight": torch.zeros(2)}, "not read: more"),
         ({"midlayer.mlp.up_proj.weight": None}, "missing mlp.up_proj"),
+        ({"midlayer.self_attn.o_proj.bias": torch.zeros(HIDDEN)}, "not read: self_attn.o_proj.bias"),
+        ({"lm_head.weight": torch.zeros(99, HIDDEN)}, r"lm_head is \[99, 32\], not \[100, 32\]"),
+        ({"d2t": torch.zeros(100, 2)}, r"d2t is \[100, 2\], not \[100\]"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused_by_what_is_wrong(
@@ -217,6 +220,26 @@ def test_a_head_that_does_not_fit_is_refused_by_what_is_wrong(
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folders["eagle"] / "config.json").read_text())
     with pytest.raises(ConfigError, match=message):
+        Engine(str(folders["model"]), speculative="auto", speculative_draft=str(tmp_path), **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, r"it reads layers \[1, 2, 3\]"),
+        ({"norm_before_residual": True}, "norm_before_residual"),
+    ],
+)
+def test_a_head_of_another_form_is_refused(
+    fields: dict[str, Any], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    save_file(head_tensors("eagle"), tmp_path / "model.safetensors")
+    known = json.loads((folders["eagle"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(known | fields))
+    with pytest.raises(ConfigError, match=message):
+        Engine(str(folders["model"]), speculative="auto", speculative_draft=str(tmp_path), **SETTINGS)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(BrokenModelFile, match="cannot be read"):
         Engine(str(folders["model"]), speculative="auto", speculative_draft=str(tmp_path), **SETTINGS)
 
 
