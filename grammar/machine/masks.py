@@ -9,7 +9,7 @@ must be run if the answer depends on earlier text, which the walk does not know 
 - Plain text does not leave a loop state. So a token is allowed in a loop state if the rest after its plain text is
   allowed. Many tokens have the same rest, which is walked once.
 - Another state in the frame of a loop state, as in a string that may become a named key, has almost the same mask as
-  the loop state. So only the tokens that differ are walked.
+  the loop state. So of the tokens that are not plain, only those that differ are walked.
 """
 
 from __future__ import annotations
@@ -120,8 +120,12 @@ class MaskMaker:
         return row, [t for r in self._unsure_tokens() for t in tokens[starts[r] : starts[r + 1]].tolist()]
 
     def _near_loop_row(self, packed: int, loop: int, alike: int) -> Walked:
-        """Walk what differs between a state and the loop state of its frame. `alike` has the mask of `loop`."""
-        machine, scratch, unsure, trie = self.machine, self._scratch, self._unsure, self.vocabulary.trie
+        """Walk what differs between a state and the loop state of its frame. `alike` has the mask of `loop`.
+
+        Any plain text may follow both. So only the other tokens can differ.
+        """
+        machine, scratch, unsure = self.machine, self._scratch, self._unsure
+        _, trie = self.vocabulary.slice(2, self.vocabulary.slice_sizes[-1])
         loop_row, unsure_there = self._twin_row(alike)
         row = loop_row.copy()
         scratch[0] = 0

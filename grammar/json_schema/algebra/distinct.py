@@ -257,18 +257,27 @@ def _different_objects(e: Expressions, o: Objects, count: int) -> list[int]:
     return [n for n in out if _is_in(e, n, Values(objects=(o,)))]
 
 
-def is_free(e: Expressions, expr: Expr) -> bool:
-    """Tell whether every beginning of a value can be completed to a value that differs from all earlier values."""
+def free_kinds(e: Expressions, expr: Expr) -> tuple[bool, bool, bool, bool]:
+    """Tell for strings, numbers, objects and arrays whether every beginning of a value of this kind can be completed to
+    a value that differs from all earlier values. True of a kind that has no values.
+    """
     a = e.values(expr)
     return (
-        all(s.finite is None and s.high is None and not s.languages for s in a.strings)
-        and all(replace(n, excluded=frozenset()) == numeric.ANY for n in a.numbers)
-        and all(
+        all(s.finite is None and s.high is None and not s.languages for s in a.strings),
+        all(replace(n, excluded=frozenset()) == numeric.ANY for n in a.numbers),
+        all(
             o.high is None and not o.exists and specs.other_keys_possible(e, specs.with_few_keys(e, o))
             for o in a.objects
-        )
-        and all(not (r.contains or r.unique) and is_endless(e, r) for r in a.arrays)
+        ),
+        all(not (r.contains or r.unique) and is_endless(e, r) for r in a.arrays),
     )
+
+
+def has_free_kind(e: Expressions, expr: Expr) -> bool:
+    """Tell whether there is a kind of values of which any beginning can be completed, so that values never run out."""
+    a = e.values(expr)
+    parts = (a.strings, a.numbers, a.objects, a.arrays)
+    return any(part and is_free for part, is_free in zip(parts, free_kinds(e, expr), strict=True))
 
 
 def all_of(e: Expressions, a: Values, enough: int) -> list[int] | None:

@@ -92,7 +92,7 @@ class ArrayState:
         return distinct.may_fill(e, spec, index, counts, self.seen)
 
     def is_free(self) -> bool:
-        """Tell whether every text of the items to come can be completed, whatever items came before."""
+        """Tell whether the array can go on, whatever items came before, with any item of a kind that is free."""
         if self._is_free is None:
             self._is_free = self._find_is_free()
         return self._is_free
@@ -102,7 +102,7 @@ class ArrayState:
         if any(rivals or (spec.repeats and not distinct.is_endless(e, spec)) for _, spec, _, rivals in self.threads):
             return False
         exprs = {x for _, spec, _, _ in self.threads if spec.unique for x in (*spec.prefix[self.index :], spec.rest)}
-        return all(distinct.is_free(e, x) for x in exprs)
+        return all(distinct.has_free_kind(e, x) for x in exprs)
 
     def may_close(self, thread: ArrayThread) -> bool:
         _, spec, counts, rivals = thread
@@ -218,6 +218,7 @@ class ItemContext(Context):
             self.following = bytes(np.flatnonzero(table.rows[0, table.byte_class] != REFUSE).tolist())
         # if earlier items can make it impossible to complete a text, the text can only continue after a known item
         self.is_anonymous = state.compares and (node.anonymous > 0 or not state.is_free())
+        self.must_differ = state.compares and node.anonymous > 0
         self._twin: Context | None = None
         self._rests: dict[int, int] = {}
 

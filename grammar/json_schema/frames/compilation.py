@@ -21,7 +21,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ramet.grammar.json_schema.algebra import costs
+from ramet.grammar.json_schema.algebra import costs, distinct
 from ramet.grammar.json_schema.algebra.expressions import Expressions
 from ramet.grammar.json_schema.algebra.values import INFINITE, Const, Expr, Values
 from ramet.grammar.json_schema.frames.layout import Layout
@@ -37,9 +37,10 @@ from ramet.grammar.json_schema.frames.tables import (
     dispatch_rows,
 )
 from ramet.grammar.machine.automaton import Machine
-from ramet.grammar.machine.frame import Frame, FrameTable, length_to_exit, target
+from ramet.grammar.machine.frame import NEEDS_RUN, Frame, FrameTable, length_to_exit, target
 from ramet.grammar.regular.strings import Content
 
+_KINDS = (STRING, NUMBER, OBJECT, ARRAY)  # the order of `distinct.free_kinds`
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -49,6 +50,7 @@ class Context(ABC):
 
     remembers: `resume` must get the value itself, because what may follow depends on it.
     is_anonymous: it remembers, but an earlier value was read by a walk over the vocabulary and is not known.
+    must_differ: the value must differ from that one, too.
     is_for_masks: it stands for many places that share their masks. No text ever gets there (lookahead.py), so it needs
     no `rest`.
     depth: of the value, as its layout counts (see Layout.inside).
@@ -57,6 +59,7 @@ class Context(ABC):
 
     remembers: bool = False
     is_anonymous: bool = False
+    must_differ: bool = False
     is_for_masks: bool = False
     depth: int = 0
     following: bytes | None = None
@@ -185,7 +188,13 @@ class ValueFrame(Frame):
         self.context = context
 
     def resolve(self, exit_index: int) -> int:
+        if self.context.must_differ and exit_index in _KINDS and not self._is_free(_KINDS.index(exit_index)):
+            return NEEDS_RUN  # an earlier item may be the only way to complete this one
         return self.compilation.openers[exit_index](self.compilation, self.exprs, self.context)
+
+    def _is_free(self, kind: int) -> bool:
+        e = self.compilation.expressions
+        return all(distinct.free_kinds(e, expr)[kind] for expr in self.exprs)
 
     def mask_twin(self, local: int) -> int:
         exprs = tuple(map(self.compilation.expressions.plainest, self.exprs))

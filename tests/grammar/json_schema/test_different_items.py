@@ -7,16 +7,21 @@ import random
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from ramet.grammar import CompiledGrammar, Vocabulary, compile_grammar
 from ramet.grammar.ir import JsonOptions, JsonSchema, Whitespace
+from ramet.grammar.machine import bitmask, walker
+from ramet.grammar.machine.automaton import Machine
 
-PIECES = [b'",', b'", "', b"1,", b", ", b'"]', b"1, 2", b'a", "b', b"]"]
+PIECES = [b'",', b'", "', b"1,", b", ", b'"]', b"1, 2", b'a", "b', b"]", b'", {"a": "', b'"}, {}', b"}, {}]", b"2, 1]"]
 TOKENS = [*(bytes((i,)) for i in range(256)), *PIECES, b""]
 EOS = len(TOKENS) - 1
 VOCABULARY = Vocabulary(TOKENS, [EOS], [EOS])
-TYPICAL = b'0123456789ab",[]. -'
+TYPICAL = b'0123456789ab",[]. -{}:'
+CLOSED = {"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": False}
 
 U: dict[str, Any] = {"type": "array", "uniqueItems": True}
 SCHEMAS: dict[str, Any] = {
@@ -28,6 +33,9 @@ SCHEMAS: dict[str, Any] = {
     "steps": {**U, "items": {"type": "number", "multipleOf": 0.5, "minimum": -1}, "minItems": 4},
     "positions": {**U, "prefixItems": [{"type": "integer"}], "items": {"type": ["integer", "null"]}, "minItems": 4},
     "arrays": {**U, "items": {**U, "items": {"type": "integer"}, "minItems": 2}, "minItems": 2},
+    "strings or closed objects": {**U, "items": {"anyOf": [{"type": "string"}, CLOSED]}, "minItems": 3},
+    "closed objects or few arrays": {**U, "items": {"anyOf": [CLOSED, {"enum": [[], [1], [2]]}]}, "minItems": 3},
+    "strings or two numbers": {**U, "items": {"anyOf": [{"type": "string"}, {"enum": [1, 2, 12]}]}, "minItems": 4},
     "either": {"oneOf": [{**U, "items": {"type": t}, "minItems": 3} for t in ("integer", "string")]},
     "some": {"anyOf": [{**U, "items": {"type": "integer"}, "minItems": n, "maxItems": n + 1} for n in (2, 4)]},
 }
@@ -97,3 +105,40 @@ def test_after_a_number_that_must_be_new_tokens_are_not_looked_at_one_by_one() -
     frame.resolve_text = counting  # type: ignore[method-assign]
     grammar.mask(state)
     assert 0 < len(asked) < 20
+
+
+def test_in_a_string_that_must_be_new_no_token_is_run_alone_because_of_items_of_another_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grammar = compiled(SCHEMAS["strings or closed objects"])
+    state = grammar.advance_bytes(0, b'["a", "b')
+    assert state is not None
+    run: list[bytes] = []
+    run_all = Machine.run_all
+
+    def noted(machine: Machine, packed: int, tokens: NDArray[np.int64], num_read: int = 0) -> NDArray[np.int64]:
+        run.extend(TOKENS[t] for t in tokens.tolist())
+        return run_all(machine, packed, tokens, num_read)
+
+    monkeypatch.setattr(Machine, "run_all", noted)
+    grammar.mask(state)
+    assert sorted(set(run)) == [b'", {"a": "'], "such an object may be one that was there"
+
+
+def test_a_string_with_a_pattern_walks_only_tokens_that_may_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar = compiled({"type": "string", "pattern": "[0-9]{3}"})
+    state = grammar.advance_bytes(0, b'"x12')
+    assert state is not None
+    sizes: list[int] = []
+    walk = walker.walk_difference
+
+    def noted(*arguments: Any) -> int:
+        sizes.append(len(arguments[4]))  # the tokens of the trie
+        return int(walk(*arguments))
+
+    monkeypatch.setattr(walker, "walk_difference", noted)
+    row = grammar.mask(state)
+    assert sizes
+    assert max(sizes) < 180, "most of the 268 tokens are plain text"
+    for token, text in enumerate(TOKENS[:EOS]):
+        assert bitmask.is_allowed(row, token) == (grammar.advance(state, token) is not None), text
