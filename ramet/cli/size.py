@@ -13,7 +13,10 @@ from rich.console import Console
 from ramet.errors import ConfigError, ModelNotFound
 
 if TYPE_CHECKING:
-    from ramet.runtime.engine.sizing import ModelShape, Setup, Sizing
+    from ramet.runtime.engine.config import EngineConfig
+    from ramet.runtime.engine.sizing import GpuModel, ModelShape, Sizing
+
+    Wanted = tuple[GpuModel, EngineConfig]  # the cards, and how the model is to be served on them
 
 _GIB = 2**30
 _LENGTHS = (2_048, 8_192, 32_768, 131_072)
@@ -49,15 +52,15 @@ def run_size(arguments: argparse.Namespace) -> int:
     if arguments.markdown:
         print(markdown(shapes), end="")
         return 0
-    setup = _setup(arguments)
+    wanted = _wanted(arguments)
     fits_all = True
     for shape in shapes:
-        found = _found(shape, setup, arguments)
+        found = _found(shape, wanted, arguments)
         fits_all &= found is not None
         if arguments.json:
-            print(json.dumps(_record(shape, found, setup, arguments.gpus)))
+            print(json.dumps(_record(shape, found, wanted, arguments.gpus)))
         else:
-            _print(shape, found, setup, arguments)
+            _print(shape, found, wanted, arguments)
     return 0 if fits_all else 1
 
 
@@ -98,9 +101,9 @@ def _from_hub(name: str) -> Path:
         raise DownloadFailed(f"cannot fetch config.json of {name}: {error}") from error
 
 
-def _setup(arguments: argparse.Namespace) -> Setup:
+def _wanted(arguments: argparse.Namespace) -> Wanted:
     from ramet.runtime.engine.config import EngineConfig
-    from ramet.runtime.engine.sizing import CARDS, WEIGHT_BITS, Setup
+    from ramet.runtime.engine.sizing import CARDS, WEIGHT_BITS
 
     card = CARDS.get(arguments.gpu.lower())
     if card is None:
@@ -114,36 +117,38 @@ def _setup(arguments: argparse.Namespace) -> Setup:
     if arguments.tp and arguments.gpus and arguments.tp > arguments.gpus:
         raise ConfigError(f"tp is {arguments.tp} but there are {arguments.gpus} GPUs; raise --gpus or lower --tp")
     values = {name: getattr(arguments, name) for name in ("kv_cache_dtype", "context_length", "max_running_requests")}
-    engine = EngineConfig().changed({name: value for name, value in values.items() if value is not None})
-    return Setup(card, arguments.tp or 1, arguments.quantization, engine)
+    values |= {"tp": arguments.tp, "quantization": None if arguments.quantization == "none" else arguments.quantization}
+    return card, EngineConfig().changed({name: value for name, value in values.items() if value is not None})
 
 
-def _found(shape: ModelShape, setup: Setup, arguments: argparse.Namespace) -> Sizing | None:
+def _found(shape: ModelShape, wanted: Wanted, arguments: argparse.Namespace) -> Sizing | None:
     from ramet.runtime.engine.sizing import fitting, smallest
 
-    return fitting(shape, setup) if arguments.tp else smallest(shape, setup, arguments.gpus or 8)
+    return fitting(shape, *wanted) if arguments.tp else smallest(shape, *wanted, arguments.gpus or 8)
 
 
-def _nearest(shape: ModelShape, setup: Setup, gpus: int | None) -> list[Sizing]:
+def _nearest(shape: ModelShape, wanted: Wanted, gpus: int | None) -> list[Sizing]:
     from ramet.runtime.engine.sizing import nearest
 
-    return nearest(shape, setup, gpus or 8)
+    return nearest(shape, *wanted, gpus or 8)
 
 
-def _record(shape: ModelShape, found: Sizing | None, setup: Setup, gpus: int | None) -> dict[str, Any]:  # Any: JSON
+def _record(shape: ModelShape, found: Sizing | None, wanted: Wanted, gpus: int | None) -> dict[str, Any]:  # Any: JSON
+    from ramet.runtime.engine.sizing import flags
+
     matrices, others = shape.num_params()
     record: dict[str, Any] = {
         "model": shape.name,
         "parameters": matrices + others,
         "fits": found is not None,
-        "not_supported_yet": _reasons(shape, setup),
+        "not_supported_yet": _reasons(shape, wanted[1]),
     }
     if found is None:
-        return record | {"nearest": [_summary(one) for one in _nearest(shape, setup, gpus)]}
+        return record | {"nearest": [_summary(one) for one in _nearest(shape, wanted, gpus)]}
     return record | {
-        "gpu": found.setup.card.name,
-        "tp": found.setup.tp,
-        "flags": found.setup.flags(),
+        "gpu": found.card.name,
+        "tp": found.engine.tp,
+        "flags": flags(found.engine),
         "plan_bytes": asdict(found.plan),
         "kv_bytes_per_token": found.kv_bytes_per_token,
         "kv_tokens": found.num_kv_tokens,
@@ -154,21 +159,24 @@ def _record(shape: ModelShape, found: Sizing | None, setup: Setup, gpus: int | N
 
 
 def _summary(found: Sizing) -> str:
-    setup = found.setup
-    cards = f"{setup.tp} x {setup.card.name}" if setup.tp > 1 else setup.card.name
-    flags = " ".join(setup.flags()) or "no flags"
-    return f"{cards}, {flags}: KV for {found.num_kv_tokens:,} tokens"
+    from ramet.runtime.engine.sizing import flags
+
+    tp, name = found.engine.tp, found.card.name
+    cards, given = f"{tp} x {name}" if tp > 1 else name, " ".join(flags(found.engine)) or "no flags"
+    return f"{cards}, {given}: KV for {found.num_kv_tokens:,} tokens"
 
 
-def _reasons(shape: ModelShape, setup: Setup) -> list[str]:
+def _reasons(shape: ModelShape, engine: EngineConfig) -> list[str]:
     """Why this version cannot do what is sized."""
     found = [shape.reason] if shape.reason is not None else []
-    if setup.quantization not in ("none", "fp8"):
-        found.append(f"{setup.quantization} weights on a GPU are not supported yet")
+    if engine.quantization not in (None, "fp8"):
+        found.append(f"{engine.quantization} weights on a GPU are not supported yet")
     return found
 
 
-def _print(shape: ModelShape, found: Sizing | None, setup: Setup, arguments: argparse.Namespace) -> None:
+def _print(shape: ModelShape, found: Sizing | None, wanted: Wanted, arguments: argparse.Namespace) -> None:
+    from ramet.runtime.engine.sizing import flags
+
     console = Console(highlight=False, soft_wrap=True)
     matrices, others = shape.num_params()
     console.print(f"[bold]{shape.name}[/]: {(matrices + others) / 1e9:.2f} billion weights", end="")
@@ -176,17 +184,17 @@ def _print(shape: ModelShape, found: Sizing | None, setup: Setup, arguments: arg
         active = sum(shape.num_params(is_active=True))
         console.print(f", {active / 1e9:.2f} of them used by a token", end="")
     console.print()
-    for reason in _reasons(shape, setup):
+    for reason in _reasons(shape, wanted[1]):
         console.print(f"  [yellow]{reason}: what follows is arithmetic[/]")
     if found is None:
         count = arguments.tp or arguments.gpus or 8
-        console.print(f"  [bold red]does not fit[/] on {count} x {setup.card.name}")
-        for one in _nearest(shape, setup, arguments.gpus):
+        console.print(f"  [bold red]does not fit[/] on {count} x {wanted[0].name}")
+        for one in _nearest(shape, wanted, arguments.gpus):
             console.print(f"  fits: {_summary(one)}")
         return
     plan = found.plan
-    console.print(f"  [bold green]fits[/] on {found.setup.tp} x {found.setup.card.name}", end="")
-    console.print(f": [bold]ramet serve {shape.name} {' '.join(found.setup.flags())}[/]".rstrip())
+    console.print(f"  [bold green]fits[/] on {found.engine.tp} x {found.card.name}", end="")
+    console.print(f": [bold]ramet serve {shape.name} {' '.join(flags(found.engine))}[/]".rstrip())
     console.print(f"  each card   {plan}")
     console.print(f"  KV          {found.kv_bytes_per_token:,} bytes a token and card, {found.num_kv_tokens:,} tokens")
     console.print(f"  context     {found.context:,} of {shape.config.max_position_embeddings:,}")
@@ -196,13 +204,14 @@ def _print(shape: ModelShape, found: Sizing | None, setup: Setup, arguments: arg
         f"  floors      a step reads the weights in {1e3 * found.decode_floor_s:.2f} ms, "
         f"a prompt's token takes {1e6 * found.prefill_floor_s:.2f} us"
     )
-    if arguments.gpus and arguments.gpus >= 2 * found.setup.tp:
-        console.print(f"  {arguments.gpus} cards    {arguments.gpus // found.setup.tp} replicas")
+    if arguments.gpus and arguments.gpus >= 2 * found.engine.tp:
+        console.print(f"  {arguments.gpus} cards    {arguments.gpus // found.engine.tp} replicas")
 
 
 def markdown(shapes: list[ModelShape]) -> str:
     """The table of the documents: for each card and weight format the fewest cards, and their tokens of KV."""
-    from ramet.runtime.engine.sizing import CARDS, TABLE_CARDS, Setup, smallest
+    from ramet.runtime.engine.config import EngineConfig
+    from ramet.runtime.engine.sizing import CARDS, TABLE_CARDS, smallest
 
     cards = [CARDS[name] for name in TABLE_CARDS]
     lines = [
@@ -210,10 +219,10 @@ def markdown(shapes: list[ModelShape]) -> str:
         "|---|---|" + "---|" * len(cards),
     ]
     for shape in shapes:
-        for name, quantization in (("bf16", "none"), ("FP8", "fp8"), ("4-bit", "int4")):
+        for name, quantization in (("bf16", None), ("FP8", "fp8"), ("4-bit", "int4")):
             cells = []
             for card in cards:
-                found = smallest(shape, Setup(card, quantization=quantization))
+                found = smallest(shape, card, EngineConfig(quantization=quantization))
                 cells.append("–" if found is None else _cell(found))
             lines.append(f"| {shape.name} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -221,5 +230,7 @@ def markdown(shapes: list[ModelShape]) -> str:
 
 def _cell(found: Sizing) -> str:
     """The number of cards and thousands of tokens of KV; a star where flags other than --tp are needed."""
-    needs_flags = any(not flag.startswith(("--tp", "--quantization")) for flag in found.setup.flags())
-    return f"{found.setup.tp} x: {found.num_kv_tokens // 1000:,}k{'*' if needs_flags else ''}"
+    from ramet.runtime.engine.sizing import flags
+
+    needs_flags = any(not flag.startswith(("--tp", "--quantization")) for flag in flags(found.engine))
+    return f"{found.engine.tp} x: {found.num_kv_tokens // 1000:,}k{'*' if needs_flags else ''}"

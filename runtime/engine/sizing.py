@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -116,40 +116,26 @@ class ModelShape:
         return matrices, others
 
 
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """How a model is to be served."""
-
-    card: GpuModel
-    tp: int = 1
-    quantization: str = "none"
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def flags(self) -> list[str]:
-        """The flags of `ramet serve` that differ from their defaults."""
-        engine, default = self.engine, EngineConfig()
-        found = [f"--tp {self.tp}"] if self.tp > 1 else []
-        found += [f"--quantization {self.quantization}"] if self.quantization != "none" else []
-        for name in (
-            "context_length",
-            "kv_cache_dtype",
-            "mem_fraction_static",
-            "chunked_prefill_size",
-            "max_running_requests",
-        ):
-            if getattr(engine, name) != getattr(default, name):
-                found.append(f"--{name.replace('_', '-')} {getattr(engine, name)}")
-        return found
+def flags(engine: EngineConfig) -> list[str]:
+    """The flags of `ramet serve` that differ from their defaults, of those that change what fits."""
+    default = EngineConfig()
+    names = (
+        *("tp", "quantization", "context_length", "kv_cache_dtype", "mem_fraction_static"),
+        *("chunked_prefill_size", "max_running_requests"),
+    )
+    changed = [name for name in names if getattr(engine, name) != getattr(default, name)]
+    return [f"--{name.replace('_', '-')} {getattr(engine, name)}" for name in changed]
 
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """What one replica holds and at best does. Bytes are of each card.
+    """What one replica of an engine holds and at best does. Bytes are of each card.
 
     decode_floor_s: reading a token's weights once. prefill_floor_s: a token's products at the card's peak.
     """
 
-    setup: Setup
+    card: GpuModel
+    engine: EngineConfig
     plan: MemoryPlan
     kv_bytes_per_token: int
     num_kv_tokens: int
@@ -159,28 +145,27 @@ class Sizing:
 
     def num_sequences(self, length: int) -> int:
         """How many sequences of so many tokens fit at once."""
-        return min(self.num_kv_tokens // length, self.setup.engine.max_running_requests)
+        return min(self.num_kv_tokens // length, self.engine.max_running_requests)
 
 
-def size(shape: ModelShape, setup: Setup) -> Sizing:
+def size(shape: ModelShape, card: GpuModel, engine: EngineConfig) -> Sizing:
     """Divide the memory of each card.
 
     Raises:
         OutOfMemory: it does not fit; the message has the parts. ConfigError: `tp` does not divide the model.
     """
-    whole, engine = shape.config, setup.engine
-    check_size(whole, setup.tp)
+    whole = shape.config
+    check_size(whole, engine.tp)
     if engine.context_length is not None and engine.context_length > whole.max_position_embeddings:
         raise ConfigError(
             f"context_length is {engine.context_length:,} but the model was trained for "
             f"{whole.max_position_embeddings:,}; lower --context-length"
         )
-    config = Share(0, setup.tp).config(whole)
+    config = Share(0, engine.tp).config(whole)
     matrices, others = shape.num_params(config)
-    bits = WEIGHT_BITS[setup.quantization]
+    bits = weight_bits(engine)
     weights = int(matrices * bits / 8) + others * 2
-    outside = ASSUMED_BYTES["driver"] + (ASSUMED_BYTES["communication"] if setup.tp > 1 else 0)
-    card = setup.card
+    outside = ASSUMED_BYTES["driver"] + (ASSUMED_BYTES["communication"] if engine.tp > 1 else 0)
     kv_bytes = bytes_per_token(config, torch.bfloat16 if engine.kv_cache_dtype == "auto" else FP8)
     reading = MemoryReading(card.total, card.total - outside - weights, weights, weights)
     graphs = ASSUMED_BYTES["graphs"] if engine.cuda_graph else 0
@@ -197,7 +182,8 @@ def size(shape: ModelShape, setup: Setup) -> Sizing:
     read = active * bits / 8 + head * 2
     peak = card.fp8_flops if bits == 8 and card.fp8_flops else card.flops
     return Sizing(
-        setup,
+        card,
+        engine,
         plan,
         kv_bytes,
         num_tokens,
@@ -205,6 +191,11 @@ def size(shape: ModelShape, setup: Setup) -> Sizing:
         read / card.bytes_per_s,
         2 * active / peak,
     )
+
+
+def weight_bits(engine: EngineConfig) -> float:
+    """Bits of a weight of a layer's matrices."""
+    return WEIGHT_BITS[engine.quantization or "none"]
 
 
 def workspace_bytes(config: ModelConfig, engine: EngineConfig) -> int:
@@ -217,15 +208,15 @@ def workspace_bytes(config: ModelConfig, engine: EngineConfig) -> int:
     return 2 * tokens * values + logits_bytes(engine.max_running_requests, config.vocab_size)
 
 
-def fitting(shape: ModelShape, setup: Setup) -> Sizing | None:
-    """Find flags with which a model fits on `setup`'s cards with KV for its context, or for a useful one.
+def fitting(shape: ModelShape, card: GpuModel, engine: EngineConfig) -> Sizing | None:
+    """Find flags with which a model fits on such cards with KV for its context, or for a useful one.
 
     Of those, the first that is least unlike the defaults. None: nothing fits.
     """
-    wanted = setup.engine.context_length or min(shape.config.max_position_embeddings, _USEFUL_TOKENS)
-    for engine in _engines(setup.engine):
+    wanted = engine.context_length or min(shape.config.max_position_embeddings, _USEFUL_TOKENS)
+    for other in _engines(engine):
         try:
-            found = size(shape, replace(setup, engine=engine))
+            found = size(shape, card, other)
         except OutOfMemory:
             continue
         if found.num_kv_tokens >= wanted:
@@ -245,28 +236,29 @@ def _engines(engine: EngineConfig) -> Iterator[EngineConfig]:
         )
 
 
-def smallest(shape: ModelShape, setup: Setup, max_tp: int = _MAX_TP) -> Sizing | None:
+def smallest(shape: ModelShape, card: GpuModel, engine: EngineConfig, max_tp: int = _MAX_TP) -> Sizing | None:
     """Find the lowest `tp`, a power of two up to `max_tp`, with which a model fits on cards of this kind."""
     for tp in (2**n for n in range(max_tp.bit_length())):
         if tp <= max_tp and fits(shape.config, tp):
-            found = fitting(shape, replace(setup, tp=tp))
+            found = fitting(shape, card, replace(engine, tp=tp))
             if found is not None:
                 return found
     return None
 
 
-def nearest(shape: ModelShape, setup: Setup, max_tp: int = _MAX_TP) -> list[Sizing]:
-    """What fits if `setup` does not: more cards of the kind, fewer bits a weight, a shorter context, a larger card."""
-    found = [smallest(shape, setup, max_tp)]
-    bits = WEIGHT_BITS[setup.quantization]
-    fewer = (name for name in ("fp8", "int4") if WEIGHT_BITS[name] < bits)
-    found += [smallest(shape, replace(setup, quantization=name), max_tp) for name in fewer]
-    if setup.engine.context_length is not None:
-        shorter = fitting(shape, replace(setup, engine=replace(setup.engine, context_length=None)))
+def nearest(shape: ModelShape, card: GpuModel, engine: EngineConfig, max_tp: int = _MAX_TP) -> list[Sizing]:
+    """What fits where an engine does not: more cards of the kind, fewer bits a weight, a shorter context, a larger
+    card.
+    """
+    found = [smallest(shape, card, engine, max_tp)]
+    fewer = (name for name in ("fp8", "int4") if WEIGHT_BITS[name] < weight_bits(engine))
+    found += [smallest(shape, card, replace(engine, quantization=name), max_tp) for name in fewer]
+    if engine.context_length is not None:
+        shorter = fitting(shape, card, replace(engine, context_length=None))
         if shorter is not None:
-            engine = replace(shorter.setup.engine, context_length=shorter.num_kv_tokens // 1024 * 1024)
-            found.append(size(shape, replace(shorter.setup, engine=engine)))
-    larger = sorted((card for card in CARDS.values() if card.total > setup.card.total), key=lambda card: card.total)
-    on_larger = (smallest(shape, replace(setup, card=card, tp=1), max_tp) for card in larger)
+            length = shorter.num_kv_tokens // 1024 * 1024
+            found.append(size(shape, card, replace(shorter.engine, context_length=length)))
+    larger = sorted((other for other in CARDS.values() if other.total > card.total), key=lambda other: other.total)
+    on_larger = (smallest(shape, other, replace(engine, tp=1), max_tp) for other in larger)
     found.append(next(filter(None, on_larger), None))
     return [one for one in found if one is not None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 from ramet.errors import BrokenModelFile, ConfigError, OutOfMemory, UnsupportedArchitecture
 from ramet.runtime.engine.config import EngineConfig
-from ramet.runtime.engine.sizing import CARDS, ModelShape, Setup, fitting, nearest, size, smallest
+from ramet.runtime.engine.sizing import CARDS, ModelShape, fitting, flags, nearest, size, smallest
 from ramet.runtime.steps.kv_cache import bytes_per_token
 
 CONFIGS = Path(__file__).parents[3] / "benchmarks" / "model_configs"
@@ -46,64 +45,61 @@ def test_a_configuration_alone_tells_the_number_of_weights(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "card", "tp", "quantization"),
     [
-        ("Llama-2-7b", "rtx4090", 1, "none"),
-        ("Llama-2-13b", "a100-40gb", 1, "none"),
+        ("Llama-2-7b", "rtx4090", 1, None),
+        ("Llama-2-13b", "a100-40gb", 1, None),
         ("Llama-3.3-70B", "h100", 1, "fp8"),
-        ("Llama-3.3-70B", "h100", 2, "none"),
+        ("Llama-3.3-70B", "h100", 2, None),
         ("Llama-3.1-405B", "h100-nvl", 8, "fp8"),
     ],
 )
-def test_the_rows_of_deployment_guides_fit(name: str, card: str, tp: int, quantization: str) -> None:
-    found = fitting(shape(name), Setup(CARDS[card], tp, quantization))
+def test_the_rows_of_deployment_guides_fit(name: str, card: str, tp: int, quantization: str | None) -> None:
+    found = fitting(shape(name), CARDS[card], EngineConfig(tp=tp, quantization=quantization))
     assert found is not None
     assert found.num_kv_tokens >= 4096
     plan = found.plan
     used = plan.weights + plan.kv + plan.graphs + plan.workspace + plan.others
-    assert used <= found.setup.engine.mem_fraction_static * plan.total + 16 * found.kv_bytes_per_token  # the dummy page
-    again = size(shape(name), found.setup)
+    assert used <= found.engine.mem_fraction_static * plan.total + 16 * found.kv_bytes_per_token  # the dummy page
+    again = size(shape(name), found.card, found.engine)
     assert again == found
-    wanted = [f"--tp {tp}"] * (tp > 1) + [f"--quantization {quantization}"] * (quantization != "none")
-    assert found.setup.flags()[: len(wanted)] == wanted
+    wanted = [f"--tp {tp}"] * (tp > 1) + [f"--quantization {quantization}"] * (quantization is not None)
+    assert flags(found.engine)[: len(wanted)] == wanted
 
 
 def test_what_does_not_fit_says_what_does() -> None:
-    setup = Setup(CARDS["rtx4090"])
+    setup = CARDS["rtx4090"], EngineConfig()
     with pytest.raises(OutOfMemory, match="weights take 131"):
-        size(shape("Llama-3.3-70B"), setup)
-    assert fitting(shape("Llama-3.3-70B"), setup) is None
-    others = nearest(shape("Llama-3.3-70B"), setup)
-    assert [(one.setup.card.name, one.setup.tp) for one in others] == [
+        size(shape("Llama-3.3-70B"), *setup)
+    assert fitting(shape("Llama-3.3-70B"), *setup) is None
+    others = nearest(shape("Llama-3.3-70B"), *setup)
+    assert [(one.card.name, one.engine.tp) for one in others] == [
         ("rtx4090", 8),
         ("rtx4090", 4),  # FP8
         ("rtx4090", 2),  # 4 bits
         ("a100-40gb", 4),
     ]
-    assert smallest(shape("Llama-3.1-405B"), setup) is None
+    assert smallest(shape("Llama-3.1-405B"), *setup) is None
 
 
 def test_a_context_that_does_not_fit_is_shortened() -> None:
-    setup = Setup(CARDS["h100"], engine=EngineConfig(context_length=32_768))
-    assert fitting(shape("Llama-3.3-70B"), replace(setup, quantization="fp8")) is None
-    lengths = [
-        one.setup.engine.context_length
-        for one in nearest(shape("Llama-3.3-70B"), replace(setup, quantization="fp8"), max_tp=1)
-    ]
+    setup = CARDS["h100"], EngineConfig(context_length=32_768, quantization="fp8")
+    assert fitting(shape("Llama-3.3-70B"), *setup) is None
+    lengths = [one.engine.context_length for one in nearest(shape("Llama-3.3-70B"), *setup, max_tp=1)]
     assert any(length is not None and 2048 <= length < 32_768 for length in lengths)
 
 
 def test_flags_that_leave_more_room_are_taken_only_where_needed() -> None:
-    engine = EngineConfig(context_length=16_384)
-    found = fitting(shape("Llama-3.3-70B"), Setup(CARDS["h100"], 1, "fp8", engine))
+    engine = EngineConfig(context_length=16_384, quantization="fp8")
+    found = fitting(shape("Llama-3.3-70B"), CARDS["h100"], engine)
     assert found is not None
-    assert "--mem-fraction-static 0.95" in found.setup.flags()
+    assert "--mem-fraction-static 0.95" in flags(found.engine)
     assert found.num_kv_tokens >= 16_384
-    small = fitting(shape("Llama-3.1-8B"), Setup(CARDS["h100"]))
+    small = fitting(shape("Llama-3.1-8B"), CARDS["h100"], EngineConfig())
     assert small is not None
-    assert small.setup.flags() == []
+    assert flags(small.engine) == []
 
 
 def test_kv_and_floors_are_the_known_ones() -> None:
-    found = size(shape("Llama-3.1-8B"), Setup(CARDS["h100"]))
+    found = size(shape("Llama-3.1-8B"), CARDS["h100"], EngineConfig())
     assert found.kv_bytes_per_token == bytes_per_token(shape("Llama-3.1-8B").config, torch.bfloat16) == 131_072
     assert math.isclose(found.decode_floor_s, 15.0e9 / 3.35e12, rel_tol=0.01)  # without the token table
     assert 14e-6 < found.prefill_floor_s < 22.2e-6  # measured: 22.2 us
@@ -111,7 +107,7 @@ def test_kv_and_floors_are_the_known_ones() -> None:
 
 
 def test_kv_heads_are_repeated_where_there_are_fewer_than_cards() -> None:
-    four, eight = (size(shape("Qwen3-235B-A22B"), Setup(CARDS["b200"], tp)) for tp in (4, 8))
+    four, eight = (size(shape("Qwen3-235B-A22B"), CARDS["b200"], EngineConfig(tp=tp)) for tp in (4, 8))
     assert four.kv_bytes_per_token == eight.kv_bytes_per_token
     assert four.plan.weights > 1.9 * eight.plan.weights
 
@@ -125,9 +121,9 @@ def test_a_token_uses_its_experts_alone() -> None:
 
 def test_wrong_configurations_say_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match="--tp may be 1, 2, 4, 8"):
-        size(shape("Llama-3.1-8B"), Setup(CARDS["h100"], 3))
+        size(shape("Llama-3.1-8B"), CARDS["h100"], EngineConfig(tp=3))
     with pytest.raises(ConfigError, match="trained for 4,096"):
-        size(shape("Llama-2-7b"), Setup(CARDS["h100"], engine=EngineConfig(context_length=8192)))
+        size(shape("Llama-2-7b"), CARDS["h100"], EngineConfig(context_length=8192))
     with pytest.raises(UnsupportedArchitecture, match="MambaForCausalLM"):
         ModelShape.from_hf("mamba", {"architectures": ["MambaForCausalLM"]})
     lacking = fields("Qwen3-235B-A22B")
@@ -145,7 +141,7 @@ def test_a_70b_in_fp8_has_room_for_40_000_tokens_of_fp8_keys_and_values_on_one_c
     engine = EngineConfig(mem_fraction_static=0.95, chunked_prefill_size=1024, max_running_requests=64)
     tokens = {}
     for kv_cache_dtype in ("auto", "fp8_e4m3"):
-        setup = Setup(CARDS["h100"], 1, "fp8", engine.changed({"kv_cache_dtype": kv_cache_dtype}))
-        tokens[kv_cache_dtype] = size(shape("Llama-3.3-70B"), setup).num_kv_tokens
+        changed = engine.changed({"kv_cache_dtype": kv_cache_dtype, "quantization": "fp8"})
+        tokens[kv_cache_dtype] = size(shape("Llama-3.3-70B"), CARDS["h100"], changed).num_kv_tokens
     assert tokens["fp8_e4m3"] >= 40_000
     assert tokens["fp8_e4m3"] / tokens["auto"] == pytest.approx(256 / 129, rel=0.01)
