@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -10,6 +11,10 @@ from ramet.errors import InvalidRequest
 from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
 
 Tokenization: TypeAlias = Literal["canonical", "any"]
+
+INT = r"-?(?:0|[1-9][0-9]{0,14})"
+FLOAT = INT + r"(?:\.[0-9]{1,15})?"
+_LONGEST = {INT: 1 + 15, FLOAT: 1 + 15 + 1 + 15}
 
 
 class Constraint(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -32,3 +37,9 @@ class Constraint(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
         if self.form != AS_CONFIGURED and self.kind not in ("json_schema", "tools", "structural_tag", "grammar"):
             name = next(iter(self.form.said()))
             raise InvalidRequest(f"{name} is of JSON, but a {self.kind} has none; leave it out", param=name)
+
+    def longest(self) -> int | None:
+        """Return the number of bytes of the longest text: of choices, and of numbers. None: it is not known."""
+        if self.kind == "choice":
+            return max(len(str(text).encode()) for text in json.loads(self.source))
+        return _LONGEST.get(self.source) if self.kind == "regex" else None

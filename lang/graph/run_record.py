@@ -47,6 +47,8 @@ class RunRecord:
             if node.run_by == "runner":
                 continue
             state = "not run" if event is None else event.kind
+            if event is not None and event.error is not None:
+                state = "cancelled" if event.error.is_cancelled else "failed"
             usage = ir.Usage() if event is None or event.usage is None else event.usage
             what = (node.kind_name, node.label or node.id, node.line.rpartition("/")[2], state)
             cells = (*what, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)

@@ -8,7 +8,6 @@ paths in the same `Trie` are equal exactly if they have the same position.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -448,11 +447,25 @@ def _encode(target: Target, run: list[TextPart], add_special: bool, continues: b
 def generated_limits(node: ir.Generate, target: Target) -> tuple[int, int | None]:
     """Return the most tokens and bytes that a generation can write."""
     limit = min(node.sampling.max_tokens or target.default_max_tokens, target.context_length)
-    fixed = _longest_choice(node.constraint)
+    fixed = None if node.constraint is None else node.constraint.longest()
     if fixed is not None:
-        return min(limit, fixed), fixed
-    # An invalid UTF-8 byte becomes a character of three bytes.
-    return limit, 3 * limit * target.max_token_bytes
+        is_choice = node.constraint is not None and node.constraint.kind == "choice"
+        fixed += node.is_typed  # it may begin with a space
+        return min(limit, fixed + (not is_choice)), fixed  # the end of a number is a token, too
+    most = limit * target.max_text_bytes
+    if node.type == "str":
+        most = min(
+            [most, *(4 * characters for characters in map(_most_characters, node.checks) if characters is not None)]
+        )
+    return limit, most
+
+
+def _most_characters(check: ir.Check) -> int | None:
+    """Return the most characters of a text that passes a check, or None."""
+    if check.kind == "all":
+        return min((most for most in map(_most_characters, check.of) if most is not None), default=None)
+    is_length = check.kind == "length" and check.unit == "characters" and check.at_most is not None
+    return int(check.at_most) if is_length and check.at_most is not None else None
 
 
 def _has_prefixes(paths: Sequence[tuple[Item, ...]]) -> bool:
@@ -460,12 +473,6 @@ def _has_prefixes(paths: Sequence[tuple[Item, ...]]) -> bool:
     if any(isinstance(item, Opaque) for path in paths for item in path):
         return True
     return any(b[: len(a)] == a for i, a in enumerate(paths) for j, b in enumerate(paths) if i != j)
-
-
-def _longest_choice(constraint: ir.Constraint | None) -> int | None:
-    if constraint is None or constraint.kind != "choice":
-        return None
-    return max(len(str(text).encode()) for text in json.loads(constraint.source))
 
 
 def _max_bytes(parts: Sequence[TextPart]) -> int | None:

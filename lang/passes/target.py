@@ -18,7 +18,8 @@ from ramet.lang.graph.ir import AnyNode, Constraint, Marked
 class Target(Protocol):
     """A tokenizer with its chat template, and limits. Passes need nothing else of a runtime.
 
-    `default_max_tokens`: the limit of a generation that sets none. `max_token_bytes`: the length of the longest token.
+    `default_max_tokens`: the limit of a generation that sets none. `max_token_bytes`: the length of the longest token;
+    `max_text_bytes`: of the longest text of a token, whose invalid bytes are three in U+FFFD.
     `opening_tokens`: the number of tokens before a choice that is scored without its prompt. `page_size`: the fewest
     tokens for which a request waits while another request computes them.
     """
@@ -33,6 +34,8 @@ class Target(Protocol):
     def default_max_tokens(self) -> int: ...
     @property
     def max_token_bytes(self) -> int: ...
+    @property
+    def max_text_bytes(self) -> int: ...
     @property
     def stop_strings(self) -> tuple[str, ...]: ...
     @property

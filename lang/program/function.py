@@ -278,7 +278,7 @@ class Function(Generic[P, R]):
         """
         call = self._split(args, kwargs)
         state = self._new_state(call, keep_events=True)
-        stream = Stream(state, var)
+        stream = Stream(state, var, raises=raises(call.options.get("failures", "raise")))
 
         def work() -> None:
             stream.run(lambda: self._record(state, call))
@@ -291,7 +291,7 @@ class Function(Generic[P, R]):
         """`stream` for an event loop."""
         call = self._split(args, kwargs)
         state = self._new_state(call, keep_events=True)
-        stream = Stream(state, var)
+        stream = Stream(state, var, raises=raises(call.options.get("failures", "raise")))
         if self.is_async:
             recording = asyncio.ensure_future(self._arecord(state, call))
         else:

@@ -22,12 +22,15 @@ class Stream:
 
     A variable that is written as JSON comes as its value so far, each time it grows: `{"name": "An"}`, then
     `{"name": "Ann", "age": 4}`. A text or number at its end may still go on. `state[var]` has the type's own value.
-    It ends with the program. It raises the exception of the program's function, or the error of the followed variable.
+    It ends with the program. It raises the exception of the program's function and, unless failures are kept, the error
+    of the followed variable, or in the end that of another node.
     Leaving the iteration early cancels the program.
     """
 
-    def __init__(self, state: State, var: str | None) -> None:
+    def __init__(self, state: State, var: str | None, *, raises: bool = True) -> None:
+        """`raises`: raise errors of nodes, instead of leaving them in the state."""
         self.state = state
+        self._raises = raises
         self._run = state.recorder.run
         self._var = var
         self._json: dict[int, tuple[str, Any]] = {}  # by node: text so far, the last value that was yielded
@@ -131,6 +134,8 @@ class Stream:
                     f"{', '.join(sorted(known)) or 'none'}",
                     program=self._run.options.program,
                 )
+        if self._raises:
+            self._run.check()
 
     def _shown(self, event: ir.NodeEvent) -> Iterator[Any]:
         if self._var is None:
@@ -140,8 +145,9 @@ class Stream:
             return
         if event.kind == "error":
             error = self._run.error_of(event.node)
-            assert error is not None
-            raise error
+            if error is not None and self._raises:
+                raise error
+            return
         node = self._run.nodes[event.node]
         if event.kind == "text" and isinstance(node, ir.Generate) and node.type == "json":
             yield from self._grown(event)

@@ -334,6 +334,12 @@ class Recorder:
         tips = self.run.record_fork(self.tip, width, is_race=is_race)
         return [self._branch(tip, index) for index, tip in enumerate(tips)]
 
+    def spawn(self) -> Recorder:
+        """Return a branch of this run that begins with no text."""
+        self.check_open()
+        self._num_forks += 1
+        return Recorder(self.run, place=(*self.place, self._num_forks, 0), sampling=self.sampling)
+
     def fork_for(self, items: Iterable[T]) -> Iterator[tuple[Recorder, T]]:
         """Split off a branch for each item, when the item comes. Like a fork, but its width is not known before."""
         self.check_open()

@@ -183,6 +183,13 @@ class State(Generic[R]):
         """Split into `n` branches that continue from here and share everything so far. This state continues as well."""
         return Branches(self, [State(branch) for branch in self.recorder.fork(n)])
 
+    def spawn(self) -> State:
+        """Return a branch of this run that shares nothing: for a program beside this one, `ask(s.spawn(), "...")`.
+
+        Its requests run together with the others' of the run, in the same graph; `ask.run("...")` would be waited for.
+        """
+        return State(self.recorder.spawn())
+
     def copy(self) -> State:
         """Return one branch that continues from here. It can also be used in a `with` block."""
         return self.fork(1)[0]

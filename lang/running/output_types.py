@@ -9,6 +9,7 @@ Not here: compiling constraints (grammar/).
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import enum
 import json
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin
 
 from ramet.errors import InvalidRequest, InvalidSchema
 from ramet.grammar.service.python_types import readable, schema_of
+from ramet.lang.graph.constraint import FLOAT, INT
 from ramet.lang.graph.ir import Constraint, NodeEvent
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ Form: TypeAlias = "UnionType | GenericAlias | _SpecialForm | Mapping[str, Any]"
 Kind: TypeAlias = "type[Any] | Form"
 Wire = Literal["str", "int", "float", "bool", "json", "tools", "captures"]
 
-_INT = r"-?(?:0|[1-9][0-9]{0,14})"
-_FLOAT = _INT + r"(?:\.[0-9]{1,15})?"
 _YEAR = r"(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"  # Python's dates begin with year 1
 _DATE = (
     _YEAR + r"-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
@@ -82,6 +82,7 @@ class OutputType:
     from_event: Callable[[NodeEvent], Any] | None = None  # instead of `convert`, if more than the JSON value is needed
     shape: Shape | None = None
     is_json: bool = False  # the value in Python is the JSON value itself, and so are its parts
+    has_plain_fields: bool = False  # its texts, integers, booleans, and lists of these are as they stand in the JSON
 
 
 class Selected(str):
@@ -135,9 +136,9 @@ def output_type(kind: object) -> OutputType:
     if kind is None or kind is str:
         return TEXT
     if kind is int:
-        return OutputType("int", Constraint("regex", _INT), int)
+        return OutputType("int", Constraint("regex", INT), int)
     if kind is float:
-        return OutputType("float", Constraint("regex", _FLOAT), float)
+        return OutputType("float", Constraint("regex", FLOAT), float)
     if kind is bool:
         return OutputType("bool", choice(["true", "false"]), bool)
     if isinstance(kind, Mapping):
@@ -197,6 +198,7 @@ def _by_pydantic(kind: object) -> OutputType:
         lambda value: adapter.validate_json(json.dumps(value)),
         shape=Shape(schema, schema),
         is_json=_is_json(kind),
+        has_plain_fields=_has_plain_fields(kind),
     )
 
 
@@ -208,3 +210,26 @@ def _is_json(kind: object) -> bool:
         assert isinstance(kind, type)
         return all(map(_is_json, typing.get_type_hints(kind, include_extras=True).values()))
     return kind in (str, int, bool)
+
+
+def _has_plain_fields(kind: object) -> bool:
+    """Return whether a dataclass or a pydantic model surely takes its fields from JSON unchanged."""
+    from pydantic import BaseModel
+
+    if not isinstance(kind, type):
+        return False
+    if issubclass(kind, BaseModel):
+        decorators = kind.__pydantic_decorators__
+        validators = (decorators.validators, decorators.field_validators, decorators.root_validators)
+        is_changed = any((*validators, decorators.model_validators))
+        is_changed = is_changed or kind.model_post_init is not BaseModel.model_post_init
+        is_changed = is_changed or any(name.startswith("str_") for name in kind.model_config)
+        fields = kind.model_fields.values()
+        is_changed = is_changed or any(one.metadata or one.alias or one.validation_alias for one in fields)
+        types = [one.annotation for one in fields]
+    elif dataclasses.is_dataclass(kind):
+        is_changed = hasattr(kind, "__post_init__") or hasattr(kind, "__pydantic_config__")
+        types = list(typing.get_type_hints(kind, include_extras=True).values())
+    else:
+        return False
+    return not is_changed and all(_is_json(one) or _has_plain_fields(one) for one in types)

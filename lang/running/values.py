@@ -166,7 +166,7 @@ class NodeSource(Source):
     def items(self, why: str) -> Iterator[Any] | None:
         fields, rest = self._fields()
         item = None if self._shape is None else self._shape.child(0)
-        if not self._output.is_json or item is None or item.kind is None or rest:
+        if not self._is_json(fields) or item is None or item.kind is None or rest:
             return None
         return self._items(fields, why) if self.run.can_follow(self.node) else None
 
@@ -180,12 +180,22 @@ class NodeSource(Source):
 
     def read(self, why: str) -> Any:
         fields, rest = self._fields()
-        if fields and self._output.is_json and self.run.can_follow(self.node):
+        if fields and self._is_json(fields) and self.run.can_follow(self.node):
             for written in self.run.written(self.node, why):
                 found = written.field(fields)
                 if found is not None:
                     return follow(found[0], rest)
         return follow(self.run.read(self.node, self._output, why), self._path)
+
+    def _is_json(self, fields: list[str]) -> bool:
+        """Return whether a field of the value in Python is the one in its JSON."""
+        if self._output.is_json or not self._output.has_plain_fields:
+            return self._output.is_json
+        shape = self._output.shape
+        for name in fields:
+            shape = None if shape is None else shape.child(name)
+        item = None if shape is None else shape.child(0)
+        return shape is not None and (shape.kind is not None or (item is not None and item.kind is not None))
 
     def _fields(self) -> tuple[list[str], tuple[Step, ...]]:
         """Return the names of fields that the path begins with, and its rest."""
@@ -442,6 +452,10 @@ class Value(Readable, Generic[V]):
         return self._source.shown()
 
     __hash__ = Readable.__hash__
+
+
+# Functions written in C (re.findall, json.loads, open) take real texts only, and say the name of what they got.
+Value.__name__ = "Value that is not read yet: use str()"
 
 
 class ValueText(Readable, str):

@@ -499,9 +499,9 @@ class SglFunction:
         `stream`: return at once; `text_iter` of the state follows the text.
         """
         options = _options(kwargs, backend)
+        if all(parameter.name != "failures" for parameter in self._program.parameters):
+            options["failures"] = "keep"  # SGLang's programs leave them in the state
         if not stream:
-            if all(parameter.name != "failures" for parameter in self._program.parameters):
-                options["failures"] = "keep"  # SGLang's programs leave them in the state
             return ProgramState(self._program.run(*args, **options).recorder)
         found = self._program.stream(*args, **options)
         return ProgramState(found.state.recorder, _Events(found))

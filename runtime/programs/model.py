@@ -48,6 +48,7 @@ class ProgramModel:
         self.default_max_tokens = SamplingParams().max_tokens or context_length
         self.token_bytes: Sequence[bytes] = tokenizer.token_bytes
         self.max_token_bytes = max(len(token) for token in self.token_bytes)
+        self.max_text_bytes = max(len(token.decode("utf-8", "replace").encode()) for token in self.token_bytes)
         self.special_tokens: Mapping[str, int] = tokenizer.special_tokens
         self.tokenizer: Tokenizer = BoundedTokenizer(tokenizer, context_length)
         self.marks = RoleMarks(tokenizer.chat_template)

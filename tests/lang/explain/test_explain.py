@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ramet import MockBackend, State, function, gen, select
+from ramet import MockBackend, State, function, gen, length, select
 from ramet.cli.main import main
 from ramet.errors import InvalidRequest
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
@@ -341,3 +341,25 @@ def test_a_cue_before_its_question_is_warned_of(cue: str, late: str, warns: bool
     if warns:
         assert "'Answer:'" in found["warning"].text
         assert "write the cue into the late text" in found["warning"].text
+
+
+def test_a_value_that_is_used_often_is_bounded_by_what_its_text_can_be(backend: MockBackend) -> None:
+    def most_of_prompts(**options: Any) -> float:
+        @function(temperature=0)
+        def program(s: State) -> None:
+            s += "A: " + gen("x", max_tokens=40, **options)
+            for number in range(6):
+                s += f"\n{number}: {s['x']} " + gen(max_tokens=4)
+
+        plan = program.explain(backend=backend)
+        state = program.run(backend=backend)
+        assert state.usage.prompt_tokens <= plan.prompt.at_most
+        return plan.prompt.at_most
+
+    free, short = most_of_prompts(), most_of_prompts(where=length(0, 9))
+    number = most_of_prompts(type=int)
+    assert number < short < free
+    own = 6 * len("\n0:  ") * 6  # more than the program's own text is read by all prompts
+    read = sum(range(1, 7))  # how often the value is read: once more by each of the prompts
+    assert free <= own + 6 * 40 + 6 * 6 * 4 + read * (40 * 3 + 2)
+    assert number <= own + 6 * 18 + 6 * 6 * 4 + read * (17 + 2)

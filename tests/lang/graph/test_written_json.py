@@ -9,18 +9,20 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict, get_origin
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BaseModel, Field, field_validator
 
 from ramet import MockBackend, OpenAI, ProgramError, Remote, State, function, gen
 from ramet.lang.graph import ir
 from ramet.lang.graph.events import NodeEvent, OnEvent
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.graph.written_json import WrittenJson
+from ramet.lang.running.output_types import output_type
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 
@@ -252,6 +254,88 @@ class Typed(TypedDict):
 
 class Loud(TypedDict):
     words: list[Shout]
+
+
+@dataclass
+class Plain:
+    words: list[str]
+    title: str = ""
+
+
+@dataclass
+class Checked:
+    words: list[str]
+
+    def __post_init__(self) -> None:
+        self.words = [word.upper() for word in self.words]
+
+
+class Model(BaseModel):
+    words: list[str]
+    inner: Plain | None = None
+
+
+class Nested(BaseModel):
+    words: list[str]
+    number: int = Field(0, description="how many")
+
+
+class LoudModel(BaseModel):
+    words: list[Shout]
+
+
+class Stripped(BaseModel, str_to_upper=True):
+    words: list[str]
+
+
+class Validated(BaseModel):
+    words: list[str]
+
+    @field_validator("words")
+    @classmethod
+    def loud(cls, words: list[str]) -> list[str]:
+        return [word.upper() for word in words]
+
+
+class After(BaseModel):
+    words: list[str]
+
+    def model_post_init(self, context: object) -> None:
+        self.words = [word.upper() for word in self.words]
+
+
+class Renamed(BaseModel):
+    words: list[str] = Field(alias="Words")
+
+
+@pytest.mark.parametrize("kind", [Plain, Nested])
+def test_a_list_in_a_dataclass_or_a_model_is_followed(kind: Any) -> None:
+    @function(max_tokens=64)
+    def program(s: State) -> list[str]:
+        s += "Items: " + gen("items", kind)
+        return [str(word) for word in s["items"].words]
+
+    state = program.run(backend=MockBackend({"Items": '{"words": ["one", "two"]}'}))
+    assert state.result == ["one", "two"]
+    assert isinstance(state["items"], kind)
+    assert any(isinstance(node, ir.Generate) and node.tells_text for node in state.record.graph.nodes)
+
+
+@pytest.mark.parametrize("kind", [Checked, LoudModel, Stripped, Validated, After])
+def test_a_list_that_its_class_changes_is_not_followed(kind: Any) -> None:
+    @function(max_tokens=64)
+    def program(s: State) -> list[str]:
+        s += "Items: " + gen("items", kind)
+        return [str(word) for word in s["items"].words]
+
+    state = program.run(backend=MockBackend({"Items": '{"words": ["one", "two"]}'}))
+    assert state.result == ["ONE", "TWO"]
+    assert not any(isinstance(node, ir.Generate) and node.tells_text for node in state.record.graph.nodes)
+
+
+def test_a_field_of_another_name_and_one_of_several_types_are_read_at_the_end() -> None:
+    assert not output_type(Renamed).has_plain_fields
+    assert not output_type(Model).has_plain_fields
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ramet import Engine, ProgramError, Remote, State, function, gen
+from ramet import Engine, MockBackend, ProgramError, Remote, State, function, gen
 from ramet.errors import (
     ConfigError,
     ContextOverflow,
@@ -25,6 +25,7 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.options import ProgramOptions
 from ramet.lang.recording.state import State as ProgramState
+from ramet.lang.running.output_types import TEXT
 from ramet.runtime.models.load import LoadedModel
 
 
@@ -331,3 +332,51 @@ def test_rows_keep_their_failures_unless_they_are_to_be_raised_in_their_turn(bac
     assert next(states)["x"]
     with pytest.raises(ProgramError, match="does not parse"):
         next(states)
+
+
+# Streams.
+
+
+def test_a_stream_raises_the_error_of_any_node_in_the_end_unless_failures_are_kept() -> None:
+    @function
+    def program(s: State) -> None:
+        fine, broken = s.fork(2)
+        fine += "fine " + gen("x", max_tokens=3)
+        broken += "bad " + gen("y")
+
+    for options in ({}, {"failures": "raise"}):
+        with (
+            MockBackend(failures={"bad": RuntimeError("no luck")}) as bad,
+            pytest.raises(ProgramError, match="no luck"),
+        ):
+            list(program.stream(backend=bad, **options))
+        with (
+            MockBackend(failures={"bad": RuntimeError("no luck")}) as bad,
+            pytest.raises(ProgramError, match="no luck"),
+        ):
+            list(program.stream(backend=bad, var="y", **options))
+    for var in (None, "y"):
+        with MockBackend(failures={"bad": RuntimeError("no luck")}) as bad:
+            stream = program.stream(backend=bad, failures="keep", var=var)
+            assert bool(list(stream)) == (var is None)
+            assert "no luck" in str(stream.state.error())
+    with MockBackend() as fine, pytest.raises(ConfigError, match="failures is 'never'"):
+        program.stream(backend=fine, failures="never")
+
+
+def test_what_was_cancelled_with_a_failed_node_is_marked_otherwise() -> None:
+    @function
+    def program(s: State) -> None:
+        fine, broken = s.fork(2)
+        fine += "fine " + gen("x", max_tokens=500, ignore_eos=True)
+        broken += "bad " + gen("y")
+
+    with MockBackend(failures={"bad": RuntimeError("no luck")}, latency_s=0.001) as bad:
+        state = program.run(backend=bad, failures="keep")
+    shown = state.record._repr_html_()
+    assert shown.index("cancelled") < shown.index("failed")
+    assert "⊘" in str(state.explain())
+    assert "✗" in str(state.explain())
+    (cancelled,) = (node.id for node in state.record.graph.nodes if node.label == "x")
+    with pytest.raises(ProgramCancelled, match=r"cancelled because node .* failed: no luck"):
+        state.recorder.run.read(cancelled, TEXT, "test")

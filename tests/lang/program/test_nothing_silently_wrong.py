@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import enum
 import json
+import re
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator
@@ -322,3 +323,16 @@ def test_one_of_several_texts_is_the_likeliest_unless_a_temperature_is_set(made:
 
     assert recorded() == temperature
     assert recorded(temperature=0.3) == (0.5 if temperature == 0.5 else 0.3)
+
+
+def test_functions_in_c_say_that_a_value_is_to_be_read_first() -> None:
+    @function
+    def program(s: State) -> None:
+        s += "a" + gen("x", max_tokens=3)
+        for call in (re.findall, json.loads, open, "".startswith, "-".join):
+            argument = ["\\w", s["x"]] if call is re.findall else [[s["x"]] if call == "-".join else s["x"]]
+            with pytest.raises(TypeError, match=r"Value that is not read yet: use str\(\)"):
+                call(*argument)
+        assert re.findall(".+", str(s["x"])) == [s["x"]]
+
+    program.run(backend=MockBackend())

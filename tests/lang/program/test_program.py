@@ -23,7 +23,7 @@ from ramet.errors import (
     ProgramError,
     UndefinedVariable,
 )
-from ramet.lang.graph.ir import Generate, Graph, NodeEvent, Ref, Text
+from ramet.lang.graph.ir import Argument, Generate, Graph, NodeEvent, Ref, Text
 from ramet.lang.recording.state import State
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
@@ -869,6 +869,37 @@ def test_ten_thousand_live_branches_in_one_process(backend: MockBackend) -> None
 
 
 # Branches that compete.
+
+
+def test_a_program_beside_this_one_is_a_root_of_its_own_in_the_same_graph(backend: MockBackend) -> None:
+    @function
+    def ask(s: State, question: str) -> Any:
+        s += f"{question} name? " + gen("name", max_tokens=2)
+        return s["name"]
+
+    @function(temperature=1)
+    def program(s: State) -> Any:
+        s += "Main. "
+        found = [ask(s.spawn(), f"Q{number}") for number in range(3)]
+        aside = s.spawn()
+        with aside.copy() as branch:
+            branch.user("Who?")
+            branch.assistant(gen("who", max_tokens=2))
+        s.join(branch)
+        s += f"{found[0]} and {s['who'][0]}: " + gen("end", max_tokens=2)
+        return found
+
+    state = program.run(seed=3)
+    assert state.record.stages == ()
+    assert state.text().startswith(f"Main. {state.result[0]} and ")
+    roots = [node for node in state.record.graph.nodes if node.parent is None and not isinstance(node, Argument)]
+    assert len(roots) == 1 + 3 + 1
+    seeds = [node.sampling.seed for node in state.record.graph.nodes if isinstance(node, Generate)]
+    assert len(set(seeds)) == len(seeds), "each has its own place"
+    assert program.run(seed=3, stage="always").text() == state.text()
+    assert program.compile(seed=3).run().result == state.result
+    assert program.explain().new.at_least > 0
+    assert state.graph().mermaid()
 
 
 def test_map_gives_every_item_a_branch(backend: MockBackend) -> None:

@@ -62,6 +62,7 @@ leaves = st.one_of(
     st.tuples(st.just("typed"), st.sampled_from([int, bool, Literal["on", "off"], list[bool]])),
     st.tuples(st.just("field"), st.integers(0, 1)),
     st.tuples(st.just("field aside"), st.integers(0, 1)),
+    st.tuples(st.just("spawn"), st.integers(0, 5)),
     st.tuples(st.just("loop"), st.just(0)),
     st.tuples(st.just("first of"), st.just(0)),
     st.tuples(st.just("tools"), st.integers(0, 1)),
@@ -141,6 +142,10 @@ def execute(s: State, program: Sequence[Step], known: list[Any], may_read: bool,
                 other += "> " + gen("pair", Pair, max_tokens=60, temperature=what) + gen(max_tokens=1)
             s += f"<{other['pair'].name}" + gen("g", max_tokens=2) + f"{other['pair'].is_fine}>"
             known.append(s["g"])
+        elif kind == "spawn":
+            beside = s.spawn()
+            beside += f"beside {known[what % len(known)] if known else what}: " + gen("g", max_tokens=3)
+            known.append(beside["g"])
         elif kind == "loop" and may_read:
             s += "= " + gen("l", list[bool], max_tokens=30) + gen(max_tokens=1)
             for number, item in enumerate(s["l"]):
