@@ -46,7 +46,7 @@ class RunRecord:
             event = self.events.get(node.id)
             if node.run_by == "runner":
                 continue
-            state = "not run" if event is None else event.kind
+            state: str = "not run" if event is None else event.kind
             if event is not None and event.error is not None:
                 state = "cancelled" if event.error.is_cancelled else "failed"
             usage = ir.Usage() if event is None or event.usage is None else event.usage
