@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ramet.runtime.models.decoder import Decoder
-from ramet.runtime.models.linear import Linear, LinearMethod, PlainLinear
+from ramet.runtime.models.linear import LinearMethod, PlainLinear
+from ramet.runtime.models.linear_cpu import BlockLinear
 from ramet.runtime.testing.bare_cache import BareCache
 
 GROUP = 128  # columns of a scale; a divisor of it where a matrix has no whole groups
@@ -91,27 +92,31 @@ def calibrate(decoder: Decoder, windows: list[list[int]]) -> dict[str, Tensor]:
     inputs: list[tuple[Tensor, Tensor | None]] = [(decoder.embedding(torch.tensor(ids)), None) for ids in windows]
     found: dict[str, Tensor] = {}
     for layer in decoder.layers:
-        linears = [(linear, _plain(linear)) for linear in layer.linears()]
+        linears = [(linear, linear.method) for linear in layer.linears()]
         hessians = [torch.zeros(linear.in_features, linear.in_features) for linear, _ in linears]
         for (linear, method), hessian in zip(linears, hessians, strict=True):
             linear.method = partial(_observed, method, hessian)
         for x, residual in inputs:
             layer(x, residual, context)
         for (linear, method), hessian in zip(linears, hessians, strict=True):
-            method.weight.copy_(in_4_bits_for(method.weight, hessian))
+            weight = _weight(method)
+            weight.copy_(in_4_bits_for(weight, hessian))
             linear.method = method
-            sizes = [method.weight.shape[0] // len(linear.names)] * len(linear.names)
+            sizes = [weight.shape[0] // len(linear.names)] * len(linear.names)
             if any("self_attn.k_proj" in name for name in linear.names):
                 config = decoder.config
                 sizes = [heads * config.head_dim for heads in (config.num_heads, *[config.num_kv_heads] * 2)]
-            found |= dict(zip(linear.names, method.weight.split(sizes), strict=True))
+            found |= dict(zip(linear.names, weight.split(sizes), strict=True))
         inputs = [layer(x, residual, context) for x, residual in inputs]
     return found
 
 
-def _plain(linear: Linear) -> PlainLinear:
-    assert isinstance(linear.method, PlainLinear), "a calibration begins with plain products"
-    return linear.method
+def _weight(method: LinearMethod) -> Tensor:
+    """The fp32 matrix of a product, in its own memory."""
+    assert isinstance(method, PlainLinear | BlockLinear), method
+    weight = method.weight if isinstance(method, PlainLinear) else method.blocks
+    assert weight.dtype is torch.float32, "a calibration begins with fp32 products"
+    return weight
 
 
 def _observed(method: LinearMethod, hessian: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -95,10 +95,10 @@ def _build_on_cpu(
     stream = KernelStream()
     if quantization == "fp8":
         storage: Storage = Fp8Storage(weights, device, torch.float32 if dtype == "auto" else dtype)
-    elif quantization is not None or dtype == "auto":
-        storage = block_storage(weights, device, dtype, quantization, stream)
-    else:
+    elif quantization is None and isinstance(dtype, torch.dtype) and dtype is not torch.float32:
         storage = Storage(weights, device, dtype)
+    else:
+        storage = block_storage(weights, device, dtype, quantization, stream)
     chosen = ops or cpu_ops(stream, storage.dtype, config.head_dim)
     if config.experts is not None:
         chosen = dataclasses.replace(chosen, make_record=None)  # the host reads which experts compute

@@ -1,12 +1,12 @@
-"""Products on the CPU with weights in blocks of 32: a GGUF file's blocks, blocks rounded by Ramet, or 16-bit weights.
+"""Products on the CPU with weights in blocks of 32: a GGUF file's blocks, blocks rounded by Ramet, 16 or 32 bits.
 
 Quantised weights have fast products, if the CPU has the instructions. Activations are rounded to int8 in groups of 32,
 as in llama.cpp (`kernels/cpu/block_int8.py`). Where the CPU has AMX, oneDNN computes prompts in bfloat16 instead, with
 a dequantised copy in its own layout. Without AMX that is slower: on an AMD EPYC it had 0.64 to 0.86 of int8's speed,
 for 65 to 1,000 tokens and matrices from 576 x 3,072 to 4,096 x 14,336. On other CPUs, and for few tokens with 16-bit
 weights, a product decodes its weights in registers (`kernels/cpu/block_linear.py`); it is as exact as an fp32 product
-with the dequantised weights. Only a product's inputs (and oneDNN's output) are rounded: the residual, norms, attention
-and the KV cache stay in fp32.
+with the dequantised weights. The same kernel multiplies few tokens with fp32 weights, and torch many. Only a product's
+inputs (and oneDNN's output) are rounded: the residual, norms, attention and the KV cache stay in fp32.
 
 SmolLM2 on 1,000 tokens of prose and licence against exact products: int8 has the same best token at 95.9 % of
 positions (KL 0.0036, perplexity 33.3), bfloat16 at 96.5 % (0.0010, 33.4; exact 33.4). On 8,000 tokens of licences
@@ -45,7 +45,9 @@ from ramet.runtime.models.linear import Embedding, LinearMethod, PlainLinear, St
 from ramet.runtime.models.weights import Weights
 
 _MAX_EXACT_TOKENS = 4  # above, a bfloat16 product is faster
+_MAX_FP32_TOKENS = 32  # what a recorded step has; up to 8, MKL takes 1.5 to 4 times as long on an AMD EPYC
 _MAX_INT8_TOKENS = 32  # with AMX, bfloat16 takes a third less time for 48 tokens, but a sixth more for 16
+_PLAIN = ("BF16", "F32")  # numbers, not blocks
 QUANTIZATIONS = {"int8": "Q8_0", "int4": "Q4_1", "gguf": None}
 
 
@@ -82,7 +84,7 @@ class BlockLinear:
     @property
     def rounds(self) -> bool:
         """Whether products of many tokens round to bfloat16."""
-        return self.many is not self.few
+        return self.many is not self.few and self.block_format != "F32"
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         is_few = x.shape[0] <= self.max_few and x.dtype is torch.float32
@@ -155,22 +157,22 @@ class BlockStorage(Storage):
             if self.must_be_quantized:
                 raise ConfigError(
                     f"quantization is 'gguf' but {names[0]} is not stored in blocks of type "
-                    f"{', '.join(name for name in FORMATS if name != 'BF16')}; use int8 or int4, or leave it out"
+                    f"{', '.join(name for name in FORMATS if name not in _PLAIN)}; use int8 or int4, or leave it out"
                 )
         parts = [self.weights[name] for name in names]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         is_stored = self.weights.quantized(names[0]) is not None
         is_original = self.block_format is None and weight.dtype is torch.float32 and not is_stored
-        if weight.shape[1] % 32 or is_original:
+        if weight.shape[1] % 32:
             return weight.float().contiguous()
-        block_format = self.block_format or "BF16"
+        block_format = self.block_format or ("F32" if is_original else "BF16")
         return quantize(weight, block_format), block_format
 
     def _stored_blocks(self, names: Sequence[str]) -> tuple[Tensor, str] | None:
         tensors = [self.weights.quantized(name) for name in names]
         formats = {None if tensor is None else tensor.kind.name for tensor in tensors}
         block_format = formats.pop()
-        if formats or block_format not in FORMATS or block_format == "BF16":
+        if formats or block_format not in FORMATS or block_format in _PLAIN:
             return None
         return torch.cat(
             [torch.from_numpy(tensor.by_row().copy()) for tensor in tensors if tensor is not None]
@@ -178,6 +180,9 @@ class BlockStorage(Storage):
 
     def _product(self, blocks: Tensor, block_format: str) -> BlockLinear:
         """The fastest products on this CPU. The blocks are freed if no product reads them."""
+        if block_format == "F32":
+            exact = exact_product(self.stream, blocks, block_format)
+            return BlockLinear(block_format, blocks, exact, _MAX_FP32_TOKENS, PlainLinear(blocks))
         rounds = self.features.bf16
         if self.features.int8 and block_int8.takes(block_format, blocks.shape[0]):
             packed = self.memory.move(block_int8.pack(blocks, block_format, blocks.shape[0]))
@@ -205,11 +210,12 @@ def block_storage(
         raise ConfigError(f"quantization is {quantization!r} but must be one of {', '.join(QUANTIZATIONS)}, or None")
     if dtype not in ("auto", torch.float32):
         raise ConfigError(f"quantization {quantization!r} computes in float32; dtype is {dtype}, make it auto")
+    stored = None if dtype == "auto" else "F32"
     return BlockStorage(
         weights,
         device,
         torch.float32,
-        None if quantization is None else QUANTIZATIONS[quantization],
+        stored if quantization is None else QUANTIZATIONS[quantization],
         quantization == "gguf",
         CpuFeatures.detect(),
         stream,

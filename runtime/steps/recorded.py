@@ -2,8 +2,8 @@
 
 A program is recorded when its size first occurs, which costs about as much as the step itself. New tokens of a prompt
 run as decode rows of one sequence: each layer writes the keys of all of them before any row attends, and each row's KV
-length limits the keys that it sees. A decoder whose products do not all run on Ramet's kernels (fp32 weights, batches
-that a library multiplies) has no program and runs eagerly.
+length limits the keys that it sees. A step whose products do not all run on Ramet's kernels (sizes that a library
+multiplies) has no program and runs eagerly.
 """
 
 from __future__ import annotations

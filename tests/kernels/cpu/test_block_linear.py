@@ -12,8 +12,8 @@ from ramet.kernels.cpu.program import KernelStream
 
 
 def blocks_of(weight: torch.Tensor, block_format: str) -> torch.Tensor:
-    if block_format == "BF16":
-        return weight.bfloat16()
+    if block_format in ("BF16", "F32"):
+        return quantize(weight, block_format)
     return torch.from_numpy(quants.quantize(weight.numpy(), GGMLQuantizationType[block_format]))
 
 
@@ -33,6 +33,17 @@ def test_products_equal_the_reference(block_format: str, num_tokens: int, thread
     expected = block_linear_reference(x, blocks, block_format, 37, bias)
     difference = (actual - expected).abs()
     assert difference.max() < 1e-4, f"max {difference.max():.2e}, mean {difference.mean():.2e}"
+
+
+@pytest.mark.parametrize("block_format", FORMATS)
+def test_a_token_has_the_same_product_alone_and_in_groups_of_every_size(block_format: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = blocks_of(torch.randn(39, 96, generator=generator), block_format)
+    x, stream = torch.randn(21, 96, generator=generator), KernelStream()
+    alone = torch.cat([block_linear(stream, row[None], blocks, block_format, 39) for row in x])
+    for num_tokens in (2, 3, 4, 6, 8, 13, 21):
+        together = block_linear(stream, x[:num_tokens], blocks, block_format, 39)
+        assert torch.equal(together, alone[:num_tokens]), num_tokens
 
 
 @pytest.mark.parametrize("block_format", ["Q4_0", "Q4_1", "Q8_0"])

@@ -32,6 +32,22 @@ def storage(block_format: str | None, features: CpuFeatures, weight: torch.Tenso
     return BlockStorage(weights, CPU, torch.float32, block_format, False, features, KernelStream())
 
 
+def test_few_tokens_with_fp32_weights_have_a_kernel_and_many_are_torchs() -> None:
+    weight, bias = draw(48, 64), draw(48, seed=1)
+    weights = Weights.from_tensors({"a": weight[:20].bfloat16(), "b": weight[20:]})
+    method = block_storage(weights, CPU, torch.float32, None, KernelStream()).matrix(["a", "b"])
+    assert isinstance(method, BlockLinear)
+    held = torch.cat([weight[:20].bfloat16().float(), weight[20:]])
+    assert torch.equal(method.blocks, held)
+    for num_tokens in (1, 8, 32, 33):
+        x = draw(num_tokens, 64, seed=num_tokens)
+        torch.testing.assert_close(method(x, bias), F.linear(x, held, bias), rtol=1e-5, atol=1e-5)
+    many = draw(33, 64)
+    assert torch.equal(method(many, bias), F.linear(many, held, bias))
+    alone = torch.cat([method(row[None], bias) for row in many[:32]])
+    assert torch.equal(method(many[:32], bias), alone)
+
+
 @pytest.mark.parametrize("block_format", ["Q8_0", "Q4_1", "BF16"])
 @pytest.mark.parametrize(
     ("bf16", "int8", "tiles"),
@@ -89,8 +105,9 @@ def test_sixteen_bit_files_are_held_in_bfloat16_and_fp32_files_stay_as_they_are(
     assert method.block_format == "BF16"
     weight = draw(48, 64)
     kept = storage(None, NONE, weight).matrix(["a", "b"])
-    assert isinstance(kept, PlainLinear)
-    assert torch.equal(kept.weight, weight)
+    assert isinstance(kept, BlockLinear)
+    assert torch.equal(kept.blocks, weight)
+    assert not kept.rounds
     assert torch.equal(storage(None, NONE, weight).embedding("a", 1.0)[0](torch.arange(8)), weight[:8])
 
 

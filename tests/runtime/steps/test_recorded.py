@@ -200,11 +200,13 @@ def test_sizes_of_steps_with_new_tokens_share_programs() -> None:
 
 
 @torch.inference_mode()
-def test_a_decoder_of_torch_products_has_no_program() -> None:
+def test_steps_with_torch_products_have_no_program() -> None:
+    """Of fp32 weights, torch multiplies more than 32 tokens."""
     decoder = dummy_decoder(config_from_hf(SMALL_MODELS["llama"]), "cpu", torch.float32)
     steps = Both(decoder, 2).steps
-    assert steps.get(2) is None
-    assert steps.get_extend(2, 0) is None
+    assert steps.get(32) is not None
+    assert steps.get(33) is None
+    assert steps.get_extend(2, 0) is not None
 
 
 def test_no_step_imports_torchs_compiler() -> None:
