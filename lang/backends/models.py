@@ -8,6 +8,7 @@ its own chat template and tokens.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from ramet.lang.graph import ir
 from ramet.lang.graph.events import OnEvent
 from ramet.lang.graph.following import children_of, followers
 from ramet.lang.graph.options import ProgramOptions
+
+logger = logging.getLogger(__name__)
 
 
 class Models(Backend):
@@ -198,14 +201,20 @@ class ModelsSession:
         if ended is not None:
             self._models.answers.submit(self._answer, share, ended)
         elif provided is not None:
-            self._models.answers.submit(share.session.provide, share.new_id[node.id], *provided)
+            self._models.answers.submit(self._provide, share, node.id, *provided)
         return self._on_event(event) if is_news else None
 
     def _answer(self, share: _Share, event: ir.NodeEvent) -> None:
         """Tell a session how a node of another one ended."""
-        node = share.new_id[event.node]
         if event.error is not None and event.kind == "error":
-            share.session.provide(node, error=event.cause or InvalidProgram(event.error.message))
+            self._provide(share, event.node, None, event.cause or InvalidProgram(event.error.message))
             return
         shown = ir.shown_text(self._nodes[event.node], event.text)
-        share.session.provide(node, {"text": event.text, "value": event.value, "shown": shown})
+        self._provide(share, event.node, {"text": event.text, "value": event.value, "shown": shown}, None)
+
+    def _provide(self, share: _Share, node: int, value: Any, error: Exception | None) -> None:  # Any: JSON
+        try:
+            share.session.provide(share.new_id[node], value, error)
+        except Exception:  # nobody looks at this thread; without the answer, the session would wait for ever
+            logger.exception("the answer for node %d did not reach a model's session; the program is cancelled", node)
+            self.cancel()

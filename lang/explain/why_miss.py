@@ -14,9 +14,10 @@ from ramet.errors import UndefinedVariable
 from ramet.lang.backends.in_process import EngineBackend
 from ramet.lang.backends.protocol import Backend
 from ramet.lang.graph import ir
+from ramet.lang.graph.prompt_tokens import Piece
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.graph.volatile import REORDERED_KEY, SHOWN, volatile
-from ramet.lang.passes.paths import Opaque, Paths, Pending, Point, interpret, tokenise
+from ramet.lang.passes.paths import Opaque, Paths, Point, TextPart, interpret, tokenise
 from ramet.lang.passes.target import Target, target_of
 
 
@@ -133,7 +134,7 @@ def _tokens_before(paths: Paths, target: Target, point: Point) -> list[int]:
     return tokens + _encode(target, point.pending, is_start=not tokens)
 
 
-def _encode(target: Target, pending: Sequence[Pending], *, is_start: bool) -> list[int]:
+def _encode(target: Target, pending: Sequence[Piece[TextPart]], *, is_start: bool) -> list[int]:
     return [item for item in tokenise(target, pending, is_start=is_start) if not isinstance(item, Opaque)]
 
 

@@ -20,11 +20,24 @@ import bisect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
+P = TypeVar("P")  # a text, or what stands for one before a run
 T = TypeVar("T")  # what a text becomes beside special tokens: tokens, or what stands for them before a run
 
 GivenBack: TypeAlias = Callable[[int, int], bytes]
+
+
+class Piece(NamedTuple, Generic[P]):
+    """A piece of text that waits to be tokenised: a text, or what stands for one that is not known yet.
+
+    With `is_markup` (a chat template's text), spellings of special tokens become these tokens. `node`: which added it,
+    for passes.
+    """
+
+    text: P
+    is_markup: bool = False
+    node: int | None = None
 
 
 def special_border(special_tokens: Iterable[str]) -> re.Pattern[str] | None:
@@ -34,23 +47,24 @@ def special_border(special_tokens: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def tokenised(
-    pieces: Sequence[tuple[Any, bool]],  # Any: a text, or what stands for one that is not known yet
-    encode: Callable[[list[Any], bool, bool], Iterable[T]],
+    pieces: Sequence[Piece[P]],
+    encode: Callable[[list[P], bool, bool], Iterable[T]],
     border: re.Pattern[str] | None,
     special_tokens: Mapping[str, int],
     *,
     is_start: bool,
 ) -> list[int | T]:
-    """Return what adjoining pieces become; a piece is its text, and whether it is markup.
+    """Return what adjoining pieces become.
 
     `encode(texts, add_special, continues)` is called for all text between two special tokens. `border`: see
     `special_border`. `is_start`: nothing stands before the pieces. The tokenizer's opening token is then added, unless
     markup comes first, which has its own.
     """
     runs: list[int | list[Any]] = []
-    for text, is_markup in pieces:
-        is_split = is_markup and border is not None and isinstance(text, str)
-        parts = border.split(text) if is_split and border is not None else [text]
+    for text, is_markup, _ in pieces:
+        parts: list[Any] = [text]  # Any: P, and spellings of special tokens
+        if is_markup and border is not None and isinstance(text, str):
+            parts = border.split(text)
         for index, part in enumerate(parts):
             if index % 2:
                 runs.append(special_tokens[part])

@@ -17,7 +17,7 @@ import msgspec
 from ramet.lang.graph import choice_scores, ir
 from ramet.lang.graph.following import beginning, children_of, following, is_ended_by_following
 from ramet.lang.graph.operations import Operation
-from ramet.lang.graph.prompt_tokens import healing, special_border, tokenised
+from ramet.lang.graph.prompt_tokens import Piece, healing, special_border, tokenised
 from ramet.lang.passes.constraints import masked_checks
 from ramet.lang.passes.target import Target
 
@@ -78,15 +78,6 @@ Item: TypeAlias = int | Opaque
 TextPart: TypeAlias = str | Unknown
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """Text that waits to be tokenised, and the node that added it."""
-
-    text: TextPart
-    is_markup: bool
-    node: int
-
-
 # Positions of token paths, by (position before an item, item): equal prefixes have equal positions. Owner: whoever
 # compares paths.
 Trie: TypeAlias = dict[tuple[int, Item], int]
@@ -105,7 +96,7 @@ class Point:
     positions: tuple[int, ...] = ()
     position: int = 0
     count: Count = ZERO
-    pending: tuple[Pending, ...] = ()
+    pending: tuple[Piece[TextPart], ...] = ()
     node: int | None = None
     num_literal: int | None = 0
 
@@ -272,7 +263,7 @@ class _Interpreter:
     # Nodes.
 
     def _append(self, before: Point, node: int, parts: Sequence[TextPart], *, is_markup: bool = False) -> Point:
-        added = tuple(Pending(part, is_markup, node) for part in parts if part != "")
+        added = tuple(Piece(part, is_markup, node) for part in parts if part != "")
         if not added:
             return before
         return Point(before, (), (), before.position, before.count, (*before.pending, *added), node)
@@ -320,7 +311,7 @@ class _Interpreter:
             # A stop string, or the text that follows, may begin inside of a token. What that token holds of the text
             # before is tokenised with the following text.
             rest = Unknown(("rest", self._row, name), self._target.max_token_bytes - 1)
-            point = Point(point, (), (), point.position, point.count, (Pending(rest, False, node.id),), node.id)
+            point = Point(point, (), (), point.position, point.count, (Piece(rest, False, node.id),), node.id)
         return point, (text,)
 
     def _given_back(self, node: ir.Generate, prompt: Point) -> bytes | None:
@@ -397,7 +388,7 @@ class _Interpreter:
 
     # Tokens.
 
-    def _extend(self, before: Point, items: Sequence[Item], node: int) -> Point:
+    def _extend(self, before: Point, items: Sequence[Item], node: int | None) -> Point:
         position, positions, trie = before.position, [], self._found.trie
         for item in items:
             position = trie.setdefault((position, item), len(trie) + 1)
@@ -416,7 +407,7 @@ class _Interpreter:
         return self._flushed[id(before)][0]
 
 
-def _num_literal(pieces: Sequence[Pending], items: Sequence[Item]) -> int | None:
+def _num_literal(pieces: Sequence[Piece[TextPart]], items: Sequence[Item]) -> int | None:
     """Return the number of bytes at the end of tokenised pieces that no chat template wrote; None: it is not known."""
     literal = list(itertools.takewhile(lambda piece: not piece.is_markup, reversed(pieces)))
     if literal and isinstance(items[-1], Opaque):
@@ -424,14 +415,13 @@ def _num_literal(pieces: Sequence[Pending], items: Sequence[Item]) -> int | None
     return sum(len(piece.text.encode()) for piece in literal if isinstance(piece.text, str))
 
 
-def tokenise(target: Target, pieces: Sequence[Pending], *, is_start: bool) -> list[Item]:
+def tokenise(target: Target, pieces: Sequence[Piece[TextPart]], *, is_start: bool) -> list[Item]:
     """Tokenise adjoining pieces as the executor does: special tokens in markup only, all other text in long runs."""
 
     def encoded(run: list[TextPart], add_special: bool, continues: bool) -> list[Item]:
         return _encode(target, run, add_special, continues)
 
-    parts = [(piece.text, piece.is_markup) for piece in pieces]
-    return tokenised(parts, encoded, special_border(target.special_tokens), target.special_tokens, is_start=is_start)
+    return tokenised(pieces, encoded, special_border(target.special_tokens), target.special_tokens, is_start=is_start)
 
 
 def _encode(target: Target, run: list[TextPart], add_special: bool, continues: bool) -> list[Item]:

@@ -512,7 +512,7 @@ class Run:
         """Take an event of a node (see OnEvent). Backends call this."""
         if event.kind == "tool":
             self._call_tool(event)
-        elif event.kind == "call":
+        elif event.kind == "call" and self.outcomes.failure is None:
             call = event.value
             self.tools.begin((event.node, call["index"]), call["tool"], call["arguments"])
         elif event.kind == "error":

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 from ramet.lang.graph.ir import AnyNode, Constraint, Marked
 from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
-from ramet.lang.graph.prompt_tokens import healing, special_border, tokenised
+from ramet.lang.graph.prompt_tokens import Piece, healing, special_border, tokenised
 from ramet.runtime.programs.grammars import ProgramGrammars
-from ramet.runtime.programs.path import Piece
 from ramet.runtime.text.bounded_tokenizer import BoundedTokenizer
 from ramet.runtime.text.role_marks import RoleMarks
 from ramet.runtime.text.tokenizer import Tokenizer
@@ -58,7 +57,7 @@ class ProgramModel:
         self.encode = tokenizer.encode
         self._border = special_border(self.special_tokens)
 
-    def encode_pieces(self, pieces: Sequence[Piece], is_start: bool) -> list[int]:
+    def encode_pieces(self, pieces: Sequence[Piece[str]], is_start: bool) -> list[int]:
         """Return the tokens of adjoining pieces of a branch's text. `is_start`: nothing stands before them."""
 
         def encoded(texts: list[str], add_special: bool, continues: bool) -> list[int]:

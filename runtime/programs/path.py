@@ -11,20 +11,12 @@ import codecs
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
-from ramet.lang.graph.prompt_tokens import GivenBack, takes_space
+from ramet.lang.graph.prompt_tokens import GivenBack, Piece, takes_space
 from ramet.runtime.text.tokenizer import Tokenizer
 
-
-class Piece(NamedTuple):
-    """A piece of text. With `is_markup` (a chat template's text), spellings of special tokens become these tokens."""
-
-    text: str
-    is_markup: bool = False
-
-
-Encode: TypeAlias = Callable[[Sequence[Piece], bool], list[int]]  # pieces, and whether nothing stands before them
+Encode: TypeAlias = Callable[[Sequence[Piece[str]], bool], list[int]]  # pieces, and whether nothing stands before them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,13 +30,13 @@ class Path:
     parent: Path | None = None
     tokens: tuple[int, ...] = ()
     length: int = 0
-    piece: Piece | None = None
+    piece: Piece[str] | None = None
     num_literal: int = 0
 
     @property
-    def pending(self) -> list[Piece]:
+    def pending(self) -> list[Piece[str]]:
         """The text that waits to be tokenised, in pieces. O(pieces)."""
-        found: list[Piece] = []
+        found: list[Piece[str]] = []
         at: Path | None = self
         while at is not None and at.piece is not None:
             found.append(at.piece)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from ramet.errors import InvalidProgram, InvalidRequest
 from ramet.lang.graph import choice_scores, ir
+from ramet.lang.graph.prompt_tokens import Piece
 from ramet.runtime.programs.engine import EngineRequest
 from ramet.runtime.programs.model import ProgramModel
-from ramet.runtime.programs.path import Path, Piece
+from ramet.runtime.programs.path import Path
 from ramet.runtime.types import RequestOutput, SamplingParams
 
 

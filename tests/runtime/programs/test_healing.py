@@ -12,12 +12,13 @@ import pytest
 from ramet import Engine, function, gen
 from ramet.grammar import CompiledGrammar
 from ramet.lang.graph.ir import Constraint
+from ramet.lang.graph.prompt_tokens import Piece
 from ramet.runtime.models.description import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.programs.engine import EngineRequest
 from ramet.runtime.programs.executor import ProgramHost
 from ramet.runtime.programs.model import ProgramModel
-from ramet.runtime.programs.path import Path, Piece
+from ramet.runtime.programs.path import Path
 from ramet.runtime.server.choices import heals
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.testing.dummy import dummy_decoder

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ramet.lang.graph.prompt_tokens import Piece
 from ramet.runtime.programs.model import ProgramModel
-from ramet.runtime.programs.path import Path, Piece, keep_text
+from ramet.runtime.programs.path import Path, keep_text
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.text.tokenizer import Tokenizer
 
@@ -67,7 +68,7 @@ def test_pieces_of_a_chat_are_tokenised_as_the_whole_rendered_chat(smollm2_path:
         {"role": "assistant", "content": "There.\n"},
         {"role": "user", "content": "1234 + 5678 = ?"},
     ]
-    pieces: list[Piece] = []
+    pieces: list[Piece[str]] = []
     for i, message in enumerate(messages):
         role = template.role_text(messages[:i], message["role"])
         pieces.append(Piece(role.before, True))
