@@ -18,12 +18,12 @@ from ramet.kernels.attention.plan import (
     TREE_PROGRAMS_PER_SM,
     TileConfig,
     TreeCostModel,
-    choose_num_splits,
+    choose_num_parts,
     decode_config,
     extend_config,
     tree_config,
 )
-from ramet.kernels.attention.tree import SharedSegment, TreePlan, find_shared_segments, plan_tree
+from ramet.kernels.attention.tree import TreePlan, find_shared_segments, plan_tree
 from ramet.kernels.attention.tree_triton import attention_tree_triton
 
 BANDWIDTH = 3.04e12  # bytes/s read, measured
@@ -188,7 +188,7 @@ def extend_case(args: Options, shape: Shape, lens: list[tuple[int, int]], window
 
 
 def decode_case(args: Options, shape: Shape, lens: list[int], window: int | None = None) -> Case:
-    """Time one token a row over `lens` cached positions: tiles, splits, and both ways to merge."""
+    """Time one token a row over `lens` cached positions: tiles, numbers of parts, and both ways to merge."""
 
     pool = Pool(shape, sum(-(-n // args.page) for n in lens), args.min_cache_bytes, args)
     lists = [pool.take(n) for n in lens]
@@ -211,16 +211,15 @@ def decode_case(args: Options, shape: Shape, lens: list[int], window: int | None
     if window is not None or shape is not LLAMA:
         tiles = tiles[1::2]
     configs = [default, *(c for c in (TileConfig(default.block_m, *t) for t in tiles) if c != default)]
-    auto = choose_num_splits(len(lens), shape.num_kv_heads, max(lens), args.num_sms)
+    auto = choose_num_parts(shape.num_kv_heads, args.num_sms)
 
-    def run(config: TileConfig, splits: int, fused: bool, i: int) -> Tensor:
-        meta = DecodeMetadata(lengths, rows, table, splits, merge_counters=counters if fused else None)
+    def run(config: TileConfig, num_parts: int, fused: bool, i: int) -> Tensor:
+        meta = DecodeMetadata(lengths, rows, table, num_parts, merge_counters=counters if fused else None)
         return attention_decode_triton(q, *pool.caches[i], meta, scale, window, out, config)
 
     variants = [(c, auto, True) for c in configs]
-    longest = -(-max(lens) // 64)
-    for splits in sorted({1, max(1, auto // 2), auto, min(auto * 2, longest), min(auto * 3, longest)}):
-        variants += [(default, splits, fused) for fused in ((True, False) if splits > 1 else (True,))]
+    for num_parts in (1, max(1, auto // 2), auto, auto * 2, auto * 3):
+        variants += [(default, num_parts, fused) for fused in ((True, False) if num_parts > 1 else (True,))]
     variants = list(dict.fromkeys(variants))
 
     def reference() -> Tensor:
@@ -238,7 +237,7 @@ def decode_case(args: Options, shape: Shape, lens: list[int], window: int | None
         visible * element + 4.0 * q.numel(),
         [
             (
-                f"{label(c)} splits {s} {'fused' if f else 'merge'}"
+                f"{label(c)} parts {s} {'fused' if f else 'merge'}"
                 + (" *" if (c, s, f) == (default, auto, True) else ""),
                 partial(run, c, s, f),
             )
@@ -279,9 +278,7 @@ def tree_case(args: Options, name: str, shape: Shape, groups: list[Group], lens:
     group_size = shape.num_heads // shape.num_kv_heads
     segments = find_shared_segments(table.cpu().numpy(), lengths.cpu().numpy(), args.page, lambda n, t: True)
     suffix = sum(lens) - sum((s.end - s.start) * len(s.member_rows) for s in segments)
-    longest = max(n - int(plan_start) for n, plan_start in zip(lens, _starts(segments, len(lens)), strict=True))
-    plain_splits = choose_num_splits(len(lens), shape.num_kv_heads, max(lens), args.num_sms)
-    splits = choose_num_splits(len(lens), shape.num_kv_heads, longest, args.num_sms)
+    num_parts = choose_num_parts(shape.num_kv_heads, args.num_sms)
     default = tree_config(shape.head_dim, q.dtype, group_size)
     tiles = [
         (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3), (128, 32, 8, 7), (64, 64, 4, 3), (64, 64, 4, 5),
@@ -303,24 +300,24 @@ def tree_case(args: Options, name: str, shape: Shape, groups: list[Group], lens:
         return plan
 
     def plain(i: int) -> Tensor:
-        meta = DecodeMetadata(lengths, rows, table, plain_splits, merge_counters=counters)
+        meta = DecodeMetadata(lengths, rows, table, num_parts, merge_counters=counters)
         return attention_decode_triton(q, *pool.caches[i], meta, scale, None, out)
 
-    def tree(plan: TreePlan, num_splits: int, i: int) -> Tensor:
-        meta = DecodeMetadata(lengths, rows, table, num_splits, plan, merge_counters=counters)
+    def tree(plan: TreePlan, num_parts: int, i: int) -> Tensor:
+        meta = DecodeMetadata(lengths, rows, table, num_parts, False, plan, merge_counters=counters)
         return attention_tree_triton(q, *pool.caches[i], meta, plan, scale, out)
 
-    runs: list[tuple[str, Callable[[int], Tensor]]] = [(f"plain splits {plain_splits}", plain)]
+    runs: list[tuple[str, Callable[[int], Tensor]]] = [(f"plain parts {num_parts}", plain)]
     for config in configs:
         for per_sm in (1, 2, 3):
             mark = " *" if config == default and per_sm == TREE_PROGRAMS_PER_SM else ""
-            run = partial(tree, plan_of(config, per_sm, False), splits)
-            runs.append((f"tree {label(config)} x{per_sm} splits {splits}{mark}", run))
+            run = partial(tree, plan_of(config, per_sm, False), num_parts)
+            runs.append((f"tree {label(config)} x{per_sm} parts {num_parts}{mark}", run))
     if not args.dry_run:
         for config in (default, TileConfig(64, 64, 4, 5)):
-            run = partial(tree, plan_of(config, 1, True), splits)
-            runs.append((f"tree {label(config)} x1 splits {splits} side stream", run))
-    runs.append((f"tree {label(default)} x1 splits 1", partial(tree, plan_of(default, 1, False), 1)))
+            run = partial(tree, plan_of(config, 1, True), num_parts)
+            runs.append((f"tree {label(config)} x1 parts {num_parts} side stream", run))
+    runs.append((f"tree {label(default)} x1 parts 1", partial(tree, plan_of(default, 1, False), 1)))
 
     def reference() -> Tensor:
         at = lengths.long() - 1
@@ -346,14 +343,6 @@ def tree_case(args: Options, name: str, shape: Shape, groups: list[Group], lens:
             "rows": len(lens),
         },
     )
-
-
-def _starts(segments: list[SharedSegment], num_rows: int) -> list[int]:
-    starts = [0] * num_rows
-    for segment in segments:
-        for row in segment.member_rows.tolist():
-            starts[row] = max(starts[row], segment.end)
-    return starts
 
 
 def label(config: TileConfig) -> str:
@@ -391,6 +380,7 @@ def all_cases(dry_run: bool, sections: set[str]) -> list[tuple[str, CaseBuilder]
         cases.append(("decode", partial(decode_case, shape=LLAMA, lens=rows)))
     cases += [
         ("decode", lambda a: decode_case(a, LLAMA, [300, 1100, 5000, 700] * 16)),
+        ("decode", lambda a: decode_case(a, LLAMA, [500] * 63 + [16_000])),
         ("decode", lambda a: decode_case(a, LLAMA, [4096] * 16, 1024)),
         ("decode", lambda a: decode_case(a, SMOL, [1000] * 32)),
         ("decode", lambda a: decode_case(a, GEMMA, [1000] * 32)),

@@ -51,7 +51,8 @@ from ramet.runtime.types import Grammar, RequestOutput, SamplingParams
 # What is worth most first: shared prefixes and constraints, where engines differ most, then batch 1 and loads.
 ORDER = [
     "fork@64", "rag@50", "decode1@1", "unique@50", "jsonoff@32", "json@32", "rag@256", "multiturn@50", "agentic@50",
-    "unique@10", "multiturn@256", "agentic@256", "unique@256", "jsonoff@128", "json@128", "jsonoff@1", "json@1",
+    "unique@10", "mixed@64", "multiturn@256", "agentic@256", "unique@256", "jsonoff@128", "json@128", "jsonoff@1",
+    "json@1",
 ]  # fmt: skip
 
 # row -> (the best of the others, first milestone, target, floor); tok/s, but ITL ms for decode1 and a ratio for json

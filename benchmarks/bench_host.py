@@ -114,7 +114,7 @@ def make_engine() -> Engine:
     engine = Engine(model, config)
     core, given = engine._core, engine._core.runner
     costs = {"mode": "auto", "num_sms": 132, "device": given.device, "dtype": torch.bfloat16}
-    tree = TreePlanner(llama_3_1_8b(), config.page_size, config.max_running_requests, **costs)  # type: ignore[arg-type]
+    tree = TreePlanner(llama_3_1_8b(), core.runner.kv_cache.page_size, config.max_running_requests, **costs)  # type: ignore[arg-type]
     parts = decoder, given.kv_cache, given.slots
     core.runner = ModelRunner(*parts, device=given.device, max_kv_len=given.max_kv_len, tree=tree)
     core.runner.capture_graphs(512, nothing)

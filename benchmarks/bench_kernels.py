@@ -5,9 +5,10 @@
 
 Sections: check (each kernel against its reference on fresh random input; a failure makes the exit status 1), small
 (norm, activation, rope, page copy, step inputs), sampling, masks, gemv (small-batch products against cuBLAS, over tile
-sizes), stack (32 layers of products in one graph, as a decode step has them). Times are those of CUDA graph replays,
-each of many launches, over rotating buffers where an operand would stay in the L2 cache; median of 7. GB/s counts each
-input read and each output written once. `--dry-run` walks the same code in Triton's interpreter with toy shapes.
+sizes), gate (gate-up products of larger batches with their activation, in one kernel and in two), stack (32 layers of
+products in one graph, as a decode step has them). Times are those of CUDA graph replays, each of many launches, over
+rotating buffers where an operand would stay in the L2 cache; median of 7. GB/s counts each input read and each output
+written once. `--dry-run` walks the same code in Triton's interpreter with toy shapes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from kernel_cases import (
     DIM,
     DOT_CONFIGS,
     DRY,
+    GATE_ROWS,
     HIDDEN,
     INTER,
     KV_HEADS,
@@ -39,6 +41,7 @@ from kernel_cases import (
     QKV,
     SHAPES,
     SUM_CONFIGS,
+    TILE_CONFIGS,
     VOCAB,
     Record,
     integers,
@@ -57,7 +60,8 @@ from ramet.kernels.grammar.mask import mask_classes
 from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
 from ramet.kernels.layers import activation, gemv, norm, rope
 from ramet.kernels.layers.gemv import GemvConfig
-from ramet.kernels.layers.matmul_invariant import matmul_invariant_triton
+from ramet.kernels.layers.matmul_invariant import gated_product_triton, matmul_invariant_triton
+from ramet.kernels.ops import EARLY_TRITON, TRITON, Ops
 from ramet.kernels.sampling.sample_triton import sample_triton
 from ramet.kernels.slots import copy_pages
 from ramet.kernels.slots import tables as step_inputs
@@ -225,6 +229,22 @@ def gemv_times() -> list[Record]:
     return records
 
 
+def gate_times() -> list[Record]:
+    """The gate-up product of larger batches with the activation behind it: in one kernel, and cuBLAS and a kernel."""
+    records, shape = [], "gate_up+silu"
+    num_bytes = SHAPES["gate_up"][0] * SHAPES["gate_up"][1] * 2
+    weights = [randn(*SHAPES["gate_up"]) for _ in range(copies(num_bytes))]
+    for rows in GATE_ROWS:
+        x = randn(rows, HIDDEN)
+        us = time_us([lambda w=w: activation.silu_and_mul_triton(F.linear(x, w)) for w in weights])  # noqa: B023
+        records.append({**gemv_record(shape, rows, "cuBLAS", us, num_bytes), "section": "gate"})
+        for config in TILE_CONFIGS:
+            calls = [lambda w=w, c=config: gated_product_triton(x, w, c) for w in weights]  # noqa: B023
+            record = gemv_record(shape, rows, config, try_config(calls[0], calls), num_bytes)
+            records.append({**record, "section": "gate"})
+    return records
+
+
 def gemv_record(shape: str, batch: int, config: GemvConfig | str, us: float | str, num_bytes: int) -> Record:
     name = config if isinstance(config, str) else name_of(config)
     outputs, depth = SHAPES[shape.removesuffix("+silu")]
@@ -260,14 +280,14 @@ def stack(gemv_records: list[Record]) -> list[Record]:
                     multiply(name, inter if name == "down" else x, layer[name])
             multiply("head", x, head)
 
-        def separate(x: Tensor = x, attended: Tensor = attended) -> None:
+        def separate(ops: Ops, x: Tensor = x, attended: Tensor = attended) -> None:
             residual = x
             for layer in weights:
-                normed, residual = norm.fused_add_rms_norm_triton(x, residual, gain, 1e-5)
+                normed, residual = ops.fused_add_rms_norm(x, residual, gain, 1e-5, None)
                 F.linear(normed, layer["qkv"])
-                normed, residual = norm.fused_add_rms_norm_triton(F.linear(attended, layer["o"]), residual, gain, 1e-5)
-                x = F.linear(activation.silu_and_mul_triton(F.linear(normed, layer["gate_up"])), layer["down"])
-            F.linear(norm.fused_add_rms_norm_triton(x, residual, gain, 1e-5)[0], head)
+                normed, residual = ops.fused_add_rms_norm(F.linear(attended, layer["o"]), residual, gain, 1e-5, None)
+                x = F.linear(ops.silu_and_mul(F.linear(normed, layer["gate_up"])), layer["down"])
+            F.linear(ops.fused_add_rms_norm(x, residual, gain, 1e-5, None)[0], head)
 
         def folded(early: bool, x: Tensor = x, attended: Tensor = attended, chosen: Any = chosen) -> None:
             cut = {k: dataclasses.replace(v, early_launch=early) if v else None for k, v in chosen.items()}
@@ -286,7 +306,8 @@ def stack(gemv_records: list[Record]) -> list[Record]:
             "products, cuBLAS": lambda: products(lambda _, a, w: F.linear(a, w)),
             "products, ours": ours(False),
             "products, ours, early launch": ours(True),
-            "with norm, silu, residual: cuBLAS + kernels": separate,
+            "with norm, silu, residual: cuBLAS + kernels": lambda: separate(TRITON),
+            "with norm, silu, residual: cuBLAS + kernels, early launch": lambda: separate(EARLY_TRITON),
             "with norm, silu, residual: folded": lambda: folded(False),
             "with norm, silu, residual: folded, early launch": lambda: folded(True),
         }
@@ -304,6 +325,12 @@ def precompile(share: int, num_workers: int) -> None:
     """Compile every product's configuration once into Triton's disk cache; worker `share` of `num_workers`."""
     x1, x2, x16 = (randn(batch, 4096) for batch in (1, 2, 16))
     weight, gain = randn(4096, 4096), randn(4096)
+    wide = randn(512, 4096)
+    for config in TILE_CONFIGS[share::num_workers]:
+        try:
+            gated_product_triton(wide, weight, config)
+        except Exception as error:  # reported with its configuration by the timing pass
+            print(f"compile {name_of(config)}: {error}", file=sys.stderr)
     for config in (SUM_CONFIGS + DOT_CONFIGS)[share::num_workers]:
         for x in (x1,) if config.kernel == "sum" else (x1, x2, x16):
             try:
@@ -337,9 +364,9 @@ def print_table(records: list[Record]) -> None:
         if r["section"] == "masks":
             print(f"build_masks {r['states']:6d} states {r['us'] / 1e3:8.2f} ms; {r['classes']} classes found in "
                   f"{r['classes_ms']:.0f} ms; resident after {r['acquire_ms']:.0f} ms")  # fmt: skip
-    groups = dict.fromkeys((r["shape"], r["B"]) for r in records if r["section"] == "gemv")
-    for shape, batch in groups:
-        mine = [r for r in records if r["section"] == "gemv" and (r["shape"], r["B"]) == (shape, batch)]
+    groups = dict.fromkeys((r["section"], r["shape"], r["B"]) for r in records if r["section"] in ("gemv", "gate"))
+    for section, shape, batch in groups:
+        mine = [r for r in records if (r["section"], r.get("shape"), r.get("B")) == (section, shape, batch)]
         base = next(r for r in mine if r["name"] == "cuBLAS")
         ranked = sorted((r for r in mine if "config" in r and r["us"] is not None), key=lambda r: r["us"])[:3]
         text = "   ".join(f"{r['name']} {r['us']:.1f} ({r['gbs']:.0f})" for r in ranked)
@@ -351,7 +378,7 @@ def print_table(records: list[Record]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default="check,small,sampling,masks,gemv,stack")
+    parser.add_argument("--sections", default="check,small,sampling,masks,gemv,gate,stack")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=8, help="processes that compile ahead")
@@ -375,6 +402,7 @@ def main() -> None:
     broken: list[str] = []
     runs: dict[str, Callable[[], list[Record]]] = {
         "check": check, "small": small, "sampling": sampling_times, "masks": masks, "gemv": gemv_times,
+        "gate": gate_times,
         "stack": lambda: stack(records),
     }  # fmt: skip
     device = "cpu" if DRY else torch.cuda.get_device_name()

@@ -52,6 +52,7 @@ class Compiled:
     in_use: bool
     error: str = ""
     instructions: dict[str, int] = field(default_factory=dict)  # how many there are of those that speed and order need
+    before_wait: int | None = None  # accesses of global memory before it waits for the kernel before it, if it does
 
     def is_bad(self, max_spill: int) -> bool:
         return bool(self.error) or self.spill_bytes > max_spill or self.shared_bytes > SHARED_LIMIT
@@ -100,6 +101,12 @@ def instructions(ptx: str) -> dict[str, int]:
     return dict(Counter(re.findall(names, ptx)))
 
 
+def accesses_before_wait(ptx: str) -> int | None:
+    """Accesses of global memory before the wait of a kernel that is launched early; None if it does not wait."""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    return len(re.findall(r"\b(?:ld|st|atom|red)\.global|\bcp\.async", before)) if wait else None
+
+
 def compile_launches(launches: list[Launch], capability: int, show: Callable[[Compiled], None]) -> list[Compiled]:
     """Run every launcher with a driver that never launches; each variant is compiled once."""
     driver.set_active(OfflineDriver(capability))
@@ -128,6 +135,7 @@ def compile_launches(launches: list[Launch], capability: int, show: Callable[[Co
                 narrow_accesses(kernel.asm["ptx"]),
                 case.in_use,
                 instructions=instructions(kernel.asm["ptx"]),
+                before_wait=accesses_before_wait(kernel.asm["ptx"]),
             )
             found.append(record)
             show(record)

@@ -302,7 +302,9 @@ def fake_device(*, compiles: bool, capability: int = 90) -> Iterator[FakeDevice]
         "max_memory_allocated": lambda *args: device.memory.peak,
         "reset_peak_memory_stats": lambda *args: setattr(device.memory, "peak", device.memory.allocated),
         "empty_cache": device.memory.empty_cache,
-        "get_device_properties": lambda *args: SimpleNamespace(multi_processor_count=132, name="NVIDIA H100"),
+        "get_device_properties": lambda *args: SimpleNamespace(
+            multi_processor_count=132, name="NVIDIA H100", total_memory=TOTAL_BYTES
+        ),
         "get_device_name": lambda *args: "NVIDIA H100 80GB HBM3",
         "get_device_capability": lambda *args: divmod(capability, 10),
     }

@@ -93,6 +93,37 @@ def fit_products(records: list[Record]) -> tuple[dict[Product, GemvConfig], dict
     return products, folded, folded_rows
 
 
+def fit_gated(records: list[Record]) -> dict[Product, GemvConfig]:
+    """The tile of each larger batch whose activation is faster in the product's kernel than in one of its own."""
+    found: dict[Product, GemvConfig] = {}
+    mine = [r for r in records if r["section"] == "gate" and r["us"] is not None]
+    for rows in sorted({r["B"] for r in mine}):
+        apart = next(r["us"] for r in mine if r["B"] == rows and r["name"] == "cuBLAS")
+        best = min((r for r in mine if r["B"] == rows and "config" in r), key=lambda r: r["us"], default=None)
+        if best is not None and best["us"] < STACK_GAIN * apart:
+            found[Product(rows, best["outputs"], best["depth"], True)] = GemvConfig(*best["config"])
+    return found
+
+
+def fit_early(records: list[Record]) -> bool:
+    """Whether layers are faster where their kernels start early: on average over the measured batches."""
+    plain = "with norm, silu, residual: cuBLAS + kernels"
+    stack = {(r["B"], r["name"]): r["us"] for r in records if r["section"] == "stack"}
+    gains = [
+        np.log(us / early)
+        for (b, name), us in stack.items()
+        if name == plain and (early := stack.get((b, f"{plain}, early launch")))
+    ]
+    return bool(gains) and float(np.mean(gains)) > TILE_GAIN
+
+
+def fit_page_size(records: list[Record], with_64: list[Record]) -> int | None:
+    """64, if decode with its default tile is faster with pages of 64 on average over the cases; else None."""
+    times = {(r["case"], r["run"]): r["us"] for r in records if "us" in r and r["run"].endswith("*")}
+    gains = [np.log(times[key] / r["us"]) for r in with_64 if "us" in r and (key := (r["case"], r["run"])) in times]
+    return 64 if gains and float(np.mean(gains)) > TILE_GAIN else None
+
+
 def tile_of(run: str) -> tuple[TileConfig, str] | None:
     """The tile in a run's name, and the rest of the name: how work is cut."""
     found = re.fullmatch(r"(?:tree )?(\d+)x(\d+) w(\d+) s(\d+)(.*?)(?: \*)?", run)
@@ -107,7 +138,7 @@ def fit_tile(records: list[Record], kind: str) -> tuple[TileConfig, str] | None:
         named = tile_of(r["run"]) if r["case"].startswith(kind) and "us" in r else None
         if named is None or "side stream" in r["run"] or "merge" in r["run"]:
             continue
-        # Splits are chosen by other rules; of the same tile, the default ones are compared.
+        # The number of parts has another rule; of the same tile, the default ones are compared.
         tile, cut = named[0], "".join(re.findall(r" x\d", named[1]))
         key = tile, cut
         times.setdefault(r["case"], {}).setdefault(key, r["us"])
@@ -127,12 +158,12 @@ def fit_tile(records: list[Record], kind: str) -> tuple[TileConfig, str] | None:
     return best if losses[best] < losses[default] - TILE_GAIN else None
 
 
-def fit_splits(records: list[Record]) -> int | None:
-    """Programs a processor that decode is split for: the default's number times what loses least; None for once."""
+def fit_parts(records: list[Record]) -> int | None:
+    """Programs a processor that rows are cut for: the default's number times what loses least; None for once."""
     losses: list[dict[int, float]] = []
     for case in dict.fromkeys(r["case"] for r in records if r["case"].startswith("decode llama-8b")):
         runs = {r["run"]: r["us"] for r in records if r["case"] == case and "us" in r}
-        marked = [re.fullmatch(r"(.* splits )(\d+) fused \*", run) for run in runs]
+        marked = [re.fullmatch(r"(.* parts )(\d+) fused \*", run) for run in runs]
         for default in [found for found in marked if found is not None]:
             tile, splits = default[1], int(default[2])
             times = {1: runs[default[0]]}
@@ -140,7 +171,6 @@ def fit_splits(records: list[Record]) -> int | None:
             losses.append({n: float(np.log(us / min(times.values()))) for n, us in times.items()})
     if not losses:
         return None
-    # Where there are no more keys to split, the most splits that there are count.
     means = {n: float(np.mean([case.get(n, case[max(case)]) for case in losses])) for n in (1, 2, 3)}
     best = min(means, key=lambda n: means[n])
     return best * PROGRAMS_PER_SM if means[best] < means[1] - TILE_GAIN else None
@@ -196,8 +226,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", type=Path, nargs="*", default=[])
     parser.add_argument("--attention", type=Path, nargs="*", default=[])
+    parser.add_argument("--pages", type=Path, help="decode, measured with pages of 64")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--no-fold", action="store_true", help="fold no layers: ladder.py found that they fail")
+    for name, what in (("fold", "fold no layers"), ("early", "launch no kernel early"), ("gate", "no gated products")):
+        parser.add_argument(f"--no-{name}", action="store_true", help=f"{what}: ladder.py found that they fail")
     args = parser.parse_args()
     card = "unknown"
     found: dict[str, list[Record]] = {"kernels": [], "attention": []}
@@ -210,16 +242,22 @@ def main() -> None:
             else:
                 print(f"{path} is missing: nothing is taken from it")
     timed = [r for r in found["kernels"] if not (args.no_fold and "folded" in r["name"])]
+    if args.no_early:
+        timed = [r for r in timed if "early" not in r["name"]]
+    gated = {} if args.no_gate else fit_gated(timed)
     products, folded, folded_rows = fit_products(timed)
     extend, decode, tree = (
         fit_tile(found["attention"], kind) for kind in ("extend llama-8b", "decode llama-8b", "tree")
     )
     tile, cut = tree or (DEFAULT_TREE, f" x{TREE_PROGRAMS_PER_SM}")
-    splits = fit_splits(found["attention"])
+    splits = fit_parts(found["attention"])
     tiles = AttentionTiles(extend and extend[0], decode and decode[0], tile, int(cut[2:]), splits)
     cases = tree_cases(found["attention"], tile, cut)
     costs = fit_costs(cases, tile)
-    table = CardTable(card, products, folded, frozenset(folded_rows), costs, tiles)
+    pages = json.loads(args.pages.read_text())["records"] if args.pages and args.pages.is_file() else []
+    page_size = fit_page_size(found["attention"], pages)
+    early = fit_early(timed)
+    table = CardTable(card, products, folded, frozenset(folded_rows), costs, tiles, early, gated, page_size)
     args.out.write_text(table.to_json())
     for case in cases:
         model = TreeCostModel(*SHAPE, tile, costs)
@@ -229,6 +267,7 @@ def main() -> None:
             f"{case.tree_s * 1e6:.1f}, predicted {case.predicted(model) * 1e6:.1f}, takes {choice}"
         )
     print(f"{card}: {len(products)} products, {sorted(folded_rows)} folded, {tiles}, {costs}")
+    print(f"early launch {early}, page size {page_size}, gated up to {sorted(product.rows for product in gated)} rows")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,17 @@ DOT_CONFIGS = [
         (128, 128, 4, 4),
     ]
 ]  # fmt: skip
+# Of products with the activation behind them: (rows, outputs of a half, depth) of a tile, tiles in flight, warps.
+TILE_CONFIGS = [
+    GemvConfig("tile", *cut, block_m=rows)
+    for rows, *cut in [
+        (64, 64, 64, 4, 4), (64, 64, 128, 3, 4), (64, 128, 64, 4, 8), (64, 32, 128, 4, 4), (128, 64, 64, 4, 8),
+        (128, 64, 128, 3, 8), (128, 128, 64, 3, 8), (128, 128, 64, 4, 8),
+    ]
+]  # fmt: skip
+GATE_ROWS = [2] if DRY else [32, 64, 128, 256, 384]
 if DRY:
+    TILE_CONFIGS = [GemvConfig("tile", 16, 32, 2, 2)]
     SUM_CONFIGS, DOT_CONFIGS = [GemvConfig("sum", 4, 64, 2, 2)], [GemvConfig("dot", 16, 32, 2, 2)]
 Record = dict[str, Any]  # what json.dumps takes
 
@@ -104,4 +114,6 @@ def token_table() -> TokenTable:
 
 def name_of(config: GemvConfig) -> str:
     cut = f"{config.block_n}x{config.block_k} s{config.num_stages} w{config.num_warps}"
+    if config.kernel == "tile":
+        cut = f"{config.block_m}x{cut}"
     return f"{config.kernel} {cut}{' early' if config.early_launch else ''}"

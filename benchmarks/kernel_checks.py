@@ -11,12 +11,14 @@ from kernel_cases import (
     DIM,
     DOT_CONFIGS,
     DRY,
+    GATE_ROWS,
     HIDDEN,
     INTER,
     KV_HEADS,
     MODES,
     QKV,
     SUM_CONFIGS,
+    TILE_CONFIGS,
     VOCAB,
     Record,
     integers,
@@ -34,6 +36,7 @@ from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import Budgets, advance_states_reference, build_masks_reference
 from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
 from ramet.kernels.layers import activation, gemv, norm, quantize_fp8, rope
+from ramet.kernels.layers.matmul_invariant import gated_product_triton
 from ramet.kernels.sampling import logit_edits
 from ramet.kernels.sampling import sample as sampling
 from ramet.kernels.sampling.sample_triton import sample_triton
@@ -89,6 +92,7 @@ def check() -> list[Record]:
     check_masks(record)
     for num_rows in (1, 3, 16):
         check_gemv(record, num_rows)
+    check_gate(record)
     check_races(record)
     return records
 
@@ -194,6 +198,15 @@ def check_gemv(record: Callable[[str, float, float], None], num_rows: int) -> No
         if fits_gated(config):
             actual = gemv.gemv_silu_and_mul_triton(x, weight, gain, 1e-5, config)
             record(f"gemv gated B={num_rows} {name_of(config)}", relative(actual, gated), 1e-2)
+
+
+def check_gate(record: Callable[[str, float, float], None]) -> None:
+    for rows in GATE_ROWS[:3]:
+        x, weight = randn(rows, HIDDEN), randn(2 * INTER, HIDDEN) / HIDDEN**0.5
+        exact = activation.silu_and_mul_reference(x.double() @ weight.double().T)
+        for config in TILE_CONFIGS:
+            actual = gated_product_triton(x, weight, config)
+            record(f"gated product B={rows} {name_of(config)}", relative(actual, exact), 1e-2)
 
 
 def checked_configs(num_rows: int) -> list[gemv.GemvConfig]:

@@ -11,7 +11,8 @@ message: with CUDA_LAUNCH_BLOCKING=1, then under compute-sanitizer's memcheck.
 
 OUT gets ladder.jsonl, two lines as each rung ends: its tokens, and what is said of them; ladder.log, all that rungs
 print, with the stacks of those that crash or hang; flags.txt, settings without the rungs that failed, for the scripts
-that come later (`--set LINE`). Exit status 1 where rung 0 fails: nothing above it means anything then. Not here: times.
+that come later (`--set LINE`; a line that begins with -- is an option of fit_table.py). Exit status 1 where rung 0
+fails: nothing above it means anything then. Not here: times.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from ramet.runtime.models.config import ModelConfig, smollm2_135m
 from ramet.runtime.types import SamplingParams
 
 Values = dict[str, Any]  # of an engine's configuration
+TABLE = "table.json"  # in OUT, made for each rung
 _NUM_TOKENS = 24
 _NUM_ALONE = 2  # prompts that also run alone
 _FOLDED_ROWS = (1, 2, 4, 8)
@@ -75,7 +77,10 @@ RUNGS = (
     Rung("tree", {"tree_attention": "on"}, {"tree_attention": "off"}),
     Rung("device grammar", {"grammar_on_device": True}, {"grammar_on_device": False}),
     Rung("drafts", {"speculative": "auto"}, {"speculative": "off"}),
-    Rung("folded layers", {"kernel_table": "folded.json"}, {}, "fold=false"),
+    Rung("pages of 64", {"page_size": 64}, {"page_size": 16}),
+    Rung("early launch", {"kernel_table": TABLE}, {}, "--no-early"),
+    Rung("gated products", {"kernel_table": TABLE}, {}, "--no-gate"),
+    Rung("folded layers", {"kernel_table": TABLE}, {}, "--no-fold"),
 )
 
 
@@ -89,14 +94,23 @@ def values_of(on: Iterable[str], folder: Path) -> Values:
     return values
 
 
-def folded_table(shapes: ModelConfig) -> CardTable:
-    """A table by which whole layers run folded, with early launch, for small batches of this model's shapes."""
+def table_of(on: Iterable[str], shapes: ModelConfig) -> CardTable:
+    """A table with what these rungs take from one: early launch, gated products, and whole layers that are folded for
+    small batches of this model's shapes."""
     heads = (shapes.num_heads + 2 * shapes.num_kv_heads) * shapes.head_dim, shapes.num_heads * shapes.head_dim
     hidden, inner = shapes.hidden_size, shapes.intermediate_size
     products = (heads[0], hidden, False), (hidden, heads[1], False), (inner, hidden, True), (hidden, inner, False)
     config = GemvConfig("dot", 16, 128, 4, 4, early_launch=True)
     folded = {Product(rows, *product): config for rows in _FOLDED_ROWS for product in products}
-    return CardTable("ladder", folded=folded, folded_rows=frozenset(_FOLDED_ROWS))
+    tiles = {Product(rows, inner, hidden, True): GemvConfig("tile", 64, 64, 4, 4, block_m=64) for rows in (64, 384)}
+    is_folded = "folded layers" in on
+    return CardTable(
+        "ladder",
+        folded=folded if is_folded else {},
+        folded_rows=frozenset(_FOLDED_ROWS if is_folded else ()),
+        early_launch="early launch" in on,
+        gated=tiles if "gated products" in on else {},
+    )
 
 
 def texts(engine: Engine, prompts: list[list[int]]) -> Tokens:
@@ -191,15 +205,20 @@ def shares(tokens: Tokens, expected: Tokens) -> dict[str, float]:
 
 
 def climb(setting: Setting, out: Path, *, limit_s: float, plants: dict[str, str]) -> list[str]:
-    """Run all rungs, and write flags.txt as they end. Returns the names of those that failed."""
+    """Run all rungs, and write flags.txt as they end. Returns the names of those that failed.
+
+    A rung that did not run yet is left out of what comes later, too: the time may end before it does.
+    """
     is_gpu = setting.device.startswith("cuda")
     least = _LEAST_ON_GPU if is_gpu else 1.0
     on: list[str] = []
     failed: list[str] = []
     expected: Tokens | None = None
     out.mkdir(parents=True, exist_ok=True)
-    (out / "folded.json").write_text(folded_table(tiny_shapes() if setting.tiny else smollm2_135m()).to_json())
+    shapes = tiny_shapes() if setting.tiny else smollm2_135m()
     for rung in RUNGS:
+        write_flags(on, out)
+        (out / TABLE).write_text(table_of([*on, rung.name], shapes).to_json())
         tokens, why = run_rung(rung.name, [*on, rung.name], setting, out, limit_s, plants.get(rung.name, ""), {})
         found = {} if why or expected is None else shares(tokens, expected)
         if min(found.values(), default=1.0) < least:
@@ -211,20 +230,26 @@ def climb(setting: Setting, out: Path, *, limit_s: float, plants: dict[str, str]
             on.append(rung.name)
             continue
         failed.append(rung.name)
-        if is_gpu:
-            find_out(rung.name, [*on, rung.name], setting, out, limit_s)
         if expected is None:
             break
-    flags = [flag for rung in RUNGS if rung.name in failed for flag in rung.flags]
-    (out / "flags.txt").write_text("".join(flag + "\n" for flag in flags))
+    write_flags(on, out)
+    for name in failed if is_gpu else ():
+        find_out(name, [*on, name], setting, out, limit_s)
     return failed
+
+
+def write_flags(on: list[str], out: Path) -> None:
+    flags = [flag for rung in RUNGS if rung.name not in on for flag in rung.flags]
+    (out / "flags.txt").write_text("".join(flag + "\n" for flag in flags))
 
 
 def find_out(name: str, on: list[str], setting: Setting, out: Path, limit_s: float) -> None:
     """Run a rung that failed again, so that its message names the kernel."""
+    shapes = tiny_shapes() if setting.tiny else smollm2_135m()
+    (out / TABLE).write_text(table_of(on, shapes).to_json())
     run_rung(name, on, setting, out, 2 * limit_s, "", {"CUDA_LAUNCH_BLOCKING": "1"})
     command = ["compute-sanitizer", "--tool", "memcheck", sys.executable, __file__, "--out", str(out)]
-    command += ["--device", setting.device, "--only", ",".join([name, *on])]
+    command += ["--device", setting.device, "--only", ",".join([name, *on])]  # the table is the one just written
     with (out / "ladder.log").open("a") as log, suppress(FileNotFoundError, subprocess.TimeoutExpired):
         subprocess.run(command, stdout=log, stderr=log, timeout=3 * limit_s, check=False)
 

@@ -21,7 +21,8 @@ from ramet.kernels.card_table import CardTable
 from ramet.kernels.grammar.mask import Budgets, ResidentAutomata, TokenTable
 from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
 from ramet.kernels.layers import activation, adapters, gemv, kv_fp8, norm, quantize_fp8, rope
-from ramet.kernels.layers.matmul_invariant import matmul_invariant_triton
+from ramet.kernels.layers.matmul_invariant import gated_product_triton, matmul_invariant_triton
+from ramet.kernels.ops import EARLY_TRITON
 from ramet.kernels.sampling.logit_edits import EditTables, count_tokens_triton
 from ramet.kernels.sampling.sample import GrammarTables
 from ramet.kernels.sampling.sample_triton import sample_triton
@@ -97,6 +98,7 @@ def all_launches() -> list[Launch]:
     for model in MODELS:
         launches += [
             *elementwise(model), *extends(model), *decodes(model), *trees(model), *samplers(model), *products(model),
+            *early(model),
         ]  # fmt: skip
     return launches + steps() + grammars() + candidates()
 
@@ -145,54 +147,94 @@ def extends(model: Model) -> list[Launch]:
     ]
 
 
-def run_extend(model: Model, config: TileConfig, window: int | None, *, is_fp8: bool = False) -> object:
+def run_extend(
+    model: Model, config: TileConfig, window: int | None, *, is_fp8: bool = False, early_launch: bool = False
+) -> object:
     q = tensor(512, model.num_heads, model.head_dim)
     meta = ExtendMetadata(ints(9), ints(8), ints(8), page_table(), 64, 4096, [64] * 8, [4096] * 8)
-    return attention_extend_triton(q, *caches(model, is_fp8=is_fp8), meta, model.head_dim**-0.5, window, None, config)
+    held, scale = caches(model, is_fp8=is_fp8), model.head_dim**-0.5
+    return attention_extend_triton(q, *held, meta, scale, window, None, config, early_launch)
+
+
+def early(model: Model) -> list[Launch]:
+    """What a card's table may have launched early."""
+    ops, hidden, heads = EARLY_TRITON, model.hidden, model.num_heads + 2 * model.num_kv_heads
+    x, weight = tensor(64, hidden), tensor(hidden)
+    q, k, v = tensor(64, heads, model.head_dim).split([model.num_heads, *[model.num_kv_heads] * 2], dim=1)
+    held, angles = caches(model), tensor(16384, model.head_dim // 2, dtype=torch.float32)
+    norms = (tensor(model.head_dim), tensor(model.head_dim)) if model.has_qk_norm else (None, None)
+    gated = ops.gelu_tanh_and_mul if model.name.startswith("gemma") else ops.silu_and_mul
+    run: dict[str, Callable[[], object]] = {
+        "norm": partial(ops.rms_norm, x, weight, 1e-5, None),
+        "add+norm": partial(ops.fused_add_rms_norm, x, x, weight, 1e-5, None),
+        "gated": partial(gated, tensor(64, 2 * model.inner)),
+        "rope": partial(ops.rope_and_write_kv, q, k, v, angles, angles, ints(64), ints(64), *held, *norms, 1e-6),
+    }
+    config, plan = decode_config(model.head_dim, DTYPE, model.group), tree_config(model.head_dim, DTYPE, model.group)
+    for batch in (1, 16, 64):
+        run[f"decode B={batch}"] = partial(run_decode, model, config, batch, early_launch=True)
+    run["tree"] = partial(run_tree, model, plan, early_launch=True)
+    tile = extend_config(model.head_dim, DTYPE, 4096)
+    run["extend"] = partial(run_extend, model, tile, model.window, early_launch=True)
+    return [Launch(f"early {model.name} {name}", launch, in_use=False) for name, launch in run.items()]
+
+
+PARTS = 49  # of all rows' keys, with 8 KV heads on 132 processors
 
 
 def decodes(model: Model) -> list[Launch]:
+    """Small, middling and large batches find their rows among as many lengths; fixed parts are those of each row."""
     launches = []
     config = decode_config(model.head_dim, DTYPE, model.group)
-    for splits, fused in ((1, True), (8, True), (8, False)):
+    for batch, kind in ((1, ""), (16, ""), (64, ""), (64, " fixed"), (64, " by another kernel")):
         for window in [None] if model.window is None else [None, model.window]:
-            name = f"{model.name} decode splits {splits} {'fused' if fused else 'merge'} window {window}"
+            name = f"{model.name} decode B={batch}{kind} window {window}"
             for is_fp8 in (False, True):
-                run = partial(run_decode, model, config, splits, fused, window, is_fp8=is_fp8)
+                run = partial(run_decode, model, config, batch, kind, window, is_fp8=is_fp8)
                 launches.append(Launch(name + " fp8" * is_fp8, run))
     return launches
 
 
 def run_decode(
-    model: Model, config: TileConfig, splits: int, fused: bool, window: int | None, *, is_fp8: bool = False
+    model: Model,
+    config: TileConfig,
+    batch: int = 64,
+    kind: str = "",
+    window: int | None = None,
+    *,
+    is_fp8: bool = False,
+    early_launch: bool = False,
 ) -> object:
-    q = tensor(64, model.num_heads, model.head_dim)
-    counters = ints(64 * model.num_kv_heads) if fused else None
-    meta = DecodeMetadata(ints(64), ints(64), page_table(), splits, merge_counters=counters)
-    return attention_decode_triton(q, *caches(model, is_fp8=is_fp8), meta, model.head_dim**-0.5, window, None, config)
+    q = tensor(batch, model.num_heads, model.head_dim)
+    counters = None if kind == " by another kernel" else ints(batch * model.num_kv_heads)
+    lens = ints(batch)
+    meta = DecodeMetadata(lens, lens, page_table(), PARTS, kind == " fixed", merge_counters=counters)
+    held, scale = caches(model, is_fp8=is_fp8), model.head_dim**-0.5
+    return attention_decode_triton(q, *held, meta, scale, window, None, config, early_launch=early_launch)
 
 
 def trees(model: Model) -> list[Launch]:
     config = tree_config(model.head_dim, DTYPE, model.group)
     return [
-        Launch(
-            f"{model.name} tree splits {splits}{' fp8' * is_fp8}",
-            partial(run_tree, model, config, splits, is_fp8=is_fp8),
-        )
-        for splits in (1, 8)
+        Launch(f"{model.name} tree{' fp8' * is_fp8}", partial(run_tree, model, config, is_fp8=is_fp8))
         for is_fp8 in (False, True)
     ]
 
 
 def run_tree(
-    model: Model, config: TileConfig, splits: int, suffix: TileConfig | None = None, *, is_fp8: bool = False
+    model: Model,
+    config: TileConfig,
+    suffix: TileConfig | None = None,
+    *,
+    is_fp8: bool = False,
+    early_launch: bool = False,
 ) -> object:
     q = tensor(64, model.num_heads, model.head_dim)
     plan = TreePlan(64, config, torch.device("meta"))
-    meta = DecodeMetadata(ints(64), ints(64), page_table(), splits, plan, merge_counters=ints(64 * model.num_kv_heads))
-    return attention_tree_triton(
-        q, *caches(model, is_fp8=is_fp8), meta, plan, model.head_dim**-0.5, suffix_config=suffix
-    )
+    counters = ints(64 * model.num_kv_heads)
+    meta = DecodeMetadata(ints(64), ints(64), page_table(), PARTS, False, plan, merge_counters=counters)
+    held, scale = caches(model, is_fp8=is_fp8), model.head_dim**-0.5
+    return attention_tree_triton(q, *held, meta, plan, scale, None, suffix, early_launch)
 
 
 def samplers(model: Model) -> list[Launch]:
@@ -252,14 +294,17 @@ def of_table(table: CardTable) -> list[Launch]:
         decode = decode_config(model.head_dim, DTYPE, model.group, tiles)
         tree = tree_config(model.head_dim, DTYPE, model.group, tiles)
         launches.append(Launch(f"table extend {label(extend)}", partial(run_extend, model, extend, None)))
-        for splits in (1, 8):
-            run = partial(run_decode, model, decode, splits, True, None)
-            launches.append(Launch(f"table decode {label(decode)} splits {splits}", run))
-            run = partial(run_tree, model, tree, splits, decode)
-            launches.append(Launch(f"table tree {label(tree)} splits {splits}", run))
+        launches.append(Launch(f"table decode {label(decode)}", partial(run_decode, model, decode)))
+        launches.append(Launch(f"table tree {label(tree)}", partial(run_tree, model, tree, decode)))
+    if table.early_launch:
+        launches += [dataclasses.replace(launch, name=f"table {launch.name}", in_use=True) for launch in early(model)]
     for product, config in table.products.items():
         x, weight = tensor(product.rows, product.depth), tensor(product.outputs, product.depth)
         launches.append(Launch(f"table {product}", partial(gemv.gemv_triton, x, weight, config=config)))
+    for product, config in table.gated.items():
+        weight = tensor(2 * product.outputs, product.depth)
+        run = partial(gated_product_triton, tensor(product.rows, product.depth), weight, config)
+        launches.append(Launch(f"table gated {product}", run))
     for product, config in table.folded.items():
         x, gain = tensor(product.rows, product.depth), tensor(product.depth)
         weight = tensor(product.outputs * (2 if product.is_gated else 1), product.depth)
@@ -327,7 +372,7 @@ def grammars() -> list[Launch]:
 
 def candidates() -> list[Launch]:
     """What bench_attention.py and bench_kernels.py try for Llama-3.1-8B's shapes."""
-    from kernel_cases import DOT_CONFIGS, SUM_CONFIGS, name_of
+    from kernel_cases import DOT_CONFIGS, SUM_CONFIGS, TILE_CONFIGS, name_of
 
     model = MODELS[0]
     launches = []
@@ -339,14 +384,20 @@ def candidates() -> list[Launch]:
         launches.append(Launch(f"try extend {label(config)}", partial(run_extend, model, config, None), False))
     for tile in [(32, 2, 5), (32, 4, 7), (64, 4, 3), (64, 4, 7), (64, 8, 5), (128, 4, 3), (128, 8, 3)]:
         config = TileConfig(16, *tile)
-        launches.append(Launch(f"try decode {label(config)}", partial(run_decode, model, config, 8, True, None), False))
+        launches.append(Launch(f"try decode {label(config)}", partial(run_decode, model, config), False))
     for tile in [(128, 64, 8, 3), (128, 128, 8, 3), (128, 32, 8, 7), (64, 64, 4, 5), (64, 128, 4, 3), (64, 32, 4, 5)]:
         config = TileConfig(*tile)
-        launches.append(Launch(f"try tree {label(config)}", partial(run_tree, model, config, 8), False))
+        launches.append(Launch(f"try tree {label(config)}", partial(run_tree, model, config), False))
     for cut in SUM_CONFIGS + DOT_CONFIGS:
         rows = 1 if cut.kernel == "sum" else 4
         run = partial(gemv.gemv_triton, tensor(rows, 4096), tensor(4096, 4096), config=cut)
         launches.append(Launch(f"try gemv {name_of(cut)}", run, False))
+    for cut in TILE_CONFIGS:
+        run = partial(gated_product_triton, tensor(512, 4096), tensor(28_672, 4096), cut)
+        launches.append(Launch(f"try gate {name_of(cut)}", run, False))
+    soon = dataclasses.replace(DOT_CONFIGS[0], early_launch=True)
+    run = partial(gemv.gemv_triton, tensor(4, 4096), tensor(4096, 4096), config=soon)
+    launches.append(Launch("early gemv", run, False))
     return launches
 
 

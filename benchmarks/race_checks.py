@@ -39,7 +39,7 @@ def check_races(record: Report) -> None:
 
 
 def check_merges(record: Report) -> None:
-    """Rows of very different lengths, whose splits end at different times; the counters must be zero after each."""
+    """Rows of very different lengths, whose parts end at different times; the counters must be zero after each."""
     lens = torch.randint(1, _MOST_PAGES * _PAGE, (6,))
     lens[:3] = lens[:3].clamp(min=_SHARED_PAGES * _PAGE + 1)  # those that share pages
     table = integers(_MOST_PAGES * 6, 6, _MOST_PAGES) + 1
@@ -47,7 +47,7 @@ def check_merges(record: Report) -> None:
     caches = randn(_MOST_PAGES * 6 + 1, KV_HEADS, _PAGE, DIM), randn(_MOST_PAGES * 6 + 1, KV_HEADS, _PAGE, DIM)
     counters = torch.zeros(6 * KV_HEADS, dtype=torch.int32, device=DEVICE)
     rows = torch.arange(6, dtype=torch.int32, device=DEVICE)
-    meta = DecodeMetadata(lens.to(DEVICE, torch.int32), rows, table, 8, merge_counters=counters)
+    meta = DecodeMetadata(lens.to(DEVICE, torch.int32), rows, table, 8, True, merge_counters=counters)
     q, group = randn(6, HEADS, DIM), HEADS // KV_HEADS
     config = tree_config(DIM, DTYPE, group)
     plan = TreePlan(6, config, torch.device(DEVICE))

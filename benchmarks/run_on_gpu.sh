@@ -4,7 +4,8 @@
 #   benchmarks/run_on_gpu.sh ladder OUT     kernels against their references, then the engine, a feature a process
 #   benchmarks/run_on_gpu.sh kernels OUT    kernels' times, and a table of choices
 #   benchmarks/run_on_gpu.sh engine OUT     greedy agreement, the rows of bench_gpu.py, a profile, a soak
-#   benchmarks/run_on_gpu.sh ladder OUT --dry-run    the same commands on a CPU with toy shapes (also: kernels, engine)
+#   benchmarks/run_on_gpu.sh ladder OUT --dry-run    the same commands on a CPU with toy shapes (also: kernels, engine);
+#                                                    PLANT=products makes that command fail
 #
 # `kernels` and `engine` leave out the features that failed in `ladder` (OUT/flags.txt, or the one kept on the machine);
 # `engine` uses the table that `kernels` made: OUT/table.json, the one kept on the machine, or the file named by TABLE.
@@ -65,6 +66,7 @@ run() { # name, limit in seconds, command...
     return
   fi
   [ "$limit" -gt "$left" ] && limit=$left
+  [ "${PLANT:-}" = "$name" ] && set -- $python -c 'import os; os.abort()' # a rehearsal of what a failure costs
   echo "== $name ($limit s at most)" >>"$log"
   timeout -k 5 "$limit" "$@" 2>&1 | tee -a "$log" | tail -n "${LINES_SHOWN:-25}" | cut -c1-240
   local status=${PIPESTATUS[0]}
@@ -115,11 +117,11 @@ table=() chosen=
 for file in "${TABLE:-$out/table.json}" "$keep/table.json"; do
   [ -f "$file" ] && chosen=$(realpath "$file") && table=(--set "kernel_table=\"$chosen\"") && break
 done
-flags=() fold=()
+flags=() fit=()
 for file in "$out/flags.txt" "$keep/flags.txt"; do
   [ -f "$file" ] || continue
   while read -r line; do
-    if [ "$line" = "fold=false" ]; then fold=(--no-fold); else flags+=(--set "$line"); fi
+    case $line in --*) fit+=("$line") ;; *) flags+=(--set "$line") ;; esac
   done <"$file"
   break
 done
@@ -134,10 +136,10 @@ case $part in
     ;;
   kernels)
     run tree-decode 130 $python benchmarks/bench_attention.py "${dry_attention[@]}" --sections tree,decode --seconds 120 --out "$out/attention.json"
-    run products 110 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections gemv,stack --out "$out/products.json"
+    run products 110 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections gemv,gate,stack --out "$out/products.json"
     run pages 60 $python benchmarks/bench_attention.py "${dry_attention[@]}" --sections decode --page 64 --seconds 50 --out "$out/pages.json"
     run extend 70 $python benchmarks/bench_attention.py "${dry_attention[@]}" --sections extend --seconds 60 --out "$out/extend.json"
-    run fit 20 $python benchmarks/fit_table.py "${fold[@]}" --kernels "$out/products.json" --attention "$out/attention.json" "$out/extend.json" --out "$out/table.json"
+    run fit 20 $python benchmarks/fit_table.py "${fit[@]}" --kernels "$out/products.json" --attention "$out/attention.json" "$out/extend.json" --pages "$out/pages.json" --out "$out/table.json"
     [ -f "$out/table.json" ] && [ -z "$dry" ] && cp "$out/table.json" "$keep"
     run kernel-tests 110 $python -m pytest -q -p no:cacheprovider -W default -m "not slow" --timeout 100 "${tests[@]}"
     run others 60 $python benchmarks/bench_kernels.py "${dry_kernels[@]}" --sections sampling,masks,small --out "$out/others.json"
@@ -148,7 +150,7 @@ case $part in
   engine)
     run checks 120 $python benchmarks/check_gpu.py "${dry_checks[@]}" "${flags[@]}" "${model[@]}" --sections reference,same --out "$out/checks.jsonl"
     rows rows-few 80 decode1@1,unique@50,jsonoff@32,json@32
-    rows rows-shared 110 fork@64,rag@50,agentic@50,multiturn@50,unique@10
+    rows rows-shared 120 fork@64,rag@50,agentic@50,multiturn@50,unique@10,mixed@64
     rows rows-many 130 rag@256,multiturn@256,agentic@256,unique@256,jsonoff@128,json@128,jsonoff@1,json@1
     run profile 60 $python benchmarks/bench_gpu.py "${dry_rows[@]}" "${table[@]}" "${flags[@]}" --rows unique@50 --most 60 --label profile --profile "$out/trace.json" --out "$out/rows.jsonl"
     run no-tree 45 $python benchmarks/bench_gpu.py "${dry_rows[@]}" "${table[@]}" "${flags[@]}" --rows fork@64,rag@50 --label no-tree --set 'tree_attention="off"' --out "$out/rows.jsonl"

@@ -2,6 +2,7 @@
 
     python benchmarks/simulate_rows.py                                what each row's steps are made of
     python benchmarks/simulate_rows.py --rows rag@256 --set max_num_tokens_per_step=8192
+    python benchmarks/simulate_rows.py --rows mixed@64 --whole-rows     a program of attention reads all keys of a row
     python benchmarks/simulate_rows.py --brief --drafted 4 --acceptance 0.6     a prediction of what drafts would do
 
 Times are no measurement: products as measured on such a card, attention as the tree planner's cost model has it,
@@ -27,7 +28,7 @@ from json_line import commit, print_record
 from numpy.typing import NDArray
 from workloads import MAKERS, ROWS, Chain
 
-from ramet.kernels.attention.plan import TreeCostModel, tree_config
+from ramet.kernels.attention.plan import TreeCostModel, choose_num_parts, tree_config
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.models.config import llama_3_1_8b
@@ -45,6 +46,7 @@ PRODUCTS_MS = (
     (1, 5.63), (8, 5.68), (32, 5.74), (64, 5.83), (128, 6.17), (256, 7.29), (512, 12.1), (2048, 44.2), (8192, 168.8),
 )  # fmt: skip
 OTHER_MS, OTHER_MS_A_TOKEN = 0.6, 0.0022  # norms, rotation, activation, sampling: guesses
+PROGRAM_RATE = 54e9  # bytes/s that one program of decode attention reads while few others do: a guess
 EXTEND_RATE = 350e12  # flop/s of the attention of prompts: a guess
 EAGER_MS, REPLAY_MS, PLAN_MS, PLAN_MS_A_ROW = 6.0, 0.1, 0.05, 0.003  # of the host
 MODEL = llama_3_1_8b()
@@ -52,6 +54,13 @@ MODEL = llama_3_1_8b()
 
 def products_ms(num_tokens: int) -> float:
     return float(np.interp(num_tokens, *np.array(PRODUCTS_MS).T))
+
+
+def longest_part(kv_lens: NDArray[np.int64]) -> int:
+    """The most keys that a program of decode attention reads, as its kernel cuts rows of these lengths."""
+    share = max(-(-int(kv_lens.sum()) // choose_num_parts(MODEL.num_kv_heads, 132)), 1)
+    counts = np.clip(-(-kv_lens // share), 1, 64)
+    return int((-(-kv_lens // counts)).max(initial=0))
 
 
 @dataclass(slots=True)
@@ -71,6 +80,7 @@ class Row:
     scheduler: dict[str, Any]
     uses_tree: bool = True
     pads: bool = True
+    cuts: bool = True
     num_drafted: int = 0
     acceptance: float = 0.0
     now_s: float = 0.0
@@ -160,6 +170,11 @@ class Row:
             elif self.left:
                 self.submit(self.left.pop(), 0, np.zeros(0, dtype=np.int32))
 
+    def alone_s(self, kv_lens: NDArray[np.int64]) -> float:
+        """Seconds of the program of decode attention that reads most keys."""
+        keys = longest_part(kv_lens) if self.cuts else int(kv_lens.max(initial=0))
+        return keys * 4 * MODEL.head_dim / PROGRAM_RATE
+
     def cost(self, batch: Batch) -> tuple[float, float]:
         """Milliseconds of the device and of the host."""
         extends = [item for item in batch.items[batch.num_decode :] if item.num_samples <= 1]
@@ -176,15 +191,16 @@ class Row:
         if not self.pads:
             num_tokens = batch.num_tokens
         lens = np.array([item.start + 1 for item in rows], dtype=np.int64)
-        plain_s = self.costs.plain_s(1, int(lens.sum()))
+        plain_s = max(self.costs.plain_s(1, int(lens.sum())), self.alone_s(lens))
         decode_s = plain_s
         if plan is not None:
             members, shared = plan.members.tolist(), dict[tuple[int, int], int]()
             for _, low, high, first, count in plan.items[: int(plan.num_items)].tolist():
                 shared[members[first], count] = shared.get((members[first], count), 0) + high - low
             decode_s = self.costs.tree_s([(count, tokens) for (_, count), tokens in shared.items()])
-            suffixes = int(lens.sum()) - int(plan.kv_starts[: len(rows)].sum())
-            decode_s += self.costs.plain_s(1, suffixes) + self.costs.costs.fixed_s
+            suffixes = lens - plan.kv_starts[: len(rows)].numpy()
+            decode_s += max(self.costs.plain_s(1, int(suffixes.sum())), self.alone_s(suffixes))
+            decode_s += self.costs.costs.fixed_s
         flops = sum(4 * MODEL.num_heads * MODEL.head_dim * i.num_tokens * (i.start + i.num_tokens / 2) for i in extends)
         parts = {
             "products": products_ms(num_tokens),
@@ -211,12 +227,13 @@ def simulate(
     *,
     uses_tree: bool = True,
     pads: bool = True,
+    cuts: bool = True,
     num_drafted: int = 0,
     acceptance: float = 0.0,
 ) -> dict[str, Any]:
     """Figures of one row, as bench_gpu.py names them, and means of its steps by kind."""
     workload = MAKERS[kind](count)
-    row = Row(scheduler, uses_tree, pads, num_drafted, acceptance)
+    row = Row(scheduler, uses_tree, pads, cuts, num_drafted, acceptance)
     if workload.parent is not None:
         row.run([workload.parent], 1)
         row.forget()
@@ -247,6 +264,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="divide chains and concurrency by this")
     parser.add_argument("--no-tree", action="store_true", help="plain attention alone")
     parser.add_argument("--no-padding", action="store_true", help="graphs of every size")
+    parser.add_argument("--whole-rows", action="store_true", help="no row's keys are cut into parts")
     parser.add_argument("--drafted", type=int, default=0, help="drafted tokens of a row in each step")
     parser.add_argument("--acceptance", type=float, default=0.6, help="probability that one is right after the others")
     parser.add_argument("--brief", action="store_true", help="a line a row")
@@ -261,10 +279,10 @@ def main() -> None:
     for name in [name for name in ORDER if name in wanted or not (wanted or name.startswith("json"))]:
         kind, concurrency, count = rows[name]
         sizes = max(concurrency // args.scale, 1), max(count // args.scale, 1)
-        values = {"uses_tree": not args.no_tree, "pads": not args.no_padding}
+        values = {"uses_tree": not args.no_tree, "pads": not args.no_padding, "cuts": not args.whole_rows}
         row = simulate(kind, *sizes, config, **values, num_drafted=args.drafted, acceptance=args.acceptance)
         found.append(row)
-        others, _, target, floor = REFERENCE[name]
+        others, _, target, floor = REFERENCE.get(name, ("-", 0, "-", None))
         print(
             f"{name:14} {row['tok_s']:6} tok/s  others {others:>6} target {target:>6} floor {floor or '-':>6} TTFT p50 "
             f"{row['ttft_p50_ms']:>5} p95 {row['ttft_p95_ms']:>5} ITL {row['itl_p50_ms']:>6} hit {row['hit_rate']:.3f}"

@@ -268,7 +268,7 @@ def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice, num_laye
         parts = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
         model = SharedModel(**parts, peers=OtherRankHere(other), group=AloneGroup(0, config.tp))
     core = build_core(model, config)
-    tokens = (core.runner.kv_cache.num_pages - 1) * config.page_size
+    tokens = (core.runner.kv_cache.num_pages - 1) * core.runner.kv_cache.page_size
     print(f"    start      {device.launches['start']:5d} launches, {tokens:,} tokens of KV, {device.memory}")
     vocabulary = Vocabulary(
         tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size, tokenizer

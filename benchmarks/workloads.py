@@ -104,6 +104,12 @@ def decode1(n: int, seed: int = 0, high: int = HIGH) -> Workload:
     return Workload([[Turn(_draw(rng, 512, high), 256)] for _ in range(n)])
 
 
+def mixed(n: int, seed: int = 0, high: int = HIGH, short: int = 500, long: int = 15_000, out: int = 256) -> Workload:
+    """Every 64th prompt is 30 times as long as the others; nothing is shared."""
+    rng = random.Random(f"mixed{seed}")
+    return Workload([[Turn(_draw(rng, long if i % 64 == 32 else short, high), out)] for i in range(n)])
+
+
 def json_workload(n: int, seed: int = 0, high: int = HIGH) -> Workload:
     """128 in, 128 out; `json` rows run it under JSON_SCHEMA, `jsonoff` rows without."""
     return unique(n, seed, high, prompt=128, out=128)
@@ -141,6 +147,7 @@ MAKERS = {
     "agentic": agentic,
     "fork": fork,
     "decode1": decode1,
+    "mixed": mixed,
     "json": json_workload,
     "jsonoff": json_workload,
 }
@@ -154,6 +161,7 @@ ROWS = [
     ("multiturn", 50, 50),
     ("agentic", 50, 50),
     ("fork", 64, 64),
+    ("mixed", 64, 128),
     ("unique", 256, 512),
     ("rag", 256, 512),
     ("multiturn", 256, 256),

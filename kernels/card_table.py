@@ -20,6 +20,7 @@ from ramet.kernels.attention.plan import AttentionTiles, TileConfig, TreeCosts
 from ramet.kernels.layers.gemv import MAX_ROWS, GemvConfig
 
 _FOLDER = Path(__file__).parent / "tables"
+MOST_GATED_ROWS = 384  # fewer than the largest graphs have tokens: they compile what any larger step launches
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,11 @@ class Product:
 @dataclass(frozen=True, slots=True)
 class CardTable:
     """`products`: products that are faster than the library's. `folded_rows`: batch sizes for which whole layers are
-    faster with norm, activation and residual folded into the products; these products are in `folded`."""
+    faster with norm, activation and residual folded into the products; these products are in `folded`. `early_launch`:
+    the other kernels of a layer start while the one before ends. `gated`: products of larger batches with the
+    activation behind them that are faster than both apart; each is for batches up to its rows, from the next smaller
+    one's on. `page_size`: that of the cache, unless the configuration says otherwise; None: the default.
+    """
 
     card: str
     products: Mapping[Product, GemvConfig] = field(default_factory=dict)
@@ -43,6 +48,9 @@ class CardTable:
     folded_rows: frozenset[int] = frozenset()
     tree_costs: TreeCosts | None = None
     tiles: AttentionTiles | None = None
+    early_launch: bool = False
+    gated: Mapping[Product, GemvConfig] = field(default_factory=dict)
+    page_size: int | None = None
 
     def to_json(self) -> str:
         """Return the file's text."""
@@ -58,6 +66,9 @@ class CardTable:
                 "folded_rows": sorted(self.folded_rows),
                 "tree_costs": None if self.tree_costs is None else dataclasses.asdict(self.tree_costs),
                 "tiles": None if self.tiles is None else dataclasses.asdict(self.tiles),
+                "early_launch": self.early_launch,
+                "gated": listed(self.gated),
+                "page_size": self.page_size,
             },
             indent=1,
         )
@@ -84,6 +95,9 @@ def load_card_table(card: str, path: str | Path | None = None) -> CardTable:
             frozenset(map(int, found["folded_rows"])),
             None if costs is None else TreeCosts(**costs),
             _tiles(found["tiles"]),
+            bool(found["early_launch"]),
+            _products(found["gated"], most_rows=MOST_GATED_ROWS, kernels=("tile",)),
+            found["page_size"] and int(found["page_size"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"the kernel table {source} is not what fit_table.py writes: {error!r}") from error
@@ -101,11 +115,15 @@ def _tiles(found: dict[str, Any] | None) -> AttentionTiles | None:  # Any: JSON
     return AttentionTiles(extend, decode, tree, found["tree_programs"], found["decode_programs"])
 
 
-def _products(rows: list[list[Any]]) -> dict[Product, GemvConfig]:  # Any: JSON
+def _products(
+    rows: list[list[Any]],  # JSON
+    most_rows: int = MAX_ROWS,
+    kernels: tuple[str, ...] = ("sum", "dot"),
+) -> dict[Product, GemvConfig]:
     products = {}
     for row in rows:
         product, config = Product(*row[:4]), GemvConfig(*row[4:])
-        if not 1 <= product.rows <= MAX_ROWS or config.kernel not in ("sum", "dot"):
+        if not 1 <= product.rows <= most_rows or config.kernel not in kernels:
             raise ValueError(f"{product} by {config}")
         products[product] = config
     return products

@@ -1,6 +1,7 @@
 """`Ops`: the device operations of a decoder and its steps, chosen once when the model is loaded.
 
-Every op has a torch reference, which is its specification. `REFERENCE` holds the references, `TRITON` the GPU kernels.
+Every op has a torch reference, which is its specification. `REFERENCE` holds the references, `TRITON` the GPU kernels,
+`EARLY_TRITON` those kernels launched early.
 `cpu/ops.py` makes the ops that are compiled for the CPU. It is not imported here, because it imports numba, which a
 process on a GPU does not need.
 Not here: ops without a compiled form for the CPU, which choose by their tensors' device (`slots/`, `grammar/`).
@@ -8,8 +9,10 @@ Not here: ops without a compiled form for the CPU, which choose by their tensors
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -102,11 +105,12 @@ def _attention_decode_triton(
     scale: float,
     window: int | None,
     out: Tensor | None,
+    early_launch: bool = False,
 ) -> Tensor:
     """Read shared prefixes once per group if there is a tree plan and no window."""
     if meta.tree is not None and window is None:
-        return attention_tree_triton(q, k_cache, v_cache, meta, meta.tree, scale, out)
-    return attention_decode_triton(q, k_cache, v_cache, meta, scale, window, out)
+        return attention_tree_triton(q, k_cache, v_cache, meta, meta.tree, scale, out, early_launch=early_launch)
+    return attention_decode_triton(q, k_cache, v_cache, meta, scale, window, out, early_launch=early_launch)
 
 
 REFERENCE = Ops(
@@ -130,4 +134,15 @@ TRITON = Ops(
     attention_extend_triton,
     add_adapters_triton,
     sample_triton,
+)
+# The kernels of a layer start while the one before ends, and wait for it (programmatic dependent launch, Hopper).
+EARLY_TRITON = dataclasses.replace(
+    TRITON,
+    rms_norm=partial(rms_norm_triton, early_launch=True),
+    fused_add_rms_norm=partial(fused_add_rms_norm_triton, early_launch=True),
+    silu_and_mul=partial(silu_and_mul_triton, early_launch=True),
+    gelu_tanh_and_mul=partial(gelu_tanh_and_mul_triton, early_launch=True),
+    rope_and_write_kv=partial(rope_and_write_kv_triton, early_launch=True),
+    attention_decode=partial(_attention_decode_triton, early_launch=True),
+    attention_extend=partial(attention_extend_triton, early_launch=True),
 )

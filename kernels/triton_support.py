@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any  # kernels are compiled by Triton, which has no types of its own
 
-__all__ = ["HAS_TRITON", "cdiv", "compiling", "jit", "jit_any_value", "next_power_of_two", "tl"]
+__all__ = ["HAS_TRITON", "cdiv", "compiling", "jit", "jit_any_value", "next_power_of_two", "tl", "wait_for_previous"]
 
 _is_compiling: ContextVar[bool] = ContextVar("ramet_is_compiling", default=False)
 
@@ -57,6 +57,16 @@ def jit_any_value(*names: str) -> Callable[[Callable[..., None]], Any]:
         return lambda kernel: _MissingKernel(kernel.__name__)
     make = triton.jit if triton.knobs.runtime.interpret else _Kernel
     return lambda kernel: make(kernel, do_not_specialize=names)
+
+
+@jit
+def wait_for_previous():  # type: ignore[no-untyped-def]
+    """In a kernel that is launched early (programmatic dependent launch, Hopper and later): let the next kernel start,
+    and wait until the one before has ended and its results are visible. Only constants may be read earlier, and nothing
+    may be written.
+    """
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +85,15 @@ def test_simulated_rows_keep_the_batch_full_and_read_shared_prefixes_once(script
     assert row["tok_s"] > plain["tok_s"]
 
 
+@pytest.mark.parametrize("script", ["simulate_rows"], indirect=True)
+def test_a_long_row_among_short_ones_is_cut_into_parts(script: ModuleType) -> None:
+    """Without, its program reads on alone while the others have nothing to do."""
+    lens = np.array([500] * 63 + [16_000])
+    assert script.longest_part(lens) <= 1.1 * lens.sum() / 49
+    cut, whole = (script.simulate("mixed", 64, 64, {}, cuts=cuts) for cuts in (True, False))
+    assert cut["steps"]["decode"]["attention"] < 0.6 * whole["steps"]["decode"]["attention"]
+
+
 @pytest.mark.parametrize("script", ["fit_table"], indirect=True)
 def test_a_tile_is_taken_where_it_loses_least_over_all_cases(script: ModuleType) -> None:
     def record(case: str, run: str, us: float | None) -> dict[str, object]:
@@ -92,12 +102,12 @@ def test_a_tile_is_taken_where_it_loses_least_over_all_cases(script: ModuleType)
 
     def tree(case: str, default: float, other: float, third: float | None = None) -> list[dict[str, object]]:
         return [
-            record(case, "plain splits 1", 90.0),
-            record(case, "tree 128x64 w8 s5 x1 splits 2 *", default),
-            record(case, "tree 64x64 w4 s3 x2 splits 2", other),
-            record(case, "tree 64x64 w4 s3 x1 splits 2", third),
-            record(case, "tree 64x64 w4 s3 x2 splits 2 side stream", 0.1),
-            record(case, "tree 128x64 w8 s5 x1 splits 1", 0.1),
+            record(case, "plain parts 1", 90.0),
+            record(case, "tree 128x64 w8 s5 x1 parts 2 *", default),
+            record(case, "tree 64x64 w4 s3 x2 parts 2", other),
+            record(case, "tree 64x64 w4 s3 x1 parts 2", third),
+            record(case, "tree 64x64 w4 s3 x2 parts 2 side stream", 0.1),
+            record(case, "tree 128x64 w8 s5 x1 parts 1", 0.1),
         ]
 
     default, best = script.DEFAULT_TREE, script.TileConfig(64, 64, 4, 3)
@@ -108,15 +118,36 @@ def test_a_tile_is_taken_where_it_loses_least_over_all_cases(script: ModuleType)
     assert script.fit_tile(tree("tree a", 40.0, 39.8), "tree") is None, "too little to gain"
     assert script.fit_tile(tree("tree a", 40.0, 30.0), "decode") is None
     decode = [
-        record("decode llama-8b 8x100", "16x64 w4 s5 splits 4 fused *", 9.0),
-        record("decode llama-8b 8x100", "16x32 w2 s7 splits 4 fused", 8.0),
-        record("decode llama-8b 8x100", "16x64 w4 s5 splits 8 fused", 1.0),
-        record("decode llama-8b 8x100", "16x64 w4 s5 splits 4 merge", 1.0),
+        record("decode llama-8b 8x100", "16x64 w4 s5 parts 4 fused *", 9.0),
+        record("decode llama-8b 8x100", "16x32 w2 s7 parts 4 fused", 8.0),
+        record("decode llama-8b 8x100", "16x64 w4 s5 parts 8 fused", 1.0),
+        record("decode llama-8b 8x100", "16x64 w4 s5 parts 4 merge", 1.0),
     ]
     assert script.fit_tile(decode, "decode llama-8b") == (script.TileConfig(16, 32, 2, 7), "")
-    assert script.fit_splits(decode) == 2 * script.PROGRAMS_PER_SM
-    assert script.fit_splits(decode[:2]) is None
-    assert script.fit_splits([]) is None
+    assert script.fit_parts(decode) == 2 * script.PROGRAMS_PER_SM
+    assert script.fit_parts(decode[:2]) is None
+    assert script.fit_parts([]) is None
+
+
+@pytest.mark.parametrize("script", ["fit_table"], indirect=True)
+def test_what_a_table_switches_on_was_measured_to_be_faster(script: ModuleType) -> None:
+    def gate(rows: int, name: str, us: float | None) -> dict[str, object]:
+        tile = {} if name == "cuBLAS" else {"config": ["tile", 64, 64, 4, 4, False, 128]}
+        return {"section": "gate", "B": rows, "name": name, "us": us, "outputs": 14336, "depth": 4096, **tile}
+
+    tile = script.GemvConfig("tile", 64, 64, 4, 4, block_m=128)
+    faster = [gate(64, "cuBLAS", 90.0), gate(64, "a", 85.0), gate(64, "b", None), gate(64, "c", 99.0)]
+    slower = [gate(128, "cuBLAS", 90.0), gate(128, "a", 89.0)]
+    assert script.fit_gated(faster + slower) == {script.Product(64, 14336, 4096, True): tile}
+    name = "with norm, silu, residual: cuBLAS + kernels"
+    stack = [{"section": "stack", "B": 1, "name": name, "us": 100.0}]
+    assert not script.fit_early(stack)
+    assert script.fit_early([*stack, {**stack[0], "name": f"{name}, early launch", "us": 97.0}])
+    assert not script.fit_early([*stack, {**stack[0], "name": f"{name}, early launch", "us": 100.0}])
+    cases = [{"case": "decode", "run": run, "us": us} for run, us in (("tile *", 50.0), ("other", 10.0))]
+    assert script.fit_page_size(cases, [{**cases[0], "us": 48.0}, {**cases[1], "us": 99.0}]) == 64
+    assert script.fit_page_size(cases, [{**cases[0], "us": 50.0}, {**cases[1], "us": 1.0}]) is None
+    assert script.fit_page_size(cases, []) is None
 
 
 @pytest.mark.parametrize("script", ["sim_cluster"], indirect=True)
@@ -158,7 +189,8 @@ def test_simulated_caches_tell_the_router_the_truth(script: ModuleType) -> None:
     assert checked == 1000
 
 
-RUNGS = ["eager", "decode graphs", "mixed graphs", "overlap", "tree", "device grammar", "drafts", "folded layers"]
+RUNGS = ["eager", "decode graphs", "mixed graphs", "overlap", "tree", "device grammar", "drafts", "pages of 64"]
+RUNGS += ["early launch", "gated products", "folded layers"]
 
 
 @pytest.mark.parametrize(
@@ -166,12 +198,12 @@ RUNGS = ["eager", "decode graphs", "mixed graphs", "overlap", "tree", "device gr
     [
         ({"eager": "crash"}, []),
         (
-            {"decode graphs": "crash", "overlap": "wrong", "device grammar": "crash"},
-            ["cuda_graph=false", "overlap=false", "grammar_on_device=false"],
+            {"decode graphs": "crash", "overlap": "wrong", "device grammar": "crash", "pages of 64": "wrong"},
+            ["cuda_graph=false", "overlap=false", "grammar_on_device=false", "page_size=16"],
         ),
         (
-            {"mixed graphs": "wrong", "tree": "crash", "folded layers": "wrong"},
-            ["cuda_graph_max_extend=0", 'tree_attention="off"', "fold=false"],
+            {"mixed graphs": "wrong", "tree": "crash", "gated products": "crash", "folded layers": "wrong"},
+            ["cuda_graph_max_extend=0", 'tree_attention="off"', "--no-gate", "--no-fold"],
         ),
     ],
 )

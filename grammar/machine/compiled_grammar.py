@@ -439,16 +439,20 @@ class CompiledGrammar:
                     row[byte] = self.state_number(found) if found >= 0 else DEAD
             wide.append(row)
             state += 1
-        rows = np.stack(wide)
-        _, first, inverse = np.unique(rows, axis=1, return_index=True, return_inverse=True)
+        columns = np.ascontiguousarray(np.stack(wide).T)
+        classes: dict[bytes, int] = {}
+        byte_class = np.array(
+            [classes.setdefault(column.tobytes(), len(classes)) for column in columns], dtype=np.uint8
+        )
+        first = [byte_class.tolist().index(number) for number in range(len(classes))]
         accepting = np.array([machine.accepts(p) for p in self._packed])
         return DeviceTables(
-            byte_class=inverse.reshape(-1).astype(np.uint8),
-            transitions=np.ascontiguousarray(rows[:, first]),
+            byte_class=byte_class,
+            transitions=np.ascontiguousarray(columns[first].T),
             accepting=accepting.astype(np.uint8),
             refused=self._all_refused(),
-            is_complete=accepting & (rows < 0).all(axis=1),
-            num_after=np.zeros((len(rows), 2), dtype=np.uint8),
+            is_complete=accepting & (columns < 0).all(axis=0),
+            num_after=np.zeros((len(wide), 2), dtype=np.uint8),
         )
 
     def _all_refused(self) -> NDArray[np.int32]:

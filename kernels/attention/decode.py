@@ -32,12 +32,20 @@ class DecodeMetadata:
     kv_lens: Tensor  # int32 [B], including the current token; 0 marks padding
     rows: Tensor  # int32 [B], row of `page_table` of each sequence
     page_table: Tensor  # int32 [S, max_pages]
-    num_splits: int = 1  # parts that the keys of a row are split into on the GPU; fixed for a captured graph
+    # Parts that the GPU cuts the keys of all rows together into, or those of each row. Fixed for a captured graph.
+    num_parts: int = 1
+    parts_of_a_row: bool = False
     tree: TreePlan | None = None  # shared prefixes read once per group; None reads every row's cache by itself
     kv_lens_host: list[int] | None = None  # the same lengths on the host, so the CPU path needs no copy back
-    # int32 [B * K] zeros, kept by the caller: the last program of a row then merges its splits, without a second kernel
+    # int32 [B * K] zeros, kept by the caller: the last program of a row then merges its parts, without a second kernel
     merge_counters: Tensor | None = None
     tiles: AttentionTiles | None = None  # measured on this card
+
+    @property
+    def most_parts(self) -> int:
+        """Parts that there are at most, whatever the lengths: shares are rounded up, and every row has one."""
+        batch = self.kv_lens.shape[0]
+        return batch * self.num_parts if self.parts_of_a_row else batch + self.num_parts - 1
 
 
 def attention_decode_reference(

@@ -1,17 +1,19 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Triton kernels of `attention_decode`: split-KV flash decoding, and the merge of the splits.
 
-A row's keys [start, kv_len) are cut into at most `num_splits` equal parts; a part's length is a multiple of BLOCK_N.
-`start` is 0, or the page of the first key in the window, or the end of a shared prefix (done by the tree kernel). The
-cut depends only on the row's own length and on `num_splits`. With `num_splits` fixed, a row's bits are therefore the
-same in any batch.
+The keys [start, kv_len) of each row are cut into equal parts; a part's length is a multiple of BLOCK_N. `start` is 0,
+or the page of the first key in the window, or the end of a shared prefix (done by the tree kernel). A row has its share
+of `num_parts` by its share of all keys, rounded up: no part is much longer than the others, whatever the rows' lengths.
+Or it has `num_parts` itself (`parts_of_a_row`): the cut, and so the row's bits, are then the same in any batch.
 
-Grid (K, num_splits, B). One program attends from the G = H / K heads of one KV head, padded to 16 rows for the matrix
-units, to one part. With one split it writes the result. With more splits it writes its fp32 part and base-2
-log-sum-exp; they are merged by the last program of a (row, KV head) to finish, if `merge_counters` are given, otherwise
-by a second kernel with grid (B, H). The counters must be zero before the first launch and are zero after each launch.
+Grid (K, most parts). Parts are numbered row by row; each program finds its row from the lengths, without a list from
+the host, so a captured graph serves any lengths. Programs past the last part stop at once. A program attends from the
+G = H / K heads of one KV head, padded to 16 rows for the matrix units, to one part. The only part of a row is its
+result. Of more parts, a program writes its fp32 part and base-2 log-sum-exp; they are merged in their order by the last
+program of a (row, KV head) to finish, if `merge_counters` are given, otherwise by a second kernel with grid (B, H). The
+counters must be zero before the first launch and are zero after each launch.
 
-To tune on a card: `choose_num_splits` in plan.py; fused merge against the second kernel.
+To tune on a card: `choose_num_parts` in plan.py; fused merge against the second kernel.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from ramet.kernels.attention.plan import LOG2_E, TileConfig, decode_config, dot_
 from ramet.kernels.attention.tile_triton import attend_range
 from ramet.kernels.attention.tree import TreePlan
 from ramet.kernels.layers.kv_fp8 import FP8, for_kernel
-from ramet.kernels.triton_support import jit, jit_any_value, next_power_of_two, tl
+from ramet.kernels.triton_support import jit, jit_any_value, next_power_of_two, tl, wait_for_previous
 
 
 def attention_decode_triton(
@@ -41,12 +43,13 @@ def attention_decode_triton(
     plan: TreePlan | None = None,
     shared: tuple[Tensor, Tensor] | None = None,
     before_merge: Callable[[], None] | None = None,
+    early_launch: bool = False,
 ) -> Tensor:
     """Launch `attention_decode` on the device of `q`; `config` overrides the table of the card.
 
     With `plan` each row starts at its kv_start, and the `shared` parts fp32 [max_slots, H, D] and base-2 log-sum-exps
     fp32 [max_slots, H] of the tree kernel are merged in (not possible with a window). If they are not written yet,
-    `before_merge` is called before the merge, which is then a separate kernel.
+    `before_merge` is called before the merge, which is then a separate kernel. early_launch: see `wait_for_previous`.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -54,18 +57,19 @@ def attention_decode_triton(
     if batch == 0:
         return out
     num_kv_heads, page_size = k_cache.shape[1], k_cache.shape[2]
-    group, num_splits = num_heads // num_kv_heads, meta.num_splits
+    group, most_parts = num_heads // num_kv_heads, meta.most_parts
     if config is None:
         config = decode_config(head_dim, q.dtype, group, meta.tiles)
     assert plan is None or window is None
-    to_parts = num_splits > 1 or before_merge is not None
+    to_parts = most_parts > batch or before_merge is not None
     fused = to_parts and before_merge is None and meta.merge_counters is not None
-    part, part_lse = split_buffers(q, num_splits) if to_parts else (q, q)
+    part, part_lse = part_buffers(q, most_parts) if to_parts else (q, q)
     has_tree = plan is not None
     shared_part, shared_lse = shared or (q, q)  # these four are not read without a plan
     slot_offsets, kv_starts = (meta.kv_lens,) * 2 if plan is None else (plan.slot_offsets, plan.kv_starts)
     block_d, block_g = max(16, next_power_of_two(head_dim)), next_power_of_two(group)
-    _decode_kernel[(num_kv_heads, num_splits, batch)](
+    block_b = next((size for size in (1, 16, 256) if size >= batch), max(1024, next_power_of_two(batch)))
+    _decode_kernel[(num_kv_heads, most_parts)](
         q,
         for_kernel(k_cache),
         for_kernel(v_cache),
@@ -82,6 +86,8 @@ def attention_decode_triton(
         meta.page_table,
         scale * LOG2_E,
         0 if window is None else window,
+        batch,
+        meta.num_parts,
         q.stride(0),
         q.stride(1),
         out.stride(0),
@@ -90,20 +96,24 @@ def attention_decode_triton(
         GROUP=group,
         HAS_WINDOW=window is not None,
         HAS_TREE=has_tree,
+        IS_FIXED=meta.parts_of_a_row,
         TO_PARTS=to_parts,
         FUSED_MERGE=fused,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        BLOCK_B=block_b,
         BLOCK_G=block_g,
         BLOCK_S=max(1, min(16, 8192 // (block_g * block_d))),
         BLOCK_T=max(1, min(16, 8192 // (config.block_m * block_d))),
         PAGE_SIZE=page_size,
         PRECISION=dot_precision(q.dtype),
         IS_FP8=k_cache.dtype is FP8,
+        EARLY=early_launch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        launch_pdl=early_launch,
     )
     if before_merge is not None:
         before_merge()
@@ -118,11 +128,14 @@ def attention_decode_triton(
             shared_lse,
             slot_offsets,
             0 if window is None else window,
-            num_splits,
+            batch,
+            meta.num_parts,
             out.stride(0),
             HAS_WINDOW=window is not None,
             HAS_TREE=has_tree,
+            IS_FIXED=meta.parts_of_a_row,
             HEAD_DIM=head_dim,
+            BLOCK_B=block_b,
             BLOCK_D=block_d,
             BLOCK_N=config.block_n,
             BLOCK_S=16,
@@ -132,17 +145,46 @@ def attention_decode_triton(
     return out
 
 
-def split_buffers(q: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
-    """Allocate the parts fp32 [B, H, num_splits, D] and their base-2 log-sum-exps fp32 [B, H, num_splits]."""
-    batch, num_heads, head_dim = q.shape
-    part = torch.empty(batch, num_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
-    return part, torch.empty(batch, num_heads, num_splits, dtype=torch.float32, device=q.device)
+def part_buffers(q: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
+    """Allocate the parts fp32 [num_parts, H, D] and their base-2 log-sum-exps fp32 [num_parts, H]."""
+    _, num_heads, head_dim = q.shape
+    part = torch.empty(num_parts, num_heads, head_dim, dtype=torch.float32, device=q.device)
+    return part, torch.empty(num_parts, num_heads, dtype=torch.float32, device=q.device)
 
 
 @jit
-def split_length(length, num_splits, BLOCK_N: tl.constexpr):
-    """Keys of one part of a row with `length` keys: a multiple of BLOCK_N, at least one tile."""
-    return tl.maximum(tl.cdiv(tl.cdiv(length, num_splits), BLOCK_N), 1) * BLOCK_N
+def part_length(keys, num_parts, BLOCK_N: tl.constexpr):
+    """Length of `num_parts` equal parts of a row: a multiple of BLOCK_N, at least one tile. The last may be shorter."""
+    return tl.maximum(tl.cdiv(tl.cdiv(keys, num_parts), BLOCK_N), 1) * BLOCK_N
+
+
+@jit
+def count_parts(
+    kv_lens_ptr,
+    kv_starts_ptr,
+    batch,
+    window,
+    num_parts,
+    index,  # int32 [BLOCK_B], rows
+    HAS_WINDOW: tl.constexpr,
+    HAS_TREE: tl.constexpr,
+    IS_FIXED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Return how many parts each row has: at least one, which writes the zeros of an empty row; 0 past the batch."""
+    in_batch = index < batch
+    keys = tl.load(kv_lens_ptr + index, mask=in_batch, other=0)
+    if HAS_WINDOW:
+        keys -= window_start(keys, window, PAGE_SIZE)
+    if HAS_TREE:
+        keys -= tl.load(kv_starts_ptr + index, mask=in_batch, other=0)
+    wanted = num_parts
+    if not IS_FIXED:
+        share = tl.maximum(tl.cdiv(tl.sum(keys), num_parts), 1)  # keys of a part if all were one long row's
+        wanted = tl.minimum(tl.maximum(tl.cdiv(keys, share), 1), 64)  # one program merges them
+    counts = tl.maximum(tl.cdiv(keys, part_length(keys, wanted, BLOCK_N)), 1)
+    return tl.where(in_batch, counts, 0)
 
 
 @jit
@@ -156,12 +198,13 @@ def merge_parts(
     acc,  # [R, BLOCK_D] fp32
     row_max,  # [R] fp32, log2 units
     row_sum,  # [R] fp32
-    part_ptr,  # fp32 [.., HEAD_DIM], first part of this row
+    part_ptr,  # fp32 [parts, H, HEAD_DIM]
     lse_ptr,
     count,  # parts to merge
-    head_offsets,  # int [R], parts between this row's and each of its R heads' first part
+    first,  # of them
+    heads,  # int [R]
     head_mask,  # bool [R]
-    part_stride,  # parts between two parts of a head
+    num_heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -170,7 +213,7 @@ def merge_parts(
     offs_d = tl.arange(0, BLOCK_D)
     for base in range(0, count, BLOCK_S):
         split = base + tl.arange(0, BLOCK_S)
-        index = head_offsets[:, None] + (split * part_stride)[None, :]
+        index = ((first + split) * num_heads)[None, :] + heads[:, None]
         mask = head_mask[:, None] & (split < count)[None, :]
         # .cg: in a fused merge other processors wrote these during this launch, so the first-level cache is no source.
         lse = tl.load(lse_ptr + index, mask=mask, other=float("-inf"), cache_modifier=".cg")
@@ -187,7 +230,7 @@ def merge_parts(
     return acc, row_max, row_sum
 
 
-@jit
+@jit_any_value("batch", "num_parts")
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -205,6 +248,8 @@ def _decode_kernel(
     page_table_ptr,
     scale_log2,
     window,
+    batch,
+    num_parts,
     stride_q_row,
     stride_q_head,
     stride_out_row,
@@ -213,22 +258,40 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_TREE: tl.constexpr,
+    IS_FIXED: tl.constexpr,
     TO_PARTS: tl.constexpr,
     FUSED_MERGE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     IS_FP8: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        wait_for_previous()
     kv_head = tl.program_id(0)
-    split, num_splits = tl.program_id(1), tl.num_programs(1)
-    row = tl.program_id(2).to(tl.int64)
+    number = tl.program_id(1)
+    if TO_PARTS:
+        index = tl.arange(0, BLOCK_B)
+        counts = count_parts(
+            kv_lens_ptr, kv_starts_ptr, batch, window, num_parts, index, HAS_WINDOW, HAS_TREE, IS_FIXED, BLOCK_N,
+            PAGE_SIZE,
+        )  # fmt: skip
+        row = tl.sum((tl.cumsum(counts, 0) <= number).to(tl.int32))  # rows whose parts have smaller numbers
+        if row >= batch:
+            return
+        first = tl.sum(tl.where(index < row, counts, 0))
+        count = tl.sum(tl.where(index == row, counts, 0))
+    else:
+        row, first, count = number, number, 1
+    row = row.to(tl.int64)
     kv_len = tl.load(kv_lens_ptr + row)
     table_ptr = page_table_ptr + tl.load(rows_ptr + row).to(tl.int64) * stride_table
     start = 0
@@ -236,11 +299,8 @@ def _decode_kernel(
         start = tl.load(kv_starts_ptr + row)
     if HAS_WINDOW:
         start = window_start(kv_len, window, PAGE_SIZE)
-    length = split_length(kv_len - start, num_splits, BLOCK_N)
-    low = start + split * length
-    # Split 0 of an empty row continues, because it must write the row's zeros.
-    if (split > 0) & (low >= kv_len):
-        return
+    length = part_length(kv_len - start, count, BLOCK_N)
+    low = start + (number - first) * length
     high = tl.minimum(low + length, kv_len)
 
     offs_m = tl.arange(0, BLOCK_M)
@@ -262,30 +322,35 @@ def _decode_kernel(
     )  # fmt: skip
     num_heads = tl.num_programs(0) * GROUP
     if not TO_PARTS:
+        is_whole = True
+    elif FUSED_MERGE:
+        is_whole = count == 1
+    else:
+        is_whole = False
+    if is_whole:
         if HAS_TREE:
             first_slot = tl.load(slot_offsets_ptr + row).to(tl.int64)
             num_slots = tl.load(slot_offsets_ptr + row + 1) - first_slot
             acc, row_max, row_sum = merge_parts(
-                acc, row_max, row_sum, tree_part_ptr, tree_lse_ptr, num_slots, first_slot * num_heads + head, head_mask,
-                num_heads, HEAD_DIM, BLOCK_D, BLOCK_T,
+                acc, row_max, row_sum, tree_part_ptr, tree_lse_ptr, num_slots, first_slot, head, head_mask, num_heads,
+                HEAD_DIM, BLOCK_D, BLOCK_T,
             )  # fmt: skip
         result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
         out_offsets = row * stride_out_row + head[:, None] * HEAD_DIM + offs_d[None, :]
         tl.store(out_ptr + out_offsets, result.to(out_ptr.dtype.element_ty), mask=row_mask)
     else:
         result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-        part_index = (row * num_heads + head) * num_splits + split
+        part_index = number.to(tl.int64) * num_heads + head
         tl.store(part_ptr + part_index[:, None] * HEAD_DIM + offs_d[None, :], result, mask=row_mask)
         lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.math.log2(tl.where(row_sum == 0.0, 1.0, row_sum)))
         tl.store(lse_ptr + part_index, lse, mask=head_mask)
         if FUSED_MERGE:
-            active = tl.maximum(tl.cdiv(kv_len - start, length), 1)
             # All threads' stores come before the release, and all threads' loads after the acquire.
             tl.debug_barrier()
             counter_ptr = counters_ptr + row * tl.num_programs(0) + kv_head
             arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
             tl.debug_barrier()
-            if arrived == active - 1:
+            if arrived == count - 1:
                 tl.store(counter_ptr, 0)
                 offs_g = tl.arange(0, BLOCK_G)
                 group_mask = offs_g < GROUP
@@ -294,15 +359,15 @@ def _decode_kernel(
                     tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32),
                     tl.full([BLOCK_G], float("-inf"), dtype=tl.float32),
                     tl.zeros([BLOCK_G], dtype=tl.float32),
-                    part_ptr, lse_ptr, active, (row * num_heads + heads) * num_splits, group_mask, 1,
-                    HEAD_DIM, BLOCK_D, BLOCK_S,
+                    part_ptr, lse_ptr, count, first.to(tl.int64), heads, group_mask, num_heads, HEAD_DIM, BLOCK_D,
+                    BLOCK_S,
                 )  # fmt: skip
                 if HAS_TREE:
                     first_slot = tl.load(slot_offsets_ptr + row).to(tl.int64)
                     num_slots = tl.load(slot_offsets_ptr + row + 1) - first_slot
                     merged, merged_max, merged_sum = merge_parts(
-                        merged, merged_max, merged_sum, tree_part_ptr, tree_lse_ptr, num_slots,
-                        first_slot * num_heads + heads, group_mask, num_heads, HEAD_DIM, BLOCK_D, BLOCK_S,
+                        merged, merged_max, merged_sum, tree_part_ptr, tree_lse_ptr, num_slots, first_slot, heads,
+                        group_mask, num_heads, HEAD_DIM, BLOCK_D, BLOCK_S,
                     )  # fmt: skip
                 merged = merged / tl.where(merged_sum == 0.0, 1.0, merged_sum)[:, None]
                 offsets = row * stride_out_row + heads[:, None] * HEAD_DIM + offs_d[None, :]
@@ -310,7 +375,7 @@ def _decode_kernel(
                 tl.store(out_ptr + offsets, merged.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit_any_value("num_splits")
+@jit_any_value("batch", "num_parts")
 def _merge_kernel(
     out_ptr,
     part_ptr,
@@ -321,11 +386,14 @@ def _merge_kernel(
     tree_lse_ptr,
     slot_offsets_ptr,
     window,
-    num_splits,
+    batch,
+    num_parts,
     stride_out_row,
     HAS_WINDOW: tl.constexpr,
     HAS_TREE: tl.constexpr,
+    IS_FIXED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -333,28 +401,26 @@ def _merge_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     head, num_heads = tl.program_id(1), tl.num_programs(1)
-    kv_len = tl.load(kv_lens_ptr + row)
-    start = 0
-    if HAS_TREE:
-        start = tl.load(kv_starts_ptr + row)
-    if HAS_WINDOW:
-        start = window_start(kv_len, window, PAGE_SIZE)
-    active = tl.maximum(tl.cdiv(kv_len - start, split_length(kv_len - start, num_splits, BLOCK_N)), 1)
+    index = tl.arange(0, BLOCK_B)
+    counts = count_parts(
+        kv_lens_ptr, kv_starts_ptr, batch, window, num_parts, index, HAS_WINDOW, HAS_TREE, IS_FIXED, BLOCK_N, PAGE_SIZE
+    )
+    first = tl.sum(tl.where(index < row, counts, 0)).to(tl.int64)
+    count = tl.sum(tl.where(index == row, counts, 0))
     offs_one = tl.arange(0, 1)
     offs_d = tl.arange(0, BLOCK_D)
     acc, row_max, row_sum = merge_parts(
         tl.zeros([1, BLOCK_D], dtype=tl.float32),
         tl.full([1], float("-inf"), dtype=tl.float32),
         tl.zeros([1], dtype=tl.float32),
-        part_ptr, lse_ptr, active, (row * num_heads + head + offs_one) * num_splits, offs_one == 0, 1,
-        HEAD_DIM, BLOCK_D, BLOCK_S,
+        part_ptr, lse_ptr, count, first, head + offs_one, offs_one == 0, num_heads, HEAD_DIM, BLOCK_D, BLOCK_S,
     )  # fmt: skip
     if HAS_TREE:
         first_slot = tl.load(slot_offsets_ptr + row).to(tl.int64)
         num_slots = tl.load(slot_offsets_ptr + row + 1) - first_slot
         acc, row_max, row_sum = merge_parts(
-            acc, row_max, row_sum, tree_part_ptr, tree_lse_ptr, num_slots, first_slot * num_heads + head + offs_one,
-            offs_one == 0, num_heads, HEAD_DIM, BLOCK_D, BLOCK_S,
+            acc, row_max, row_sum, tree_part_ptr, tree_lse_ptr, num_slots, first_slot, head + offs_one, offs_one == 0,
+            num_heads, HEAD_DIM, BLOCK_D, BLOCK_S,
         )  # fmt: skip
     result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     offsets = row * stride_out_row + head * HEAD_DIM + offs_d[None, :]

@@ -20,7 +20,7 @@ from ramet.kernels.attention.extend import ExtendMetadata
 from ramet.kernels.attention.plan import LOG2_E, TileConfig, dot_precision, extend_config
 from ramet.kernels.attention.tile_triton import attend_range
 from ramet.kernels.layers.kv_fp8 import FP8, for_kernel
-from ramet.kernels.triton_support import jit_any_value, next_power_of_two, tl
+from ramet.kernels.triton_support import jit_any_value, next_power_of_two, tl, wait_for_previous
 
 
 def attention_extend_triton(
@@ -32,8 +32,12 @@ def attention_extend_triton(
     window: int | None = None,
     out: Tensor | None = None,
     config: TileConfig | None = None,
+    early_launch: bool = False,
 ) -> Tensor:
-    """Launch `attention_extend` on the device of `q`; `config` overrides the table of the card."""
+    """Launch `attention_extend` on the device of `q`; `config` overrides the table of the card.
+
+    early_launch: see `wait_for_previous`.
+    """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     num_tokens, num_heads, head_dim = q.shape
@@ -72,8 +76,10 @@ def attention_extend_triton(
         PAGE_SIZE=page_size,
         PRECISION=dot_precision(q.dtype),
         IS_FP8=k_cache.dtype is FP8,
+        EARLY=early_launch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        launch_pdl=early_launch,
     )
     return out
 
@@ -106,7 +112,10 @@ def _extend_kernel(
     PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     IS_FP8: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        wait_for_previous()
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
 

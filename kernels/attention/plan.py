@@ -1,4 +1,4 @@
-"""Decisions of an attention launch on the host: tile sizes by card and shape, the number of splits, tree or plain.
+"""Decisions of an attention launch on the host: tile sizes by card and shape, the number of parts, tree or plain.
 
 Measured tiles of a card's table (`AttentionTiles`) take precedence over the choices in this module.
 """
@@ -12,8 +12,7 @@ import torch
 
 LOG2_E = 1.4426950408889634
 PROGRAMS_PER_SM = 3  # programs of the decode kernel that an H100 processor holds at once with the tile below
-MAX_SPLITS = 64
-FIXED_SPLITS = 8  # used if a row's bits must not depend on the batch
+FIXED_PARTS = 8  # of each row, if its bits must not depend on the batch
 TREE_PROGRAMS_PER_SM = 1  # programs of the tree kernel that a plan aims at, per processor
 
 
@@ -35,7 +34,7 @@ class AttentionTiles:
     decode: TileConfig | None = None  # but for its rows, which are the heads of a group
     tree: TileConfig | None = None
     tree_programs: int | None = None  # of the shared part that a plan aims at, per processor
-    decode_programs: int | None = None  # that rows are split for, per processor
+    decode_programs: int | None = None  # that rows are cut for, per processor
 
     def fit(self, head_dim: int, dtype: torch.dtype) -> bool:
         return head_dim == 128 and dtype.itemsize == 2
@@ -76,16 +75,13 @@ def decode_config(head_dim: int, dtype: torch.dtype, group: int, tiles: Attentio
     return TileConfig(block_m, 64 if head_dim <= 128 else 32, 4, 5)
 
 
-def choose_num_splits(
-    batch: int, num_kv_heads: int, max_kv_len: int, num_sms: int, programs_per_sm: int = PROGRAMS_PER_SM
-) -> int:
-    """Choose the number of splits of each row in `attention_decode`: enough programs to keep every processor loading.
+def choose_num_parts(num_kv_heads: int, num_sms: int, programs_per_sm: int = PROGRAMS_PER_SM) -> int:
+    """Choose into how many parts `attention_decode` cuts the keys of all rows together: enough programs to keep every
+    processor loading.
 
-    A row shorter than splits x 64 keys uses fewer. `max_kv_len`: the maximum length of the rows (the context when a
-    graph is captured).
+    Of many long rows each stays whole, but one that is far longer than the others does not.
     """
-    wanted = -(-programs_per_sm * num_sms // max(1, batch * num_kv_heads))
-    return max(1, min(wanted, -(-max_kv_len // 64), MAX_SPLITS))
+    return max(1, programs_per_sm * num_sms // num_kv_heads)
 
 
 def tree_config(head_dim: int, dtype: torch.dtype, group: int, tiles: AttentionTiles | None = None) -> TileConfig:

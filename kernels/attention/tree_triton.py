@@ -22,7 +22,7 @@ from ramet.kernels.attention.plan import LOG2_E, TileConfig, dot_precision
 from ramet.kernels.attention.tile_triton import attend_range
 from ramet.kernels.attention.tree import ITEM_FIELDS, TreePlan
 from ramet.kernels.layers.kv_fp8 import FP8, for_kernel
-from ramet.kernels.triton_support import jit, next_power_of_two, tl
+from ramet.kernels.triton_support import jit, next_power_of_two, tl, wait_for_previous
 
 
 def attention_tree_triton(
@@ -34,15 +34,21 @@ def attention_tree_triton(
     scale: float,
     out: Tensor | None = None,
     suffix_config: TileConfig | None = None,
+    early_launch: bool = False,
 ) -> Tensor:
-    """Launch `attention_decode`, reading keys shared in `plan` once per group. `suffix_config`: the decode tile."""
+    """Launch `attention_decode`, reading keys shared in `plan` once per group. `suffix_config`: the decode tile.
+
+    early_launch: see `wait_for_previous`; not with a side stream, whose kernels wait for an event.
+    """
     _, num_heads, head_dim = q.shape
     part = torch.empty(plan.max_slots, num_heads, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(plan.max_slots, num_heads, dtype=torch.float32, device=q.device)
     side = plan.side_stream
     if side is None:
-        launch_shared_part(q, k_cache, v_cache, meta, plan, scale, part, lse)
-        return attention_decode_triton(q, k_cache, v_cache, meta, scale, None, out, suffix_config, plan, (part, lse))
+        launch_shared_part(q, k_cache, v_cache, meta, plan, scale, part, lse, early_launch)
+        return attention_decode_triton(
+            q, k_cache, v_cache, meta, scale, None, out, suffix_config, plan, (part, lse), early_launch=early_launch
+        )
     current = torch.cuda.current_stream()
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -61,6 +67,7 @@ def launch_shared_part(
     scale: float,
     part: Tensor,
     lse: Tensor,
+    early_launch: bool = False,
 ) -> None:
     """Fill the slots that the plan uses of `part` fp32 [max_slots, H, D] and `lse` fp32 [max_slots, H]."""
     num_heads, head_dim = q.shape[1], q.shape[2]
@@ -91,8 +98,10 @@ def launch_shared_part(
         PAGE_SIZE=page_size,
         PRECISION=dot_precision(q.dtype),
         IS_FP8=k_cache.dtype is FP8,
+        EARLY=early_launch,
         num_warps=plan.config.num_warps,
         num_stages=plan.config.num_stages,
+        launch_pdl=early_launch,
     )
 
 
@@ -123,7 +132,10 @@ def _tree_kernel(
     PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     IS_FP8: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        wait_for_previous()
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     if item >= tl.load(num_items_ptr):

@@ -42,6 +42,8 @@ from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks
 from ramet.kernels.sampling.sample import GrammarTables
 
 FREE_STATE = 0
+CLASSES_OF_A_STATE = 64  # of bytes, which many grammars stay below: a transition each
+STATE_BYTES = 25 + 4 * CLASSES_OF_A_STATE  # of a state in all of the arena's tables
 _ROWS_PER_LAUNCH = 1024
 
 
@@ -77,6 +79,7 @@ class GrammarArena:
     ) -> None:
         self.tokens = tokens
         self.num_slots = num_slots
+        self.max_states, self.max_transitions = max_states, max_transitions
         self.final_state = num_slots + 1
         num_special = num_slots + 2
         device = tokens.lengths.device

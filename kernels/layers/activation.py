@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ramet.kernels.triton_support import cdiv, jit, tl
+from ramet.kernels.triton_support import cdiv, jit, tl, wait_for_previous
 
 
 def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
@@ -25,29 +25,34 @@ def gelu_tanh_and_mul_reference(gate_up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh").mul_(up)
 
 
-def silu_and_mul_triton(gate_up: Tensor) -> Tensor:
-    """Launch the kernel of `silu_and_mul_reference`."""
-    return _launch(gate_up, use_gelu=False)
+def silu_and_mul_triton(gate_up: Tensor, early_launch: bool = False) -> Tensor:
+    """Launch the kernel of `silu_and_mul_reference`. early_launch: see `wait_for_previous`."""
+    return _launch(gate_up, early_launch, use_gelu=False)
 
 
-def gelu_tanh_and_mul_triton(gate_up: Tensor) -> Tensor:
-    """Launch the kernel of `gelu_tanh_and_mul_reference`."""
-    return _launch(gate_up, use_gelu=True)
+def gelu_tanh_and_mul_triton(gate_up: Tensor, early_launch: bool = False) -> Tensor:
+    """Launch the kernel of `gelu_tanh_and_mul_reference`. early_launch: see `wait_for_previous`."""
+    return _launch(gate_up, early_launch, use_gelu=True)
 
 
-def _launch(gate_up: Tensor, use_gelu: bool) -> Tensor:
+def _launch(gate_up: Tensor, early_launch: bool, *, use_gelu: bool) -> Tensor:
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     # Few rows need many programs to fill the card; many rows need fewer and longer ones.
     block = 512 if num_rows <= 64 else 2048
     if num_rows:
         grid = (num_rows, cdiv(width, block))
-        _gated_kernel[grid](gate_up, out, gate_up.stride(0), width, USE_GELU=use_gelu, BLOCK=block, num_warps=4)
+        _gated_kernel[grid](
+            gate_up, out, gate_up.stride(0), width, USE_GELU=use_gelu, EARLY=early_launch, BLOCK=block, num_warps=4,
+            launch_pdl=early_launch,
+        )  # fmt: skip
     return out
 
 
 @jit
-def _gated_kernel(x_ptr, out_ptr, x_stride, width, USE_GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_kernel(x_ptr, out_ptr, x_stride, width, USE_GELU: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    if EARLY:
+        wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

@@ -29,8 +29,9 @@ MAX_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class GemvConfig:
-    """A launch configuration: the kernel ("sum" or "dot"), outputs and depth of a tile, tiles in flight, warps.
+    """A launch configuration: the kernel, outputs and depth of a tile, tiles in flight, warps.
 
+    kernel: "sum" or "dot"; "tile", with `block_m` rows, is the one of larger batches (`gated_product_triton`).
     early_launch: start while the previous kernel is still running, and fetch weights into the L2 cache until it ends
     (programmatic dependent launch, Hopper and later).
     """
@@ -41,6 +42,7 @@ class GemvConfig:
     num_stages: int
     num_warps: int
     early_launch: bool = False
+    block_m: int = 16
 
 
 def gemv_reference(

@@ -6,6 +6,11 @@
 W may be in FP8 (e4m3), with a scale for each row's groups of columns: the sums over a group are multiplied by it. So
 files with blocks of 128 x 128 are computed as stored, and x is not rounded. For those, in any engine.
 
+`gated_product_triton` is the same kernel over two halves of W at once, with the activation behind it, in tiles that a
+card's table chooses:
+
+    y = silu(x @ G.T) * (x @ U.T)        W = [G; U]
+
 A library chooses its tiles and its splits of K by T, so a row's last bits change with the batch. This kernel has one
 tile shape for every T, and each output is one sum over K in one order. Grid (N / BLOCK_N x T / BLOCK_M), in groups of
 row blocks that share weights in the L2 cache. Small batches pay for padded rows; benchmarks/bench_kernels.py measures
@@ -19,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ramet.kernels.layers.gemv import GemvConfig, gated
 from ramet.kernels.triton_support import cdiv, jit_any_value, tl
 
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 64, 128, 64
@@ -71,6 +77,7 @@ def matmul_invariant_triton(
         depth // num_groups,
         IS_FP8=scale is not None,
         HAS_BIAS=bias is not None,
+        IS_GATED=False,
         EVEN_K=depth % _BLOCK_K == 0,
         BLOCK_M=_BLOCK_M,
         BLOCK_N=_BLOCK_N,
@@ -83,11 +90,50 @@ def matmul_invariant_triton(
     return out
 
 
+def gated_product_triton(x: Tensor, weight: Tensor, config: GemvConfig) -> Tensor:
+    """Return what silu and product give one after the other, [T, N / 2], for x [T, K] and weight [N, K], gate first.
+
+    The activation reads what the product has in registers: no [T, N] is written and read.
+    """
+    num_rows, depth = x.shape
+    num_outputs = weight.shape[0] // 2
+    assert weight.is_contiguous(), weight.stride()
+    assert x.stride(1) == 1, x.stride()
+    out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
+    if num_rows == 0:
+        return out
+    _matmul_kernel[(cdiv(num_rows, config.block_m) * cdiv(num_outputs, config.block_n),)](
+        x,
+        weight,
+        None,
+        None,
+        out,
+        x.stride(0),
+        num_rows,
+        num_outputs,
+        depth,
+        1,
+        depth,
+        IS_FP8=False,
+        HAS_BIAS=False,
+        IS_GATED=True,
+        EVEN_K=depth % config.block_k == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=_GROUP_M,
+        PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
 @jit_any_value("num_rows")
 def _matmul_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, out_ptr, x_stride, num_rows, num_outputs, depth, num_groups, group,
-    IS_FP8: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    IS_FP8: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     blocks_m, blocks_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_outputs, BLOCK_N)
@@ -105,7 +151,9 @@ def _matmul_kernel(
     weight_row = tl.minimum(output, num_outputs - 1).to(tl.int64)
     x_tile_ptr = x_ptr + x_row[:, None] * x_stride + column[None, :]
     weight_tile_ptr = weight_ptr + weight_row[:, None] * depth + column[None, :]
+    up_tile_ptr = weight_tile_ptr + num_outputs.to(tl.int64) * depth
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up_total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, depth, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_tile_ptr + start)
@@ -120,6 +168,11 @@ def _matmul_kernel(
             total += tl.dot(x, tl.trans(weight), input_precision=PRECISION) * scale[None, :]
         else:
             total = tl.dot(x, tl.trans(weight), total, input_precision=PRECISION)
+        if IS_GATED:
+            up = tl.load(up_tile_ptr + start) if EVEN_K else tl.load(up_tile_ptr + start, mask=inside, other=0.0)
+            up_total = tl.dot(x, tl.trans(up), up_total, input_precision=PRECISION)
+    if IS_GATED:
+        total = gated(total, up_total, out_ptr.dtype.element_ty)
     if HAS_BIAS:
         total += tl.load(bias_ptr + output, mask=output < num_outputs, other=0.0).to(tl.float32)[None, :]
     inside = (row < num_rows)[:, None] & (output < num_outputs)[None, :]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ramet.kernels.triton_support import jit, next_power_of_two, tl
+from ramet.kernels.triton_support import jit, next_power_of_two, tl, wait_for_previous
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -34,28 +34,44 @@ def fused_add_rms_norm_reference(
     return rms_norm_reference(new_residual, weight, eps, dtype), new_residual
 
 
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """Launch the kernel of `rms_norm_reference`. x may have a row stride; its last axis is contiguous."""
+def rms_norm_triton(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None, early_launch: bool = False
+) -> Tensor:
+    """Launch the kernel of `rms_norm_reference`. x may have a row stride; its last axis is contiguous.
+
+    early_launch: see `wait_for_previous`.
+    """
     assert dtype is None or dtype is x.dtype, "a GPU computes in one dtype"
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
-    _launch(rows, None, weight, out, None, eps)
+    _launch(rows, None, weight, out, None, eps, early_launch)
     return out
 
 
 def fused_add_rms_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    early_launch: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel of `fused_add_rms_norm_reference`."""
     assert dtype is None or dtype is residual.dtype, "a GPU computes in one dtype"
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     new_residual = torch.empty_like(out)
-    _launch(x, residual, weight, out, new_residual, eps)
+    _launch(x, residual, weight, out, new_residual, eps, early_launch)
     return out, new_residual
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, new_residual: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    out: Tensor,
+    new_residual: Tensor | None,
+    eps: float,
+    early_launch: bool,
 ) -> None:
     num_rows, width = x.shape
     if num_rows == 0:
@@ -72,8 +88,10 @@ def _launch(
         width,
         eps,
         HAS_RESIDUAL=residual is not None,
+        EARLY=early_launch,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
+        launch_pdl=early_launch,
     )
 
 
@@ -89,13 +107,16 @@ def _rms_norm_kernel(
     width,
     eps,
     HAS_RESIDUAL: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    value = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if EARLY:
+        wait_for_previous()
+    value = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
         value = (value.to(tl.float32) + residual.to(tl.float32)).to(value.dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ramet.kernels.layers.kv_fp8 import FP8, for_kernel, round_halves, write_heads
 from ramet.kernels.layers.norm import rms_norm_reference
-from ramet.kernels.triton_support import cdiv, jit, next_power_of_two, tl
+from ramet.kernels.triton_support import cdiv, jit, next_power_of_two, tl, wait_for_previous
 
 _HEADS_PER_PROGRAM = 8
 
@@ -91,8 +91,12 @@ def rope_and_write_kv_triton(
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    early_launch: bool = False,
 ) -> Tensor:
-    """Launch the kernel of `rope_and_write_kv_reference`. Both caches have the same strides."""
+    """Launch the kernel of `rope_and_write_kv_reference`. Both caches have the same strides.
+
+    early_launch: see `wait_for_previous`.
+    """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, page_size = k.shape[1], k_cache.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -108,7 +112,8 @@ def rope_and_write_kv_triton(
         num_q_blocks, eps,
         H=num_heads, K=num_kv_heads, P=page_size, HALF=head_dim // 2, HALF_BLOCK=next_power_of_two(head_dim // 2),
         HEADS=_HEADS_PER_PROGRAM, NORM_Q=q_norm_weight is not None, NORM_K=k_norm_weight is not None,
-        IS_FP8=k_cache.dtype is FP8, num_warps=4 if head_dim >= 128 else 2,
+        IS_FP8=k_cache.dtype is FP8, EARLY=early_launch, num_warps=4 if head_dim >= 128 else 2,
+        launch_pdl=early_launch,
     )  # fmt: skip
     return out
 
@@ -120,7 +125,10 @@ def _rope_kernel(
     cache_page_stride, cache_head_stride, cache_token_stride, num_q_blocks, eps,
     H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
     HEADS: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr, IS_FP8: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     column = tl.arange(0, HALF_BLOCK)

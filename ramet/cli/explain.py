@@ -60,7 +60,7 @@ def _target(model: str | None) -> Target:
         from ramet.runtime.testing.byte_tokenizer import small_subword_tokenizer
 
         return ProgramModel(small_subword_tokenizer(), name="MockBackend")
-    from ramet.runtime.engine.config import EngineConfig
+    from ramet.runtime.engine.config import DEFAULT_PAGE_SIZE
     from ramet.runtime.models.catalog import resolve_model
     from ramet.runtime.models.description import describe_model
 
@@ -69,5 +69,5 @@ def _target(model: str | None) -> Target:
         described.tokenizer,
         name=model,
         context_length=described.config.max_position_embeddings,
-        page_size=EngineConfig().page_size,
+        page_size=DEFAULT_PAGE_SIZE,
     )

@@ -1,6 +1,7 @@
 """The grammars that run on the device, and their tables.
 
-Only a closed automaton can run there: one whose states are all known. `close` visits the states, up to a limit.
+Only a closed automaton can run there: one whose states are all known. `close` visits the states, as many as the arena
+has room for.
 `prepare` finds each state's path to the end of the text, and the states that share a mask. The compiler's caller calls
 `close` on a separate thread. If nobody called it, `prepare` runs in turns with the steps (turns.py). So does `acquire`,
 which copies the tables and waits for the device. The host masks all other grammars.
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_STATES = 60_000
-MAX_TRANSITIONS = 4_000_000
-
 
 class DeviceGrammars:
     """The grammars of one vocabulary for one arena. Keeps tables as long as their grammar.
@@ -59,11 +57,11 @@ class DeviceGrammars:
         self._released: deque[Hashable] = deque()  # keys of the arena that have lost a user, since it was changed
 
     def close(self, grammar: CompiledGrammar) -> bool:
-        """Try to close a grammar within the limits, and prepare it. Return whether it can run on the device."""
+        """Try to close a grammar that fits the arena, and prepare it. Return whether it can run on the device."""
         if grammar in self._open:
             return False
         start_s = time.monotonic()
-        grammar.close(MAX_STATES)
+        grammar.close(self.arena.max_states)
         tables = self.prepare(grammar)
         if tables is None:
             self._open.add(grammar)
@@ -114,7 +112,10 @@ class DeviceGrammars:
 
     def _prepare(self, grammar: Grammar) -> AutomatonTables | None:
         tables = grammar.device_tables()
-        if tables is None or tables.transitions.size > MAX_TRANSITIONS or len(tables.transitions) > MAX_STATES:
+        arena = self.arena
+        if tables is None or len(tables.transitions) > arena.max_states:
+            return None
+        if tables.transitions.size > arena.max_transitions:
             return None
         with self._making_trie:
             if self._trie is None:

@@ -13,6 +13,7 @@ from ramet.lang.graph.json_form import KNOWN, JsonForm, whitespace_named
 from ramet.lang.graph.sampling import MAX_INT32
 
 MAX_INT64 = 2**63 - 1
+DEFAULT_PAGE_SIZE = 16
 
 
 def _doc(default: Any, text: str) -> Any:  # Any: what dataclasses.field returns is typed as the field it stands for
@@ -47,7 +48,9 @@ class EngineConfig:
         "auto",
         "keys and values: auto: in the model's dtype; fp8_e4m3: in one byte, with a scale for each head's vector",
     )
-    page_size: int = _doc(16, "token positions in a KV page")
+    page_size: int | None = _doc(
+        None, f"token positions in a KV page; None: what is fastest on a measured GPU, else {DEFAULT_PAGE_SIZE}"
+    )
     num_kv_tokens: int | None = _doc(None, "token positions in the KV pool; None: by memory")
     mem_fraction_static: float = _doc(0.9, "share of the device's memory for weights, KV and workspace together")
     kv_cpu_bytes: int = _doc(
@@ -136,10 +139,9 @@ class EngineConfig:
             )
         if len(self.lora) > self.num_loras:
             raise ConfigError(f"lora names {len(self.lora)} adapters but max_loras is {self.max_loras}; raise it")
-        if self.num_kv_tokens is not None and self.num_kv_tokens < 2 * self.page_size:
-            raise ConfigError(
-                f"num_kv_tokens is {self.num_kv_tokens} but must be at least two pages: {2 * self.page_size}"
-            )
+        two_pages = 2 * (self.page_size or DEFAULT_PAGE_SIZE)
+        if self.num_kv_tokens is not None and self.num_kv_tokens < two_pages:
+            raise ConfigError(f"num_kv_tokens is {self.num_kv_tokens} but must be at least two pages: {two_pages}")
 
     @property
     def num_loras(self) -> int:

@@ -125,7 +125,7 @@ class Engine:
         self.chat_template = self.tokenizer.chat_template
         self._core: EngineCore = build_core(self.model, config)
         self.context_length = self._core.context_length
-        self.page_size, self.json_form = config.page_size, config.json_form
+        self.page_size, self.json_form = self._core.runner.kv_cache.page_size, config.json_form
         wanted = config.context_length or self.model.config.max_position_embeddings
         self.device_grammars = self._core.grammars.device  # for callers that compile grammars; None: the host masks
         self._streams: dict[Sequence, _Stream] = {}

@@ -11,15 +11,15 @@ import torch
 
 from ramet.errors import ConfigError, OutOfMemory
 from ramet.kernels.card_table import CardTable, load_card_table
-from ramet.kernels.grammar.arena import GrammarArena
+from ramet.kernels.grammar.arena import CLASSES_OF_A_STATE, STATE_BYTES, GrammarArena
 from ramet.kernels.grammar.mask import TokenTable
 from ramet.kernels.layers.kv_fp8 import FP8
 from ramet.kernels.sampling.logit_edits import EditTables
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
-from ramet.runtime.constraints.device_grammars import MAX_STATES, MAX_TRANSITIONS, DeviceGrammars
+from ramet.runtime.constraints.device_grammars import DeviceGrammars
 from ramet.runtime.constraints.states import GrammarStates
-from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.engine.config import DEFAULT_PAGE_SIZE, EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.models.adapters import Adapters
 from ramet.runtime.models.build import apply_fp8_cache
@@ -74,7 +74,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
     kv_cache, context = runner.kv_cache, runner.max_kv_len
     if head is not None:
         head.make_room(kv_cache.num_pages)
-    pool = PagePool(kv_cache.num_pages, config.page_size)
+    pool = PagePool(kv_cache.num_pages, kv_cache.page_size)
     cache = RadixCache(pool)
     scheduler = Scheduler(scheduler_config(config, context, model.decoder), pool, cache)
     logger.info(
@@ -83,7 +83,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         device,
         model.decoder.dtype,
         kv_cache.num_bytes / 2**30,
-        (kv_cache.num_pages - 1) * config.page_size,
+        (kv_cache.num_pages - 1) * kv_cache.page_size,
         context,
         "" if ranks is None else f", each of {config.tp} ranks",
     )
@@ -133,7 +133,7 @@ def make_head(model: LoadedModel, config: EngineConfig) -> DraftHead | None:
         raise ConfigError(
             f"speculative_draft is a head, {name!r}; it needs Ramet's own layers, kv_cache_dtype auto and no adapters"
         )
-    return load_head(Path(name), decoder, config.page_size)
+    return load_head(Path(name), decoder, page_size_of(config, decoder.device))
 
 
 def verifies(config: EngineConfig) -> bool:
@@ -188,8 +188,9 @@ def build_runner(
         config = config.changed({"cuda_graph": False})
     adapters = Adapters(decoder, config.num_loras, config.max_lora_rank) if config.num_loras else None
     tree = make_tree_planner(decoder, config, device, kv_dtype)
-    page_bytes = bytes_per_token(decoder.config, kv_dtype) * config.page_size
-    num_pages = None if config.num_kv_tokens is None else -(-config.num_kv_tokens // config.page_size) + 1
+    page_size = page_size_of(config, device)
+    page_bytes = bytes_per_token(decoder.config, kv_dtype) * page_size
+    num_pages = None if config.num_kv_tokens is None else -(-config.num_kv_tokens // page_size) + 1
     plan: MemoryPlan | None = None
     if device.type == "cuda":
         workspace, graphs = measure_steps(decoder, config, wanted, kv_dtype, arena, edits, tree, adapters)
@@ -207,10 +208,10 @@ def build_runner(
         num_pages = max(config.kv_cpu_bytes // config.tp // page_bytes, 2) + 1
     if group is not None:
         num_pages = group.smallest(num_pages)
-    context = min(wanted, (num_pages - 1) * config.page_size)
+    context = min(wanted, (num_pages - 1) * page_size)
     try:
-        kv_cache = KVCache(decoder.config, num_pages, config.page_size, device=device, dtype=kv_dtype)
-        slots = RunningSlots(config.max_running_requests, -(-context // config.page_size), device=device)
+        kv_cache = KVCache(decoder.config, num_pages, page_size, device=device, dtype=kv_dtype)
+        slots = RunningSlots(config.max_running_requests, -(-context // page_size), device=device)
         runner = ModelRunner(
             decoder,
             kv_cache,
@@ -246,10 +247,26 @@ def make_arena(model: LoadedModel, config: EngineConfig, device: torch.device) -
     tokens = TokenTable.create(
         tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, model.config.vocab_size, device
     )
-    # Room for a few automata of the largest accepted size; smaller ones share it.
     return GrammarArena(
-        tokens, config.max_running_requests, max_states=4 * MAX_STATES, max_transitions=4 * MAX_TRANSITIONS
+        tokens,
+        config.max_running_requests,
+        **arena_sizes(torch.cuda.get_device_properties(device).total_memory, model.config.vocab_size),
+        max_grammars=max(256, 2 * config.max_running_requests),
     )
+
+
+def arena_sizes(total_bytes: int, vocab_size: int) -> dict[str, int]:
+    """Sizes of the arena on a GPU with this memory: a 256th of it for automata, as much for their mask rows.
+
+    A grammar may take all of it, so the GPU's memory and the time for compiling are what limits a grammar.
+    """
+    share = total_bytes // 256
+    max_states = max(share // STATE_BYTES, 240_000)
+    return {
+        "max_states": max_states,
+        "max_transitions": max_states * CLASSES_OF_A_STATE,
+        "max_mask_rows": max(share // (4 * -(-vocab_size // 32)), 8192),
+    }
 
 
 def make_device_grammars(model: LoadedModel, arena: GrammarArena) -> DeviceGrammars:
@@ -273,7 +290,7 @@ def make_tree_planner(
         return None
     return TreePlanner(
         decoder.config,
-        config.page_size,
+        page_size_of(config, device),
         config.max_running_requests,
         mode=config.tree_attention,
         num_sms=torch.cuda.get_device_properties(device).multi_processor_count,
@@ -337,10 +354,11 @@ def measure_steps(
     """
     device = decoder.device
     num_tokens = min(step_tokens(config, device), context_length)
-    num_pages = -(-num_tokens // config.page_size) + 1
+    page_size = page_size_of(config, device)
+    num_pages = -(-num_tokens // page_size) + 1
     try:
-        kv_cache = KVCache(decoder.config, num_pages, config.page_size, device=device, dtype=kv_dtype)
-        slots = RunningSlots(config.max_running_requests, -(-context_length // config.page_size), device=device)
+        kv_cache = KVCache(decoder.config, num_pages, page_size, device=device, dtype=kv_dtype)
+        slots = RunningSlots(config.max_running_requests, -(-context_length // page_size), device=device)
         runner = ModelRunner(
             decoder,
             kv_cache,
@@ -414,7 +432,15 @@ def prepare_decoder(decoder: Decoder, config: EngineConfig, device: torch.device
         return decoder
     if config.deterministic:
         return apply_batch_invariance(decoder)
-    return apply_card_table(decoder, card_table(config, device))
+    return apply_card_table(decoder, card_table(config, device), has_adapters=config.num_loras > 0)
+
+
+def page_size_of(config: EngineConfig, device: torch.device) -> int:
+    """Token positions in a KV page: as configured, else as the table of a GPU has it, else the default."""
+    if config.page_size is not None:
+        return config.page_size
+    measured = card_table(config, device).page_size if device.type == "cuda" else None
+    return measured or DEFAULT_PAGE_SIZE
 
 
 def card_table(config: EngineConfig, device: torch.device) -> CardTable:

@@ -17,7 +17,7 @@ import torch
 
 from ramet.errors import BrokenModelFile, ConfigError, OutOfMemory, UnsupportedArchitecture
 from ramet.kernels.layers.kv_fp8 import FP8
-from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.engine.config import DEFAULT_PAGE_SIZE, EngineConfig
 from ramet.runtime.models.config import Fields, ModelConfig
 from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.weights import expected_tensors
@@ -166,6 +166,7 @@ def size(shape: ModelShape, card: GpuModel, engine: EngineConfig) -> Sizing:
     bits = weight_bits(engine)
     weights = int(matrices * bits / 8) + others * 2
     outside = ASSUMED_BYTES["driver"] + (ASSUMED_BYTES["communication"] if engine.tp > 1 else 0)
+    page_size = engine.page_size or DEFAULT_PAGE_SIZE
     kv_bytes = bytes_per_token(config, torch.bfloat16 if engine.kv_cache_dtype == "auto" else FP8)
     reading = MemoryReading(card.total, card.total - outside - weights, weights, weights)
     graphs = ASSUMED_BYTES["graphs"] if engine.cuda_graph else 0
@@ -174,9 +175,9 @@ def size(shape: ModelShape, card: GpuModel, engine: EngineConfig) -> Sizing:
         workspace=workspace_bytes(config, engine),
         graphs=graphs,
         fraction=engine.mem_fraction_static,
-        page_bytes=kv_bytes * engine.page_size,
+        page_bytes=kv_bytes * page_size,
     )
-    num_tokens = (plan.num_pages - 1) * engine.page_size
+    num_tokens = (plan.num_pages - 1) * page_size
     active, _ = shape.num_params(config, is_active=True)
     head = config.vocab_size * config.hidden_size
     read = active * bits / 8 + head * 2

@@ -13,8 +13,15 @@ from torch import Tensor
 from ramet.errors import ConfigError
 from ramet.kernels.ops import REFERENCE, TRITON, Ops
 from ramet.runtime.models.config import Experts, ModelConfig, Rope
-from ramet.runtime.models.decoder import Decoder, Layer
-from ramet.runtime.models.layers import Attention, DecoderLayer, FeedForward, RotaryTable, SparseFeedForward
+from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.layers import (
+    Attention,
+    DecoderLayer,
+    FeedForward,
+    RotaryTable,
+    SparseFeedForward,
+    with_ops,
+)
 from ramet.runtime.models.linear import Linear, Storage
 from ramet.runtime.models.linear_fp8 import Fp8Storage, has_fp8_products
 from ramet.runtime.models.weights import Weights
@@ -71,11 +78,7 @@ def apply_fp8_cache(decoder: Decoder) -> Decoder:
         attention_extend=REFERENCE.attention_extend,
         make_record=None,
     )
-    layers: list[Layer] = []
-    for layer in decoder.layers:
-        assert isinstance(layer, DecoderLayer)
-        layers.append(dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, ops=ops)))
-    return dataclasses.replace(decoder, ops=ops, layers=layers)
+    return with_ops(decoder, ops)
 
 
 def _build_on_cpu(

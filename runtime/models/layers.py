@@ -7,6 +7,7 @@ that follows it. All of it can be captured in a CUDA graph: no host synchronisat
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from ramet.kernels.attention.decode import attention_decode_reference
 from ramet.kernels.attention.extend import attention_extend_reference
 from ramet.kernels.ops import Ops
 from ramet.runtime.models.config import Rope
-from ramet.runtime.models.decoder import ForwardContext
+from ramet.runtime.models.decoder import Decoder, ForwardContext, Layer
 from ramet.runtime.models.linear import Linear
 
 
@@ -174,6 +175,21 @@ class SparseFeedForward:
             out += torch.sigmoid(self.shared_gate(x).float()) * self.shared(x).float()
         result = out.to(x.dtype)
         return result if self.combine is None else self.combine(result)
+
+
+def with_ops(decoder: Decoder, ops: Ops) -> Decoder:
+    """Return the decoder with other ops in all its dense layers. It shares its weights with the given one."""
+    activations = {decoder.ops.silu_and_mul: ops.silu_and_mul, decoder.ops.gelu_tanh_and_mul: ops.gelu_tanh_and_mul}
+    layers: list[Layer] = []
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        feed_forward = layer.feed_forward
+        if isinstance(feed_forward, FeedForward):
+            activation = activations[feed_forward.activation]
+            feed_forward = dataclasses.replace(feed_forward, activation=activation)
+        attention = dataclasses.replace(layer.attention, ops=ops)
+        layers.append(dataclasses.replace(layer, ops=ops, attention=attention, feed_forward=feed_forward))
+    return dataclasses.replace(decoder, ops=ops, layers=layers)
 
 
 @dataclass(slots=True, eq=False)

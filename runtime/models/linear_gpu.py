@@ -2,7 +2,8 @@
 
 `apply_card_table` gives small batches the kernels that were measured to be faster. For batch sizes that the table folds
 it replaces whole layers: norm, activation and residual are then fused into the products. Other batch sizes stay with
-the library. `apply_batch_invariance` gives each row of a product the same bits in any batch (`--deterministic`); the
+the library. The table also says which kernels start early, and where the activation is part of the gate-up product of a
+larger batch. `apply_batch_invariance` gives each row of a product the same bits in any batch (`--deterministic`); the
 model runner does the rest of a deterministic engine: fixed attention splits and tiles, no tree attention.
 Not here: the measurements (`kernels.card_table`), quantised weights, which have their own methods.
 """
@@ -10,7 +11,7 @@ Not here: the measurements (`kernels.card_table`), quantised weights, which have
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,9 +27,10 @@ from ramet.kernels.layers.gemv import (
     gemv_silu_and_mul_triton,
     gemv_triton,
 )
-from ramet.kernels.layers.matmul_invariant import matmul_invariant
-from ramet.runtime.models.decoder import Decoder, ForwardContext
-from ramet.runtime.models.layers import DecoderLayer, FeedForward
+from ramet.kernels.layers.matmul_invariant import gated_product_triton, matmul_invariant
+from ramet.kernels.ops import EARLY_TRITON
+from ramet.runtime.models.decoder import Decoder, ForwardContext, Layer
+from ramet.runtime.models.layers import DecoderLayer, FeedForward, with_ops
 from ramet.runtime.models.linear import Linear, PlainLinear
 
 
@@ -70,16 +72,69 @@ def apply_batch_invariance(decoder: Decoder) -> Decoder:
     return decoder
 
 
-def apply_card_table(decoder: Decoder, table: CardTable) -> Decoder:
-    """Return a decoder that uses the table's kernels. It shares its weights with the given decoder."""
+def apply_card_table(decoder: Decoder, table: CardTable, *, has_adapters: bool = False) -> Decoder:
+    """Return a decoder that uses the table's kernels. It shares its weights with the given decoder.
+
+    has_adapters: adapters will be added to its products, so nothing is folded behind one.
+    """
+    if table.early_launch:
+        decoder = with_ops(decoder, EARLY_TRITON)
     for linear in decoder.linears():
         configs = configs_of(linear, table.products)
         if configs and isinstance(linear.method, PlainLinear):
             linear.method = PlainLinear(linear.method.weight, partial(small_batch_product, configs))
     layers = [folded(layer, table) if isinstance(layer, DecoderLayer) else layer for layer in decoder.layers]
     if not all(isinstance(layer, FoldedLayer) for layer in layers):
+        layers = list(decoder.layers)
+    if not has_adapters:
+        layers = [with_gate(layer, table) for layer in layers]
+    if all(layer is other for layer, other in zip(layers, decoder.layers, strict=True)):
         return decoder
     return dataclasses.replace(decoder, layers=layers)
+
+
+def with_gate(layer: Layer, table: CardTable) -> Layer:
+    """The layer with the activation in its gate-up product, for the batch sizes that the table has."""
+    if isinstance(layer, FoldedLayer):
+        plain = with_gate(layer.plain, table)
+        assert isinstance(plain, DecoderLayer)
+        return dataclasses.replace(layer, plain=plain)
+    if not isinstance(layer, DecoderLayer) or not isinstance(layer.feed_forward, FeedForward):
+        return layer
+    linear, activation = layer.feed_forward.gate_up, layer.feed_forward.activation
+    if (
+        activation is not layer.ops.silu_and_mul
+        or linear.bias is not None
+        or not isinstance(linear.method, PlainLinear)
+    ):
+        return layer
+    shape = linear.out_features // 2, linear.in_features, True
+    tiles = {p.rows: config for p, config in table.gated.items() if (p.outputs, p.depth, p.is_gated) == shape}
+    if not tiles:
+        return layer
+    product = partial(gate_in_product, tiles, activation, linear.method.product)
+    gate_up = dataclasses.replace(linear, method=PlainLinear(linear.method.weight, product))
+    feed_forward = dataclasses.replace(layer.feed_forward, gate_up=gate_up, activation=_as_it_is)
+    return dataclasses.replace(layer, feed_forward=feed_forward)
+
+
+def gate_in_product(
+    tiles: Mapping[int, GemvConfig],
+    activation: Callable[[Tensor], Tensor],
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """The activated product [T, I], in one kernel for as many rows as `tiles` has one for, else in two."""
+    rows = min((rows for rows in tiles if rows >= x.shape[0]), default=None)
+    if rows is None or not x.is_cuda:
+        return activation(product(x, weight, bias))
+    return gated_product_triton(x, weight, tiles[rows])
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def configs_of(linear: Linear, products: Mapping[Product, GemvConfig]) -> dict[int, GemvConfig]:

@@ -1,4 +1,4 @@
-"""Attention plans of a step: the location of each row's keys, their splits, and shared prefixes.
+"""Attention plans of a step: the location of each row's keys, the parts they are cut into, and shared prefixes.
 
 A plan is made once for each step or graph, and every layer of the decoder runs it. The kernels and their tiles are in
 `kernels/attention/`.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.attention.extend import ExtendMetadata
-from ramet.kernels.attention.plan import FIXED_SPLITS, PROGRAMS_PER_SM, AttentionTiles, choose_num_splits
+from ramet.kernels.attention.plan import FIXED_PARTS, PROGRAMS_PER_SM, AttentionTiles, choose_num_parts
 from ramet.kernels.attention.tree import TreePlan
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.decoder import ForwardContext
@@ -45,13 +45,18 @@ class AttentionPlans:
         """
         assert tree is None or not is_deterministic, "what a group shares changes the order of summation"
         self.tree = tree
-        self._model = model
+        self._num_kv_heads = model.num_kv_heads
         self._kv_cache = kv_cache
         self._page_table = slots.tables.page_table
         self._max_kv_len = max_kv_len
-        self._num_sms = num_sms or 1
         self._is_deterministic = is_deterministic
         self._tiles = tiles
+        programs = PROGRAMS_PER_SM
+        if tiles is not None and tiles.fit(model.head_dim, kv_cache.storage.dtype):
+            programs = tiles.decode_programs or programs
+        self._num_parts = FIXED_PARTS
+        if not is_deterministic:
+            self._num_parts = choose_num_parts(model.num_kv_heads, num_sms or 1, programs)
         self._merge_counters: Tensor | None = None
         if num_sms is not None:
             num_counters = max(slots.num_slots, VERIFIED_TOKENS[-1]) * model.num_kv_heads
@@ -70,10 +75,18 @@ class AttentionPlans:
     ) -> DecodeMetadata:
         """The plan of decode rows. rows, kv_lens: int32 [B]; the host may not know the lengths."""
         counters = self._merge_counters
-        if counters is not None and rows.numel() * self._model.num_kv_heads > counters.numel():
-            counters = None  # a test's drafts; their splits are merged by a second kernel
+        if counters is not None and rows.numel() * self._num_kv_heads > counters.numel():
+            counters = None  # a test's drafts; their parts are merged by a second kernel
         return DecodeMetadata(
-            kv_lens, rows, self._page_table, self._num_splits(rows.numel()), tree, kv_lens_host, counters, self._tiles
+            kv_lens,
+            rows,
+            self._page_table,
+            self._num_parts,
+            self._is_deterministic,
+            tree,
+            kv_lens_host,
+            counters,
+            self._tiles,
         )
 
     def extend(self, sent: ExtendInputs, arrays: ExtendArrays, num_verified: int) -> ExtendMetadata:
@@ -116,13 +129,3 @@ class AttentionPlans:
         num_decode = 0 if decode is None else decode.rows.numel()
         start = num_decode if extend_start is None else extend_start
         return ForwardContext(positions, kv_slots, num_decode, decode, extend, self._kv_cache.layers, start)
-
-    def _num_splits(self, batch: int) -> int:
-        """Number of splits of a row's keys. `batch` includes padding, so graphs and eager steps split a row alike."""
-        if self._is_deterministic:
-            return FIXED_SPLITS
-        programs, model = PROGRAMS_PER_SM, self._model
-        if self._tiles is not None and self._tiles.fit(model.head_dim, self._kv_cache.storage.dtype):
-            programs = self._tiles.decode_programs or programs
-        padded = 1 << (batch - 1).bit_length()
-        return choose_num_splits(padded, model.num_kv_heads, self._max_kv_len, self._num_sms, programs)

@@ -12,7 +12,7 @@ from ramet.kernels.attention.decode import DecodeMetadata
 from ramet.kernels.attention.decode_triton import attention_decode_triton
 from ramet.kernels.attention.extend import ExtendMetadata
 from ramet.kernels.attention.extend_triton import attention_extend_triton
-from ramet.kernels.attention.plan import FIXED_SPLITS
+from ramet.kernels.attention.plan import FIXED_PARTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -53,7 +53,7 @@ def test_decode_rows_give_the_same_bits_in_any_batch(cases: Any) -> None:
     kv_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
 
     def decode(which: slice) -> Tensor:
-        meta = DecodeMetadata(kv_lens[which], rows[which], table, FIXED_SPLITS)
+        meta = DecodeMetadata(kv_lens[which], rows[which], table, FIXED_PARTS, True)
         return attention_decode_triton(q[which], k_cache, v_cache, meta, 0.25)
 
     together = decode(slice(0, 3))

@@ -26,6 +26,9 @@ TABLE = CardTable(
     frozenset({2}),
     TreeCosts(fixed_s=5e-6),
     AttentionTiles(decode=TileConfig(16, 128, 4, 3), tree=TileConfig(64, 64, 4, 3), tree_programs=2),
+    early_launch=True,
+    gated={Product(64, 14336, 4096, True): GemvConfig("tile", 128, 64, 4, 8, block_m=64)},
+    page_size=64,
 )
 
 
@@ -43,6 +46,15 @@ def test_a_card_without_measurements_has_an_empty_table() -> None:
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_card_table("x", tmp_path / "none.json")
+
+
+def test_a_gated_product_of_too_many_rows_is_an_error(tmp_path: Path) -> None:
+    """Its graphs would not launch what larger steps do, which then compile while requests wait."""
+    path = tmp_path / "table.json"
+    gated = {Product(512, 14336, 4096, True): GemvConfig("tile", 128, 64, 4, 8, block_m=64)}
+    path.write_text(CardTable("x", gated=gated).to_json())
+    with pytest.raises(ConfigError, match="is not what"):
+        load_card_table("x", path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"card": "x"}', TABLE.to_json().replace('"sum"', '"none"')])

@@ -80,20 +80,30 @@ def test_pages_are_copied_in_wide_accesses() -> None:
 
 def test_attention_uses_the_matrix_units_and_merges_in_order() -> None:
     """Hopper's products where a tile has 64 rows, copies of 16 bytes, and parts that are read behind the counter."""
-    done = compile_kernels("--only", "llama-8b extend 64x64 w4 s5 window None,llama-8b decode splits 8 fused", "--json")
+    done = compile_kernels("--only", "llama-8b extend 64x64 w4 s5 window None,llama-8b decode B=64", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])["variants"]
     for variant in found:
         counts = variant["instructions"]
-        assert counts.get("cp.async.cg", 0) > 0, variant
+        assert counts.get("cp.async.cg", 0) > 0 or variant["kernel"] == "_merge_kernel", variant
         assert "ld.global.nc" not in counts, "what others write in the same launch is never read as constant"
         if variant["kernel"] == "_extend_kernel":
             assert counts["wgmma.mma_async"] > 0, variant
             assert "mma.sync" not in counts, variant
-        else:
+        elif "by another kernel" not in variant["case"]:
             assert counts["atom.global.gpu.acq_rel"] == 1, variant
             assert counts["ld.global.cg"] > 0, variant
-    assert {variant["kernel"] for variant in found} == {"_extend_kernel", "_decode_kernel"}
+    assert {variant["kernel"] for variant in found} == {"_extend_kernel", "_decode_kernel", "_merge_kernel"}
+
+
+def test_kernels_that_are_launched_early_wait_before_they_read_what_others_write() -> None:
+    """A norm reads its weight before, which nobody writes: 4,096 values in two loads of eight for each thread."""
+    done = compile_kernels("--candidates", "--only", "early llama-8b,early gemv", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["variants"]
+    before = {(variant["kernel"], variant["before_wait"]) for variant in found}
+    quiet = ("_gated_kernel", "_rope_kernel", "_decode_kernel", "_tree_kernel", "_extend_kernel", "_dot_kernel")
+    assert before == {("_rms_norm_kernel", 2), *((name, 0) for name in quiet)}
 
 
 @pytest.mark.slow

@@ -433,7 +433,7 @@ def identity_of(engine: Engine, model: str | None) -> str:
     if config.tp > 1 or not config.radix_cache:
         return ""
     types = engine.model.decoder.dtype, config.kv_cache_dtype, config.quantization
-    kind = types, config.model_impl, config.page_size, engine.page_bytes
+    kind = types, config.model_impl, engine.page_size, engine.page_bytes
     parts = repr((fingerprint(model), engine.model.config, kind))
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
@@ -541,9 +541,9 @@ def serve(settings: Settings) -> int:
         vocab_size=engine.model.config.vocab_size,
         device=str(engine.model.decoder.device),
         dtype=str(engine.model.decoder.dtype).removeprefix("torch."),
-        num_kv_tokens=int(stats["num_pages"]) * engine.config.page_size,
+        num_kv_tokens=int(stats["num_pages"]) * engine.page_size,
         start_s=time.monotonic() - start_s,
-        page_size=engine.config.page_size,
+        page_size=engine.page_size,
         json_form=engine.config.json_form,
         adapters=engine.adapters,
         identity=identity,

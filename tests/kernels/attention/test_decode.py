@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from ramet.kernels.attention import decode as module
 from ramet.kernels.attention.decode import DecodeMetadata, attention_decode_reference
-from ramet.kernels.attention.decode_triton import attention_decode_triton
-from ramet.kernels.attention.plan import TileConfig, choose_num_splits
+from ramet.kernels.attention.decode_triton import attention_decode_triton, count_parts
+from ramet.kernels.attention.plan import TileConfig, choose_num_parts
+from ramet.kernels.triton_support import jit, tl
 
 # The `cases` fixture is tests/kernels/conftest.py's AttentionCases: a conftest cannot be imported, hence Any.
 
@@ -38,7 +40,10 @@ def test_reference_equals_the_formula(
 
 
 @pytest.mark.parametrize("window", [None, 1, 9, 40])
-@pytest.mark.parametrize(("num_splits", "fused_merge"), [(1, False), (3, False), (3, True), (5, True)])
+@pytest.mark.parametrize(
+    ("num_parts", "of_a_row", "fused_merge"),
+    [(1, False, False), (3, True, False), (3, True, True), (5, False, True), (9, False, False), (40, False, True)],
+)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 32), (3, 1, 80)])
 def test_kernel_equals_the_reference(
     cases: Any,
@@ -46,7 +51,8 @@ def test_kernel_equals_the_reference(
     num_kv_heads: int,
     head_dim: int,
     fused_merge: bool,
-    num_splits: int,
+    num_parts: int,
+    of_a_row: bool,
     window: int | None,
 ) -> None:
     lens = [1, 50, 0, 100, 16]
@@ -57,7 +63,7 @@ def test_kernel_equals_the_reference(
     cases.poison_unused(k_cache, v_cache, page_table, rows, lens)
     counters = torch.zeros(len(lens) * num_kv_heads, dtype=torch.int32, device=DEVICE) if fused_merge else None
     meta = DecodeMetadata(
-        kv_lens.to(DEVICE), rows.to(DEVICE), page_table.to(DEVICE), num_splits=num_splits, merge_counters=counters
+        kv_lens.to(DEVICE), rows.to(DEVICE), page_table.to(DEVICE), num_parts, of_a_row, merge_counters=counters
     )
     args = q.to(DEVICE), k_cache.to(DEVICE), v_cache.to(DEVICE)
     for _ in range(2):  # the counters serve the next launch as well
@@ -67,8 +73,8 @@ def test_kernel_equals_the_reference(
     assert counters is None or counters.eq(0).all()
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_a_tile_within_a_page_gives_the_bits_of_a_tile_over_several(cases: Any, num_splits: int) -> None:
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_a_tile_within_a_page_gives_the_bits_of_a_tile_over_several(cases: Any, num_parts: int) -> None:
     """The same keys in pages of 64, one page id a tile of 32, and in pages of 16."""
     lens = [70, 5, 0, 200]
     k_cache, v_cache, page_table, rows = cases.paged_cache(lens, 2, 32, page_size=64)
@@ -76,7 +82,7 @@ def test_a_tile_within_a_page_gives_the_bits_of_a_tile_over_several(cases: Any, 
     q, kv_lens = torch.randn(len(lens), 4, 32, device=DEVICE), torch.tensor(lens, dtype=torch.int32)
 
     def run(k_cache: Tensor, v_cache: Tensor, table: Tensor) -> Tensor:
-        meta = DecodeMetadata(kv_lens.to(DEVICE), rows.to(DEVICE), table.to(DEVICE), num_splits)
+        meta = DecodeMetadata(kv_lens.to(DEVICE), rows.to(DEVICE), table.to(DEVICE), num_parts)
         config = TileConfig(16, 32, 4, 2)
         return attention_decode_triton(q, k_cache.to(DEVICE), v_cache.to(DEVICE), meta, 0.3, config=config)
 
@@ -92,15 +98,63 @@ def test_kernel_gives_a_row_the_same_bits_in_any_batch(cases: Any) -> None:
     k_cache, v_cache, page_table, rows = (x.to(DEVICE) for x in cases.paged_cache(lens, 1, 32))
     q = torch.randn(3, 2, 32, device=DEVICE)
     kv_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
-    whole = attention_decode_triton(q, k_cache, v_cache, DecodeMetadata(kv_lens, rows, page_table, 3), 0.2, config=TILE)
+    whole = attention_decode_triton(
+        q, k_cache, v_cache, DecodeMetadata(kv_lens, rows, page_table, 3, True), 0.2, config=TILE
+    )
     for b in range(3):
-        meta = DecodeMetadata(kv_lens[b : b + 1], rows[b : b + 1], page_table, 3)
+        meta = DecodeMetadata(kv_lens[b : b + 1], rows[b : b + 1], page_table, 3, True)
         alone = attention_decode_triton(q[b : b + 1], k_cache, v_cache, meta, 0.2, config=TILE)
         assert torch.equal(alone[0], whole[b])
 
 
-def test_splits_fill_the_card_and_stop_at_short_rows() -> None:
-    assert choose_num_splits(256, 8, 16_384, 132) == 1
-    assert choose_num_splits(1, 8, 16_384, 132) * 8 >= 2 * 132
-    assert choose_num_splits(1, 8, 100, 132) == 2
-    assert choose_num_splits(0, 8, 100, 132) >= 1
+def cut(kv_lens: list[int], num_parts: int, of_a_row: bool, kv_starts: list[int] | None = None) -> list[int]:
+    """The number of parts of each row, with tiles of 64 keys."""
+    batch, block = len(kv_lens), 1 << (len(kv_lens) - 1).bit_length()
+    counts = torch.full((block,), -1, dtype=torch.int32, device=DEVICE)
+    lens, starts = (torch.tensor(x or [0], dtype=torch.int32, device=DEVICE) for x in (kv_lens, kv_starts))
+    _store_counts[(1,)](lens, starts, counts, batch, num_parts, kv_starts is not None, of_a_row, block)
+    assert counts[batch:].eq(0).all()
+    return counts[:batch].tolist()
+
+
+@jit
+def _store_counts(  # type: ignore[no-untyped-def]
+    lens_ptr, starts_ptr, out_ptr, batch, num_parts, HAS_TREE: tl.constexpr, IS_FIXED: tl.constexpr, BLOCK: tl.constexpr
+):
+    index = tl.arange(0, BLOCK)
+    counts = count_parts(lens_ptr, starts_ptr, batch, 0, num_parts, index, False, HAS_TREE, IS_FIXED, 64, 16)
+    tl.store(out_ptr + index, counts)
+
+
+def test_one_long_row_among_short_ones_has_most_parts() -> None:
+    """No program reads much more keys than the others: on 132 processors, 49 parts for each of 8 KV heads."""
+    num_parts = choose_num_parts(8, 132)
+    assert num_parts == 49
+    lens = [500] * 20 + [16_384] + [500] * 43
+    counts = cut(lens, num_parts, False)
+    assert counts == [1] * 20 + [16] + [1] * 43
+    assert 1.1 * sum(lens) / num_parts >= 16_384 / 16
+    assert cut([1100] * 256, num_parts, False) == [1] * 256, "the card is full without"
+    assert cut([8192], num_parts, False) == [43], "parts are whole tiles"
+    assert cut([130], num_parts, False) == [3]
+    assert cut([1_000_000], 400, False) == [64], "one program merges them"
+    assert cut([0, 0, 0, 0], num_parts, False) == [1] * 4, "an empty row has a part, which writes its zeros"
+
+
+def test_parts_are_of_what_a_row_does_not_share() -> None:
+    assert cut([4196, 4196, 1100], 4, False, [4096, 4096, 0]) == [1, 1, 4]
+    assert cut([4196, 4196, 1100], 4, True, [4096, 4096, 0]) == [2, 2, 4]
+
+
+@pytest.mark.parametrize("of_a_row", [False, True])
+def test_there_is_a_program_for_every_part(of_a_row: bool) -> None:
+    numbers = random.Random(0)
+    for _ in range(30):
+        lens = [int(numbers.paretovariate(0.6) * 20) % 50_000 for _ in range(numbers.randrange(1, 17))]
+        num_parts = numbers.randrange(1, 60)
+        counts = cut(lens, num_parts, of_a_row)
+        kv_lens = torch.tensor(lens, dtype=torch.int32)
+        assert sum(counts) <= DecodeMetadata(kv_lens, kv_lens, kv_lens, num_parts, of_a_row).most_parts
+        assert min(counts) >= 1
+        if of_a_row:
+            assert [cut([n], num_parts, True)[0] for n in lens] == counts, "other rows change nothing"

@@ -124,8 +124,8 @@ def test_decode_and_extend_attend_to_the_stored_numbers(
     k_cache, v_cache = in_fp8(k * 3), in_fp8(v / 7)
     q = torch.randn(len(lens), num_heads, head_dim, device=DEVICE)
     kv_lens, rows, page_table = (x.to(DEVICE) for x in (torch.tensor(lens, dtype=torch.int32), rows, page_table))
-    for num_splits in (1, 3):
-        meta = DecodeMetadata(kv_lens, rows, page_table, num_splits)
+    for num_parts in (1, 3):
+        meta = DecodeMetadata(kv_lens, rows, page_table, num_parts)
         expected = attention_decode_reference(q, exact(k_cache), exact(v_cache), meta, 0.3, window)
         for run in (attention_decode_reference, attention_decode_triton):
             found = run(q, k_cache, v_cache, meta, 0.3, window)

@@ -155,7 +155,7 @@ def test_plan_lengthens_items_until_they_fit_and_gives_up_when_they_cannot() -> 
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "head_dim", "num_splits", "merge", "target_programs"),
+    ("num_heads", "head_dim", "num_parts", "merge", "target_programs"),
     [
         (4, 32, 1, "fused", 1),
         (6, 24, 1, "kernel", 64),
@@ -166,7 +166,7 @@ def test_plan_lengthens_items_until_they_fit_and_gives_up_when_they_cannot() -> 
     ],
 )
 def test_tree_equals_plain_attention(
-    cases: Any, num_heads: int, head_dim: int, num_splits: int, merge: str, target_programs: int
+    cases: Any, num_heads: int, head_dim: int, num_parts: int, merge: str, target_programs: int
 ) -> None:
     k_cache, v_cache, page_table, rows, lens = three_levels(cases, head_dim)
     kv_lens = torch.tensor(lens, dtype=torch.int32)
@@ -182,7 +182,7 @@ def test_tree_equals_plain_attention(
         longer = torch.where(kv_lens % PAGE == 0, kv_lens, kv_lens + growth)
         expected = attention_decode_reference(q, k_cache, v_cache, DecodeMetadata(longer, rows, page_table), 0.3)
         meta = DecodeMetadata(
-            longer.to(DEVICE), rows.to(DEVICE), page_table.to(DEVICE), num_splits, plan, merge_counters=counters
+            longer.to(DEVICE), rows.to(DEVICE), page_table.to(DEVICE), num_parts, False, plan, merge_counters=counters
         )
         out = torch.full_like(expected, torch.nan).to(DEVICE)
         assert attention_tree_triton(q.to(DEVICE), *args, meta, plan, 0.3, out, TILE) is out
@@ -198,7 +198,7 @@ def test_groups_of_one_row_are_correct(cases: Any) -> None:
     plan = TreePlan(2, TILE, torch.device(DEVICE), max_items=8, max_slots=16)
     plan.load(plan_tree(segments, 2, 2, 1, TILE, 2))
     expected = attention_decode_reference(q, k_cache, v_cache, DecodeMetadata(kv_lens, rows, page_table), 0.3)
-    meta = DecodeMetadata(kv_lens.to(DEVICE), rows.to(DEVICE), page_table.to(DEVICE), 1, plan)
+    meta = DecodeMetadata(kv_lens.to(DEVICE), rows.to(DEVICE), page_table.to(DEVICE), 1, False, plan)
     out = attention_tree_triton(
         q.to(DEVICE), k_cache.to(DEVICE), v_cache.to(DEVICE), meta, plan, 0.3, suffix_config=TILE
     )
@@ -252,7 +252,7 @@ def test_a_captured_graph_follows_later_plans_and_lengths(cases: Any, has_side_s
     stream = torch.cuda.Stream() if has_side_stream else None  # type: ignore[no-untyped-call]
     plan = TreePlan(len(lens), TILE, torch.device(DEVICE), max_items=64, max_slots=128, side_stream=stream)
     static_lens = kv_lens.to(DEVICE)
-    meta = DecodeMetadata(static_lens, rows.to(DEVICE), page_table.to(DEVICE), 2, plan)
+    meta = DecodeMetadata(static_lens, rows.to(DEVICE), page_table.to(DEVICE), 2, False, plan)
     args = q.to(DEVICE), k_cache.to(DEVICE), v_cache.to(DEVICE), meta, plan, 0.3
     attention_tree_triton(*args, suffix_config=TILE)
     torch.cuda.synchronize()

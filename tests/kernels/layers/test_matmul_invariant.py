@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ramet.kernels.layers.matmul_invariant import matmul_invariant_reference, matmul_invariant_triton
+from ramet.kernels.layers.activation import silu_and_mul_reference
+from ramet.kernels.layers.gemv import GemvConfig
+from ramet.kernels.layers.matmul_invariant import (
+    gated_product_triton,
+    matmul_invariant_reference,
+    matmul_invariant_triton,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -40,6 +46,23 @@ def test_a_row_has_the_same_bits_alone_and_among_others() -> None:
     assert torch.equal(matmul_invariant_triton(x[order], weight), together[order])
     for row in (0, 63, 64, 79):
         assert torch.equal(matmul_invariant_triton(x[row : row + 1], weight)[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize(("rows", "outputs", "depth"), [(1, 64, 64), (70, 90, 100), (16, 33, 128)])
+def test_a_gated_product_is_the_product_and_its_activation(
+    dtype: torch.dtype, rows: int, outputs: int, depth: int
+) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(rows, depth, device=DEVICE).to(dtype)
+    weight = (torch.randn(2 * outputs, depth, device=DEVICE) / depth**0.5).to(dtype)
+    expected = silu_and_mul_reference((x.double() @ weight.double().T).to(dtype))
+    for block_m in (16, 64):
+        actual = gated_product_triton(x, weight, GemvConfig("tile", 32, 32, 2, 4, block_m=block_m))
+        assert actual.shape == (rows, outputs)
+        error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+        assert error < (2e-5 if dtype == torch.float32 else 2e-2), error
+    assert gated_product_triton(x[:0], weight, GemvConfig("tile", 32, 32, 2, 4)).shape == (0, outputs)
 
 
 def test_no_rows_give_no_rows() -> None:

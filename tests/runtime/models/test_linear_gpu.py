@@ -15,6 +15,7 @@ from ramet.runtime.engine.engine import Engine
 from ramet.runtime.handle import RequestHandle
 from ramet.runtime.models import linear_gpu
 from ramet.runtime.models.decoder import Decoder
+from ramet.runtime.models.layers import DecoderLayer, FeedForward
 from ramet.runtime.models.linear import PlainLinear
 from ramet.runtime.models.linear_gpu import FoldedLayer, apply_card_table
 from ramet.runtime.models.load import LoadedModel
@@ -85,3 +86,39 @@ def test_a_table_of_other_shapes_changes_nothing() -> None:
     assert decoder is model.decoder
     methods = [linear.method for linear in decoder.linears()]
     assert all(isinstance(method, PlainLinear) and method.product is F.linear for method in methods)
+
+
+def feed_forward_of(decoder: Decoder) -> FeedForward:
+    layer = decoder.layers[0]
+    assert isinstance(layer, DecoderLayer)
+    assert isinstance(layer.feed_forward, FeedForward)
+    return layer.feed_forward
+
+
+def test_activations_are_folded_into_products_of_the_batches_that_a_table_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tile serves batches up to its rows; a larger batch, and a decoder that takes adapters, have both kernels."""
+    plain = tiny_model().decoder
+    feed_forward = feed_forward_of(plain)
+    x = torch.randn(9, feed_forward.gate_up.in_features)
+    shape = feed_forward.gate_up.out_features // 2, feed_forward.gate_up.in_features
+    tiles = {Product(rows, *shape, True): dataclasses.replace(CUT, block_n=rows) for rows in (4, 8)}
+    table = CardTable("any", gated=tiles)
+    fused = feed_forward_of(apply_card_table(plain, table))
+    assert torch.equal(fused(x), feed_forward(x))
+    used: list[tuple[int, int]] = []
+
+    def note(x: torch.Tensor, weight: torch.Tensor, config: GemvConfig) -> torch.Tensor:
+        used.append((x.shape[0], config.block_n))
+        return feed_forward.activation(F.linear(x, weight))
+
+    monkeypatch.setattr(linear_gpu, "gated_product_triton", note)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for rows in (1, 4, 5, 8, 9):
+        assert torch.equal(
+            fused.activation(fused.gate_up(x[:rows])), feed_forward.activation(feed_forward.gate_up(x[:rows]))
+        )
+    assert used == [(1, 4), (4, 4), (5, 8), (8, 8)]
+    adapted = feed_forward_of(apply_card_table(plain, table, has_adapters=True))
+    assert adapted.gate_up is feed_forward.gate_up
