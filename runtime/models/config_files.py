@@ -206,6 +206,8 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         is_dense = tuple(f"blk.{layer}.ffn_gate_inp.weight" not in tensors for layer in range(num_layers))
         facts["dense_layers"] = is_dense if any(is_dense) else ()
     kind = read(f"{prefix}.rope.scaling.type", "none")
+    if "rope_factors_long.weight" in tensors:
+        kind = "longrope"  # no key says so
     if "rope_freqs.weight" in tensors:  # llama.cpp bakes Llama 3's ramp into a tensor of divisors
         divisors = tensors["rope_freqs.weight"].dequantised().reshape(-1)
         fields["rope_parameters"] = {"rope_type": "divisors", "divisors": divisors}

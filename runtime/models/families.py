@@ -220,6 +220,7 @@ FAMILIES = (
             "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
         },
+        gguf="phi3",
     ),
     Family(
         "granite",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import TypeVar
 
 import gguf
@@ -46,6 +47,8 @@ _LAYER_NAMES = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+# Matrices of models whose files have one for several of ours, one behind another.
+_FUSED_NAMES = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_up": ("ffn_gate", "ffn_up")}
 # One matrix of all experts, stacked.
 _EXPERT_NAMES = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 _NORM_NAMES = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")  # in the order of `ModelConfig.norms`
@@ -75,7 +78,7 @@ def load_gguf(file: GgufFile, config: ModelConfig) -> Weights:
             raise BrokenModelFile(
                 f"{file.path}: {tensor.name} has the type {quantization}, which cannot be dequantised"
             )
-        for name, entry in _own_tensors(tensor, layer_names):
+        for name, entry in _own_tensors(tensor, layer_names, config):
             shapes[name] = entry.shape
             heads = _interleaved_heads(config, name)
             shift = -config.norm_offset if name.endswith("norm.weight") else 0.0
@@ -87,7 +90,7 @@ def load_gguf(file: GgufFile, config: ModelConfig) -> Weights:
     return Weights(readers, quantized)
 
 
-def _own_tensors(tensor: GgufEntry, layer_names: dict[str, str]) -> list[tuple[str, GgufEntry]]:
+def _own_tensors(tensor: GgufEntry, layer_names: dict[str, str], config: ModelConfig) -> list[tuple[str, GgufEntry]]:
     """Our tensors that a stored one holds, by their Hugging Face names.
 
     An unknown tensor keeps its own name, so the check of names reports it.
@@ -102,6 +105,14 @@ def _own_tensors(tensor: GgufEntry, layer_names: dict[str, str]) -> list[tuple[s
         name = _EXPERT_NAMES[match[2]]
         experts = [replace(tensor.rows(index, index + 1), shape=shape[1:]) for index in range(shape[0])]
         return [(f"{prefix}.mlp.experts.{index}.{name}.{match[3]}", entry) for index, entry in enumerate(experts)]
+    if family_named(config.architecture).fused and match[2] in _FUSED_NAMES:
+        heads, inner = (config.num_heads, config.num_kv_heads, config.num_kv_heads), config.intermediate_size
+        sizes = [count * config.head_dim for count in heads] if match[2] == "attn_qkv" else [inner, inner]
+        if shape[0] != sum(sizes):
+            raise BrokenModelFile(f"{tensor.name} has {shape[0]} rows but the file's keys say {sum(sizes)}")
+        names = [f"{prefix}.{layer_names[part]}.{match[3]}" for part in _FUSED_NAMES[match[2]]]
+        ends = accumulate(sizes)
+        return [(name, tensor.rows(end - size, end)) for name, size, end in zip(names, sizes, ends, strict=True)]
     if match[2] not in layer_names:
         return [(tensor.name, tensor)]
     if match[2] == "ffn_gate_inp_shexp" and len(shape) == 1:  # the converter leaves out axes of one

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ramet.errors import ConfigError
+from ramet.errors import BrokenModelFile, ConfigError, UnsupportedArchitecture
 from ramet.lang.program.function import function
 from ramet.lang.recording.primitives import gen
 from ramet.lang.recording.state import State
@@ -24,6 +24,7 @@ from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.description import GenerationDefaults
+from ramet.runtime.models.families import family_named
 from ramet.runtime.models.layers import DecoderLayer, SparseFeedForward
 from ramet.runtime.models.load import LoadedModel, is_for_transformers, open_weights
 from ramet.runtime.models.weights import Weights
@@ -65,6 +66,7 @@ GGUF = {
     "granite": "granite",
     "smollm3": "smollm3",
     "seed_oss": "seed_oss",
+    "phi3": "phi3",
 }
 INTERLEAVED = ("mixtral", "granite", "smollm3")  # rotary halves, by llama.cpp's converter
 NUM_NEW = 12
@@ -175,7 +177,14 @@ def test_what_has_no_gpu_kernels_is_left_to_transformers_there(tmp_path: Path, n
         build_decoder(config, weights, device="cuda")
 
 
-def write_gguf(path: Path, name: str, config: ModelConfig, weights: Weights, kind: gguf.GGMLQuantizationType) -> None:
+def write_gguf(
+    path: Path,
+    name: str,
+    config: ModelConfig,
+    weights: Weights,
+    kind: gguf.GGMLQuantizationType,
+    extra: Mapping[str, np.ndarray[Any, Any]] | None = None,
+) -> None:
     """Write a model as llama.cpp's converter does, with the names of the gguf package."""
     architecture = GGUF[name]
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
@@ -201,7 +210,12 @@ def write_gguf(path: Path, name: str, config: ModelConfig, weights: Weights, kin
         writer.add_residual_scale(config.residual_scale)
         writer.add_logit_scale(1 / config.logit_scale)
     stacked: dict[str, list[np.ndarray[Any, Any]]] = {}
-    for key, tensor in weights.items():
+    tensors = dict(weights.items())
+    for whole, parts in family_named(config.architecture).fused.items():
+        for layer in range(config.num_layers):
+            start = f"model.layers.{layer}."
+            tensors[f"{start}{whole}.weight"] = torch.cat([tensors.pop(f"{start}{part}.weight") for part in parts])
+    for key, tensor in tensors.items():
         stem, end = key.rsplit(".", 1)
         values = tensor.float().numpy()
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(stem.split(".")[-1])
@@ -219,10 +233,28 @@ def write_gguf(path: Path, name: str, config: ModelConfig, weights: Weights, kin
             writer.add_tensor(f"{names.get_name(stem)}.{end}", values)
     for key, matrices in stacked.items():
         writer.add_tensor(key, gguf.quantize(np.stack(matrices), kind), raw_dtype=kind)
+    for key, values in (extra or {}).items():
+        writer.add_tensor(key, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q4_1])
+def test_fused_matrices_of_a_wrong_size_and_rotary_factors_by_length_are_named(
+    tmp_path: Path, kind: gguf.GGMLQuantizationType
+) -> None:
+    write_model("phi3", tmp_path)
+    config, weights = open_weights(tmp_path)
+    path = tmp_path / "m.gguf"
+    write_gguf(path, "phi3", dataclasses.replace(config, intermediate_size=64), weights, kind)
+    with pytest.raises(BrokenModelFile, match=r"blk\.0\.ffn_up\.weight has 192 rows but .* 128"):
+        open_weights(path)
+    extra = {"rope_factors_long.weight": np.ones(8, np.float32)}
+    write_gguf(path, "phi3", config, weights, kind, extra)
+    with pytest.raises(UnsupportedArchitecture, match="'longrope' is not supported"):
+        open_weights(path)
 
 
 @pytest.mark.parametrize("name", GGUF)
