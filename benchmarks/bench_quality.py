@@ -355,8 +355,30 @@ class Tools(Task):
         return CALL_SCHEMA
 
     def programs(self) -> dict[str, Program | str]:
-        schema = by_options("schema", lambda options: _by_schema(CALL_SCHEMA, self.max_tokens, options))
-        return {"free": self.free, **schema}
+        def by(scorer: str) -> Program:
+            def program(s: State, prompt: str) -> None:
+                s += prompt + ' {"name": "'
+                s += select("tool", list(TOOLS), scorer=scorer)
+                s += '", "arguments": ' + gen("arguments", TOOLS[str(s["tool"])], max_tokens=self.max_tokens) + "}"
+
+            return program
+
+        rows: dict[str, Program | str] = {"free": self.free}
+        rows |= by_options("schema", lambda options: _by_schema(CALL_SCHEMA, self.max_tokens, options))
+        rows |= {f"name by select, {scorer}": by(scorer) for scorer in ("likelihood", "calibrated")}
+        return rows | {"the likeliest of all tools' calls": self._likeliest}
+
+    def _likeliest(self, s: State, prompt: str) -> None:
+        """Write a call of every tool, and keep the likeliest: by its log-probability over the root of its length."""
+        s += prompt + ' {"name": "'
+        choice, *calls = s.fork(1 + len(TOOLS))
+        choice += select("tool", [f'{name}"' for name in TOOLS], scorer="likelihood")
+        for call, (name, schema) in zip(calls, TOOLS.items(), strict=True):
+            call += f'{name}", "arguments": ' + gen("arguments", schema, max_tokens=self.max_tokens, logprobs=0)
+        names = choice.meta("tool")["logprobs"]
+        rows = [[*row, *call.meta("arguments")["logprobs"]] for row, call in zip(names, calls, strict=True)]
+        best = max(range(len(rows)), key=lambda index: sum(rows[index]) / len(rows[index]) ** 0.5)
+        s += calls[best].text().removeprefix(s.text()) + "}"
 
     def add(self, score: Score, index: int, answer: Answer) -> None:
         one = self.requests[index]
