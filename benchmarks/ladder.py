@@ -1,6 +1,6 @@
 """Climb from the plainest engine to the fastest one, a feature a rung, and find those that a machine cannot do.
 
-    python benchmarks/ladder.py --out OUT                     on a card, 20 s a rung at most
+    python benchmarks/ladder.py --out OUT                     on a card, 30 s a rung at most
     python benchmarks/ladder.py --out OUT --device cpu --tiny --plant "tree=crash"     a rehearsal with a failure
 
 Each rung is a process of its own: an engine with the features of all rungs below that passed, and one more. It gives
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="two small layers: a rehearsal")
-    parser.add_argument("--limit", type=float, default=20.0, help="seconds of a rung")
+    parser.add_argument("--limit", type=float, default=30.0, help="seconds of a rung")
     parser.add_argument("--plant", default="", help="failures to rehearse, as tree=crash,overlap=wrong (or hang)")
     parser.add_argument("--only", default="", help="a rung, and all that are on: in this process, nothing is compared")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Whether kernels whose programs or launches work together give the same bits every time; part of `bench_kernels.py`.
 
 Two places depend on the order in which memory is seen: the last program of a row merges what the others left (decode
-with splits, alone and behind a tree's shared part), and launches that begin before their predecessor ends (early
+with parts, alone and behind a tree's shared part), and launches that begin before their predecessor ends (early
 launch). Neither adds in an order that timing decides, so one differing bit is a race. On a GPU other work runs beside,
 so that programs meet in many orders.
 """
@@ -22,6 +22,7 @@ from ramet.kernels.attention.plan import tree_config
 from ramet.kernels.attention.tree import SharedSegment, TreePlan, plan_tree
 from ramet.kernels.attention.tree_triton import attention_tree_triton
 from ramet.kernels.layers import gemv
+from ramet.kernels.ops import EARLY_TRITON, TRITON
 
 _REPEATS = 2 if DRY else 200
 _CHAIN = 3 if DRY else 24
@@ -36,6 +37,7 @@ def check_races(record: Report) -> None:
     check_merges(record)
     for num_rows in (1, 3):
         check_early_launch(record, num_rows)
+        check_early_norms(record, num_rows)
 
 
 def check_merges(record: Report) -> None:
@@ -58,8 +60,8 @@ def check_merges(record: Report) -> None:
         "tree": lambda: attention_tree_triton(q, *caches, meta, plan, DIM**-0.5),
     }
     for name, run in runs.items():
-        record(f"{name}, splits merged by their last: other bits", repeated(run), 0)
-        record(f"{name}, splits merged by their last: counters left", int(counters.count_nonzero()), 0)
+        record(f"{name}, parts merged by their last: other bits", repeated(run), 0)
+        record(f"{name}, parts merged by their last: counters left", int(counters.count_nonzero()), 0)
 
 
 def repeated(run: Callable[[], Tensor]) -> int:
@@ -105,6 +107,36 @@ def check_early_launch(record: Report, num_rows: int) -> None:
         graph.replay()
         differing += not torch.equal(actual, expected)
     record(f"early launch B={num_rows}: other bits", differing, 0)
+
+
+def check_early_norms(record: Report, num_rows: int) -> None:
+    """A chain of norms and activations: each reads what the two before it wrote, and writes where they read."""
+    ops = TRITON if DRY else EARLY_TRITON
+    x, residual, gain = randn(num_rows, HIDDEN), randn(num_rows, HIDDEN), randn(HIDDEN)
+
+    def chain(after_each: Callable[[], None] = lambda: None) -> Tensor:
+        y, total = x, residual
+        for _ in range(_CHAIN):
+            y, total = ops.fused_add_rms_norm(y, total, gain, 1e-5, None)
+            after_each()
+            y = ops.silu_and_mul(torch.cat((y, total), dim=1))
+            after_each()
+        return y + total
+
+    if DRY:
+        record(f"early norms T={num_rows}: other bits", int(not torch.equal(chain(), chain())), 0)
+        return
+    expected = chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = chain()
+    work, differing = Beside(), 0
+    for _ in range(_REPEATS):
+        actual.fill_(torch.nan)
+        work.begin()
+        graph.replay()
+        differing += not torch.equal(actual, expected)
+    record(f"early norms T={num_rows}: other bits", differing, 0)
 
 
 class Beside:
