@@ -383,18 +383,22 @@ def exp_sum(typing_context: Any, address: Any, num_vectors: Any, largest: Any) -
 
 @intrinsic
 def largest_of(typing_context: Any, address: Any, num_vectors: Any) -> Any:
-    """The largest of 16 * num_vectors float32 values, none of them NaN; at least one vector."""
+    """The largest of 16 * num_vectors float32 values, none of them NaN; an even number of vectors, at least two."""
 
     def emit(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
         address, num_vectors = arguments
-        best = cgutils.alloca_once_value(builder, load(builder, address, _VF))
-        with cgutils.for_range(builder, num_vectors) as loop:
-            value = load(builder, builder.add(address, builder.mul(loop.index, _I64(64))), _VF)
-            current = builder.load(best)
-            builder.store(builder.select(builder.fcmp_ordered(">", value, current), value, current), best)
+
+        def larger(x: Value, y: Value) -> Value:
+            return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+        best = [cgutils.alloca_once_value(builder, load(builder, address, _VF, 64 * half)) for half in range(2)]
+        with cgutils.for_range(builder, builder.lshr(num_vectors, _I64(1))) as loop:
+            pair = builder.add(address, builder.mul(loop.index, _I64(128)))
+            for half, pointer in enumerate(best):  # two, because each waits for the one before
+                builder.store(larger(load(builder, pair, _VF, 64 * half), builder.load(pointer)), pointer)
         kind = ir.FunctionType(_F32, [_VF])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fmax.v16f32")
-        return builder.call(function, [builder.load(best)])
+        return builder.call(function, [larger(*(builder.load(pointer) for pointer in best))])
 
     return types.float32(types.intp, types.intp), emit
 
