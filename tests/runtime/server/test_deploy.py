@@ -8,6 +8,7 @@ from __future__ import annotations
 import configparser
 import json
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -319,9 +320,11 @@ def test_the_images_are_built_without_a_daemon_and_what_is_in_them_starts(
     shared = [f"{tmp_path / 'pip.conf'}:/etc/pip.conf:ro"]
     shared += [f"{path}:{path}:ro" for key, path in settings.items() if key != "index-url" and Path(path).exists()]
     volumes = [part for volume in shared for part in ("-v", volume)]
-    build = [buildah, "bud", "--pull=never", "--network=host", "--from", base_image, *volumes, "--target", target]
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # more, which buildah wishes, only root may have
+    limits = ["--ulimit", f"nofile={files}:{files}", "--pull=never"]
+    build = [buildah, "bud", *limits, "--network=host", "--from", base_image, *volumes, "--target", target]
     accepts(*build, "-f", source / "deploy/Dockerfile", "-t", name, source, timeout_s=1500)
-    working = accepts(buildah, "from", "--pull=never", name).strip()
+    working = accepts(buildah, "from", *limits, name).strip()
     try:
         said = accepts(
             buildah, "run", working, "--", "sh", "-c", "ramet doctor; id -u; echo $RAMET_CACHE_DIR", timeout_s=300
