@@ -47,6 +47,20 @@ STATE_BYTES = 25 + 4 * CLASSES_OF_A_STATE  # of a state in all of the arena's ta
 _ROWS_PER_LAUNCH = 1024
 
 
+def arena_sizes(total_bytes: int, vocab_size: int) -> dict[str, int]:
+    """Sizes of the arena on a GPU with this memory: a 256th of it for automata, as much for their mask rows.
+
+    A grammar may take all of it, so the GPU's memory and the time for compiling are what limits a grammar.
+    """
+    share = total_bytes // 256
+    max_states = max(share // STATE_BYTES, 240_000)
+    return {
+        "max_states": max_states,
+        "max_transitions": max_states * CLASSES_OF_A_STATE,
+        "max_mask_rows": max(share // (4 * -(-vocab_size // 32)), 8192),
+    }
+
+
 @dataclass(slots=True)
 class ResidentGrammar:
     """A grammar in the arena. Owner: the arena. Local state s is global state `base + s`."""

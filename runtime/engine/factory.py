@@ -11,7 +11,7 @@ import torch
 
 from ramet.errors import ConfigError, OutOfMemory
 from ramet.kernels.card_table import CardTable, load_card_table
-from ramet.kernels.grammar.arena import CLASSES_OF_A_STATE, STATE_BYTES, GrammarArena
+from ramet.kernels.grammar.arena import GrammarArena, arena_sizes
 from ramet.kernels.grammar.mask import TokenTable
 from ramet.kernels.layers.kv_fp8 import FP8
 from ramet.kernels.sampling.logit_edits import EditTables
@@ -253,20 +253,6 @@ def make_arena(model: LoadedModel, config: EngineConfig, device: torch.device) -
         **arena_sizes(torch.cuda.get_device_properties(device).total_memory, model.config.vocab_size),
         max_grammars=max(256, 2 * config.max_running_requests),
     )
-
-
-def arena_sizes(total_bytes: int, vocab_size: int) -> dict[str, int]:
-    """Sizes of the arena on a GPU with this memory: a 256th of it for automata, as much for their mask rows.
-
-    A grammar may take all of it, so the GPU's memory and the time for compiling are what limits a grammar.
-    """
-    share = total_bytes // 256
-    max_states = max(share // STATE_BYTES, 240_000)
-    return {
-        "max_states": max_states,
-        "max_transitions": max_states * CLASSES_OF_A_STATE,
-        "max_mask_rows": max(share // (4 * -(-vocab_size // 32)), 8192),
-    }
 
 
 def make_device_grammars(model: LoadedModel, arena: GrammarArena) -> DeviceGrammars:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ramet.errors import BrokenModelFile, ConfigError, OutOfMemory, UnsupportedArchitecture
+from ramet.kernels.grammar.arena import STATE_BYTES, arena_sizes
 from ramet.kernels.layers.kv_fp8 import FP8
 from ramet.runtime.engine.config import DEFAULT_PAGE_SIZE, EngineConfig
 from ramet.runtime.models.config import Fields, ModelConfig
@@ -23,6 +24,7 @@ from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.weights import expected_tensors
 from ramet.runtime.parallel.share import Share, check_size, fits
 from ramet.runtime.steps.kv_cache import bytes_per_token
+from ramet.runtime.steps.logit_edits import NUM_EDIT_ROWS
 from ramet.runtime.steps.memory import MemoryPlan, MemoryReading, logits_bytes, plan_memory
 
 GIB = 2**30
@@ -168,7 +170,8 @@ def size(shape: ModelShape, card: GpuModel, engine: EngineConfig) -> Sizing:
     outside = ASSUMED_BYTES["driver"] + (ASSUMED_BYTES["communication"] if engine.tp > 1 else 0)
     page_size = engine.page_size or DEFAULT_PAGE_SIZE
     kv_bytes = bytes_per_token(config, torch.bfloat16 if engine.kv_cache_dtype == "auto" else FP8)
-    reading = MemoryReading(card.total, card.total - outside - weights, weights, weights)
+    held = weights + tables_bytes(config, card, engine)
+    reading = MemoryReading(card.total, card.total - outside - held, held, held)
     graphs = ASSUMED_BYTES["graphs"] if engine.cuda_graph else 0
     plan = plan_memory(
         reading,
@@ -197,6 +200,18 @@ def size(shape: ModelShape, card: GpuModel, engine: EngineConfig) -> Sizing:
 def weight_bits(engine: EngineConfig) -> float:
     """Bits of a weight of a layer's matrices."""
     return WEIGHT_BITS[engine.quantization or "none"]
+
+
+def tables_bytes(config: ModelConfig, card: GpuModel, engine: EngineConfig) -> int:
+    """Bytes of a rank's tensors beside the weights: rotary angles, edits of logits, automata and their mask rows."""
+    ropes = {config.layer_rope(layer) for layer in range(config.num_layers)}
+    angles = len(ropes) * config.max_position_embeddings * config.head_dim * 4
+    edits = 12 * (min(engine.max_running_requests, NUM_EDIT_ROWS) + 1) * config.vocab_size
+    if not engine.grammar_on_device:
+        return angles + edits
+    sizes = arena_sizes(card.total, config.vocab_size)
+    num_rows = sizes["max_mask_rows"] + engine.max_running_requests + 2
+    return angles + edits + sizes["max_states"] * STATE_BYTES + 4 * num_rows * -(-config.vocab_size // 32)
 
 
 def workspace_bytes(config: ModelConfig, engine: EngineConfig) -> int:

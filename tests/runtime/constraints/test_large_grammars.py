@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from ramet.grammar import Vocabulary, compile_constraint
-from ramet.kernels.grammar.arena import GrammarArena
+from ramet.kernels.grammar.arena import GrammarArena, arena_sizes
 from ramet.kernels.grammar.mask import TokenTable
 from ramet.runtime.constraints.device_grammars import DeviceGrammars
-from ramet.runtime.engine.factory import arena_sizes
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 PERSON: dict[str, Any] = {

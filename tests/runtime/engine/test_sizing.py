@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,8 +12,12 @@ import pytest
 import torch
 
 from ramet.errors import BrokenModelFile, ConfigError, OutOfMemory, UnsupportedArchitecture
+from ramet.kernels.grammar.arena import GrammarArena, arena_sizes
+from ramet.kernels.grammar.mask import TokenTable
+from ramet.kernels.sampling.logit_edits import EditTables
 from ramet.runtime.engine.config import EngineConfig
-from ramet.runtime.engine.sizing import CARDS, ModelShape, fitting, flags, nearest, size, smallest
+from ramet.runtime.engine.sizing import CARDS, ModelShape, fitting, flags, nearest, size, smallest, tables_bytes
+from ramet.runtime.models.layers import RotaryTable
 from ramet.runtime.steps.kv_cache import bytes_per_token
 
 CONFIGS = Path(__file__).parents[3] / "benchmarks" / "model_configs"
@@ -132,16 +137,36 @@ def test_wrong_configurations_say_what_is_wrong() -> None:
         ModelShape.from_hf("x", lacking)
 
 
+def test_tables_beside_the_weights_are_those_that_an_engine_makes() -> None:
+    config = shape("Llama-3.1-8B").config
+    engine, card = EngineConfig(max_running_requests=8), CARDS["rtx4090"]
+    tokens = TokenTable.create([b"a"] * 100, [99], [], config.vocab_size, "cpu")
+    arena = GrammarArena(tokens, 8, **arena_sizes(card.total, config.vocab_size))
+    edits = EditTables.create(8, config.vocab_size)
+    rotary = RotaryTable.build(
+        config.layer_rope(0), config.head_dim, config.max_position_embeddings, torch.device("cpu")
+    )
+    parts = [arena.mask_index, arena.mask_rows, *vars_of(arena.automata), *vars_of(edits), rotary.cos, rotary.sin]
+    made = sum(tensor.nbytes for tensor in parts if isinstance(tensor, torch.Tensor))
+    assert tables_bytes(config, card, engine) == pytest.approx(made, rel=0.01)
+
+
+def vars_of(table: Any) -> list[Any]:  # Any: a dataclass of tensors and numbers
+    return [getattr(table, field.name) for field in dataclasses.fields(table)]
+
+
 def test_a_quantised_checkpoint_is_sized_by_the_flag() -> None:
     with_method = fields("Llama-3.1-8B") | {"quantization_config": {"quant_method": "fp8"}}
     assert ModelShape.from_hf("x", with_method).num_params() == shape("Llama-3.1-8B").num_params()
 
 
 def test_a_70b_in_fp8_has_room_for_40_000_tokens_of_fp8_keys_and_values_on_one_card() -> None:
-    engine = EngineConfig(mem_fraction_static=0.95, chunked_prefill_size=1024, max_running_requests=64)
+    engine = EngineConfig(mem_fraction_static=0.97, chunked_prefill_size=1024, max_running_requests=64)
     tokens = {}
     for kv_cache_dtype in ("auto", "fp8_e4m3"):
         changed = engine.changed({"kv_cache_dtype": kv_cache_dtype, "quantization": "fp8"})
         tokens[kv_cache_dtype] = size(shape("Llama-3.3-70B"), CARDS["h100"], changed).num_kv_tokens
-    assert tokens["fp8_e4m3"] >= 40_000
+    assert (
+        40_000 <= tokens["fp8_e4m3"] <= 1.05 * 45_808
+    )  # the second: walked from the start to serving (docs/models.md)
     assert tokens["fp8_e4m3"] / tokens["auto"] == pytest.approx(256 / 129, rel=0.01)
