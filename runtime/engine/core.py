@@ -64,7 +64,7 @@ class EngineCore:
         self._planned_s = 0.0  # when the last step was planned
         self._launched_s: deque[float] = deque()  # of the steps that are not collected
         self._collected_s = 0.0
-        self._worked_s = 0.0  # this thread's time at the last launch: that of a step that others interrupt
+        self._worked_s = 0.0  # this thread's time then: that of a step that others interrupt
         self._num_held = 0  # of `hold_pages`
         self._has_failed = False  # a step, while pages were held
         self._with_logprobs: set[Sequence] = set()  # steps look for such rows only if there are any
@@ -124,7 +124,7 @@ class EngineCore:
         updates: list[Update] = [(s, RowOutput()) for s in self.scheduler.expire_deadlines()]
         try:
             self._begin_works()
-            self._planned_s = time.monotonic()
+            self._planned_s, self._worked_s = time.monotonic(), time.thread_time()
             scheduler, drafts = self.scheduler, self._draft()
             if self.overlap and not drafts and (not scheduler.held or len(scheduler.held) < scheduler.num_running):
                 updates += self.step_overlap()
@@ -179,7 +179,6 @@ class EngineCore:
         """Start a step on the device, with the host's masks, grammar states and edits."""
         is_alone = self.overlap and self._in_flight is None  # nothing ran while it was planned
         self._launched_s.append(self._planned_s if is_alone else time.monotonic())
-        self._worked_s = time.thread_time()
         extends = batch.items[batch.num_decode :]
         for item in extends:
             if self._needs_host(item):

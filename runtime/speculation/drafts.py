@@ -33,6 +33,7 @@ _REACH = 16_384  # tokens of the client's draft, and of the text's end, in which
 _TAIL = 8  # tokens of a prompt's end by which earlier answers are found
 _MAX_RUNS, _MAX_RUN_TOKENS = 4, 2_048  # earlier answers of one kind of prompt, and the tokens kept of each
 _MAX_TREE, _MAX_TREE_TOKENS = 2, 2_048  # texts of the radix tree, and the tokens taken of each
+_MOST_SKIPPED = 4  # new tokens that are not looked at, after drafts that were wrong from the start
 _PASSAGE = 8  # tokens of an occurrence, after which a changed word does not end it
 _NEAR = 64  # tokens behind a changed word, where the passage may go on
 _MAX_CHANGED = 8  # tokens of the text that fit nowhere near it, until the passage is given up
@@ -144,7 +145,10 @@ class TextDrafts:
                 continue
             if self._tokens[self._place] == token:
                 self._place, self._length = self._place + 1, min(self._length + 1, _LONGEST)
+                self._num_in_vain = 0
                 continue
+            if self._num_in_vain:  # nothing of what was found was right
+                self._num_to_skip = min(self._num_in_vain, _MOST_SKIPPED)
             if self._length >= _PASSAGE:
                 self._changed, self._num_changed = self._place + 1, 0
             elif self._changed is not None:
@@ -180,9 +184,10 @@ class TextDrafts:
         text, last = self._tokens[: self._num_tokens], self._num_tokens - 1
         if last < _SHORTEST:
             return
+        self._num_in_vain += 1  # unless a token turns out right
         # Places of the last token of an occurrence, behind which a token follows.
-        same = (text[1:last] == text[last]) & (text[: last - 1] == text[last - 1]) & (text[2 : last + 1] >= 0)
-        found = 1 + np.flatnonzero(same)
+        found = 1 + np.flatnonzero(text[1:last] == text[last])
+        found = found[(text[found - 1] == text[last - 1]) & (text[found + 1] >= 0)]
         changed = self._changed
         if changed is not None:
             near = found[(found >= changed - 1) & (found < changed + _NEAR)]
@@ -191,8 +196,7 @@ class TextDrafts:
                 return
         if not len(found):
             self._place, self._length = changed, int(changed is not None)
-            self._num_in_vain += 1
-            self._num_to_skip = min(self._num_in_vain, 8)
+            self._num_to_skip = min(self._num_in_vain, 2 * _MOST_SKIPPED)
             return
         found += 1
         size = _SHORTEST
@@ -212,7 +216,7 @@ class TextDrafts:
         source = max(longest, key=lambda one: (self._worth(one, longest[one][0]), longest[one]))
         length, place = longest.pop(source)
         self.rivals = [(other, size, int(text[at])) for other, (size, at) in longest.items()]
-        self._place, self._length, self._num_in_vain = place, length, 0
+        self._place, self._length = place, length
         if changed is not None and length < _PASSAGE:
             self._place, self._length = changed, 1
 

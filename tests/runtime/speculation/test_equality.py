@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -17,7 +20,7 @@ from numpy.typing import NDArray
 from ramet.errors import ConfigError, InvalidRequest, ModelNotFound, RequestCancelled
 from ramet.grammar import Vocabulary
 from ramet.grammar.service.sources import compile_constraint
-from ramet.runtime.engine import factory
+from ramet.runtime.engine import core, factory
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.handle import RequestHandle, RequestResult
 from ramet.runtime.models.load import LoadedModel
@@ -248,6 +251,39 @@ def test_right_drafts_save_steps_and_wrong_ones_cost_none(tiny_model: LoadedMode
             assert engine.stats()["num_decoded_tokens"] == 39
     assert steps[0] == 40
     assert steps[12] < 20
+
+
+def test_the_time_of_a_step_has_that_of_its_drafts_and_their_masks(
+    tiny_model: LoadedModel, plain: Engine, grammars: list[Grammar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So drafts whose masks take longer than they save do not pay."""
+    requests: list[dict[str, Any]] = [
+        {"prompt": f"{i} ", "sampling": SamplingParams(max_tokens=40, seed=i), "grammar": grammars[i % 4]}
+        for i in range(8)
+    ]
+    expected = answers_of(plain, requests)
+    clock, noted = SimpleNamespace(monotonic=time.monotonic, now=0.0), list[tuple[float, int]]()
+    clock.thread_time = lambda: clock.now
+    monkeypatch.setattr(core, "time", clock)
+    with Engine(tiny_model, **SETTINGS) as engine:
+        guesses = Guesses(by_prompt(expected, requests, engine), random.Random(2), 12)
+        note, look_ahead = guesses.note_step, engine._core.grammars.look_ahead
+
+        def slow(sequence: Sequence, draft: Seq[int]) -> int:
+            clock.now += 7.0
+            return look_ahead(sequence, draft)
+
+        def note_time(batch: Batch, seconds: float) -> None:
+            noted.append((seconds, max(item.num_samples for item in batch.items)))
+            note(batch, seconds)
+
+        monkeypatch.setattr(guesses, "note_step", note_time)
+        monkeypatch.setattr(engine._core.grammars, "look_ahead", slow)
+        draft_by(engine, guesses)
+        for request, wanted in zip(requests, expected, strict=True):
+            assert_same(engine.submit(**request).result(), wanted, request)
+    assert any(num_samples > 1 for _, num_samples in noted)
+    assert {seconds for seconds, num_samples in noted if num_samples > 1} == {7.0}
 
 
 def test_samples_of_one_prompt_and_a_cancelled_one_leave_the_others_alone(
