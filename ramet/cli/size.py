@@ -14,8 +14,10 @@ from ramet.errors import ConfigError, ModelNotFound
 
 if TYPE_CHECKING:
     from ramet.runtime.engine.config import EngineConfig
-    from ramet.runtime.engine.sizing import GpuModel, ModelShape, Sizing
+    from ramet.runtime.engine.sizing import GpuModel, Sizing
+    from ramet.runtime.models.config import ModelConfig
 
+    Named = tuple[str, ModelConfig]
     Wanted = tuple[GpuModel, EngineConfig]  # the cards, and how the model is to be served on them
 
 _GIB = 2**30
@@ -48,46 +50,49 @@ def add_size(parser: argparse.ArgumentParser) -> None:
 
 def run_size(arguments: argparse.Namespace) -> int:
     """Print what fits. Exit status 1 where a model does not."""
-    shapes = [_read(name) for name in arguments.models]
+    models = [_read(name) for name in arguments.models]
     if arguments.markdown:
-        print(markdown(shapes), end="")
+        print(markdown(models), end="")
         return 0
     wanted = _wanted(arguments)
     fits_all = True
-    for shape in shapes:
-        found = _found(shape, wanted, arguments)
+    for name, model in models:
+        found = _found(model, wanted, arguments)
         fits_all &= found is not None
         if arguments.json:
-            print(json.dumps(_record(shape, found, wanted, arguments.gpus)))
+            print(json.dumps(_record(name, model, found, wanted, arguments.gpus)))
         else:
-            _print(shape, found, wanted, arguments)
+            _print(name, model, found, wanted, arguments)
     return 0 if fits_all else 1
 
 
-def _read(name: str) -> ModelShape:
-    """The shape of a model by its path or hub id."""
-    from ramet.runtime.engine.sizing import ModelShape
+def _read(name: str) -> Named:
+    """A model's name and sizes, by its path or hub id."""
     from ramet.runtime.models.catalog import CATALOG, resolve_model
     from ramet.runtime.models.description import load_gguf_config
     from ramet.runtime.models.gguf_file import GgufFile
-    from ramet.runtime.models.json_file import read_json
 
     path = Path(name).expanduser()
     if path.suffix == ".gguf" or name in CATALOG:
-        return ModelShape(path.stem, load_gguf_config(GgufFile(resolve_model(name))))
+        return path.stem, load_gguf_config(GgufFile(resolve_model(name)))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelNotFound(f"the folder {path} has no config.json")
-        return ModelShape.from_hf(path.resolve().name, read_json(path / "config.json"))
+        return _named(path.resolve().name, path / "config.json")
     if path.is_file():
-        return ModelShape.from_hf(
-            path.resolve().parent.name if path.name == "config.json" else path.stem, read_json(path)
-        )
+        return _named(path.resolve().parent.name if path.name == "config.json" else path.stem, path)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return ModelShape.from_hf(name.split("/")[1], read_json(_from_hub(name)))
+        return _named(name.split("/")[1], _from_hub(name))
     raise ModelNotFound(
         f"no model {name!r}: give a config.json, a folder with one, a .gguf file, or a hub id (owner/name)"
     )
+
+
+def _named(name: str, path: Path) -> Named:
+    from ramet.runtime.engine.sizing import read_config
+    from ramet.runtime.models.json_file import read_json
+
+    return name, read_config(name, read_json(path))
 
 
 def _from_hub(name: str) -> Path:
@@ -121,34 +126,36 @@ def _wanted(arguments: argparse.Namespace) -> Wanted:
     return card, EngineConfig().changed({name: value for name, value in values.items() if value is not None})
 
 
-def _found(shape: ModelShape, wanted: Wanted, arguments: argparse.Namespace) -> Sizing | None:
+def _found(model: ModelConfig, wanted: Wanted, arguments: argparse.Namespace) -> Sizing | None:
     from ramet.runtime.engine.sizing import fitting, smallest
 
-    return fitting(shape, *wanted) if arguments.tp else smallest(shape, *wanted, arguments.gpus or 8)
+    return fitting(model, *wanted) if arguments.tp else smallest(model, *wanted, arguments.gpus or 8)
 
 
-def _nearest(shape: ModelShape, wanted: Wanted, gpus: int | None) -> list[Sizing]:
+def _nearest(model: ModelConfig, wanted: Wanted, gpus: int | None) -> list[Sizing]:
     from ramet.runtime.engine.sizing import nearest
 
-    return nearest(shape, *wanted, gpus or 8)
+    return nearest(model, *wanted, gpus or 8)
 
 
-def _record(shape: ModelShape, found: Sizing | None, wanted: Wanted, gpus: int | None) -> dict[str, Any]:  # Any: JSON
-    from ramet.runtime.engine.sizing import flags
+def _record(
+    name: str, model: ModelConfig, found: Sizing | None, wanted: Wanted, gpus: int | None
+) -> dict[str, Any]:  # Any: JSON
+    from ramet.runtime.engine.sizing import num_params
 
-    matrices, others = shape.num_params()
+    matrices, others = num_params(model)
     record: dict[str, Any] = {
-        "model": shape.name,
+        "model": name,
         "parameters": matrices + others,
         "fits": found is not None,
-        "not_supported_yet": _reasons(shape, wanted[1]),
+        "not_supported_yet": _reasons(model, wanted[1]),
     }
     if found is None:
-        return record | {"nearest": [_summary(one) for one in _nearest(shape, wanted, gpus)]}
+        return record | {"nearest": [_summary(one) for one in _nearest(model, wanted, gpus)]}
     return record | {
         "gpu": found.card.name,
         "tp": found.engine.tp,
-        "flags": flags(found.engine),
+        "flags": found.flags(),
         "plan_bytes": asdict(found.plan),
         "kv_bytes_per_token": found.kv_bytes_per_token,
         "kv_tokens": found.num_kv_tokens,
@@ -159,45 +166,46 @@ def _record(shape: ModelShape, found: Sizing | None, wanted: Wanted, gpus: int |
 
 
 def _summary(found: Sizing) -> str:
-    from ramet.runtime.engine.sizing import flags
-
     tp, name = found.engine.tp, found.card.name
-    cards, given = f"{tp} x {name}" if tp > 1 else name, " ".join(flags(found.engine)) or "no flags"
+    cards, given = f"{tp} x {name}" if tp > 1 else name, " ".join(found.flags()) or "no flags"
     return f"{cards}, {given}: KV for {found.num_kv_tokens:,} tokens"
 
 
-def _reasons(shape: ModelShape, engine: EngineConfig) -> list[str]:
+def _reasons(model: ModelConfig, engine: EngineConfig) -> list[str]:
     """Why this version cannot do what is sized."""
-    found = [shape.reason] if shape.reason is not None else []
+    from ramet.runtime.engine.sizing import why_not_on_gpus
+
+    reason = why_not_on_gpus(model)
+    found = [] if reason is None else [reason]
     if engine.quantization not in (None, "fp8"):
         found.append(f"{engine.quantization} weights on a GPU are not supported yet")
     return found
 
 
-def _print(shape: ModelShape, found: Sizing | None, wanted: Wanted, arguments: argparse.Namespace) -> None:
-    from ramet.runtime.engine.sizing import flags
+def _print(name: str, model: ModelConfig, found: Sizing | None, wanted: Wanted, arguments: argparse.Namespace) -> None:
+    from ramet.runtime.engine.sizing import num_params
 
     console = Console(highlight=False, soft_wrap=True)
-    matrices, others = shape.num_params()
-    console.print(f"[bold]{shape.name}[/]: {(matrices + others) / 1e9:.2f} billion weights", end="")
-    if shape.config.experts is not None:
-        active = sum(shape.num_params(is_active=True))
+    matrices, others = num_params(model)
+    console.print(f"[bold]{name}[/]: {(matrices + others) / 1e9:.2f} billion weights", end="")
+    if model.experts is not None:
+        active = sum(num_params(model, is_active=True))
         console.print(f", {active / 1e9:.2f} of them used by a token", end="")
     console.print()
-    for reason in _reasons(shape, wanted[1]):
+    for reason in _reasons(model, wanted[1]):
         console.print(f"  [yellow]{reason}: what follows is arithmetic[/]")
     if found is None:
         count = arguments.tp or arguments.gpus or 8
         console.print(f"  [bold red]does not fit[/] on {count} x {wanted[0].name}")
-        for one in _nearest(shape, wanted, arguments.gpus):
+        for one in _nearest(model, wanted, arguments.gpus):
             console.print(f"  fits: {_summary(one)}")
         return
     plan = found.plan
     console.print(f"  [bold green]fits[/] on {found.engine.tp} x {found.card.name}", end="")
-    console.print(f": [bold]ramet serve {shape.name} {' '.join(flags(found.engine))}[/]".rstrip())
+    console.print(f": [bold]ramet serve {name} {' '.join(found.flags())}[/]".rstrip())
     console.print(f"  each card   {plan}")
     console.print(f"  KV          {found.kv_bytes_per_token:,} bytes a token and card, {found.num_kv_tokens:,} tokens")
-    console.print(f"  context     {found.context:,} of {shape.config.max_position_embeddings:,}")
+    console.print(f"  context     {found.context:,} of {model.max_position_embeddings:,}")
     at_once = ", ".join(f"{found.num_sequences(n):,} of {n:,}" for n in _LENGTHS if n <= found.context)
     console.print(f"  at once     {at_once or 'less than one of 2,048'} tokens")
     console.print(
@@ -208,7 +216,7 @@ def _print(shape: ModelShape, found: Sizing | None, wanted: Wanted, arguments: a
         console.print(f"  {arguments.gpus} cards    {arguments.gpus // found.engine.tp} replicas")
 
 
-def markdown(shapes: list[ModelShape]) -> str:
+def markdown(models: list[Named]) -> str:
     """The table of the documents: for each card and weight format the fewest cards, and their tokens of KV."""
     from ramet.runtime.engine.config import EngineConfig
     from ramet.runtime.engine.sizing import CARDS, TABLE_CARDS, smallest
@@ -218,19 +226,17 @@ def markdown(shapes: list[ModelShape]) -> str:
         "| model | weights | " + " | ".join(f"{card.gigabytes} GB ({card.name})" for card in cards) + " |",
         "|---|---|" + "---|" * len(cards),
     ]
-    for shape in shapes:
+    for model_name, model in models:
         for name, quantization in (("bf16", None), ("FP8", "fp8"), ("4-bit", "int4")):
             cells = []
             for card in cards:
-                found = smallest(shape, card, EngineConfig(quantization=quantization))
+                found = smallest(model, card, EngineConfig(quantization=quantization))
                 cells.append("–" if found is None else _cell(found))
-            lines.append(f"| {shape.name} | {name} | {' | '.join(cells)} |")
+            lines.append(f"| {model_name} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _cell(found: Sizing) -> str:
     """The number of cards and thousands of tokens of KV; a star where flags other than --tp are needed."""
-    from ramet.runtime.engine.sizing import flags
-
-    needs_flags = any(not flag.startswith(("--tp", "--quantization")) for flag in flags(found.engine))
+    needs_flags = any(not flag.startswith(("--tp", "--quantization")) for flag in found.flags())
     return f"{found.engine.tp} x: {found.num_kv_tokens // 1000:,}k{'*' if needs_flags else ''}"

@@ -70,63 +70,41 @@ CARDS = {
 TABLE_CARDS = ("rtx4090", "a100-40gb", "h100", "h200", "b200")  # 24, 40, 80, 141, 192 GB
 
 
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The sizes of a model."""
-
-    name: str
-    config: ModelConfig
-
-    @classmethod
-    def from_hf(cls, name: str, fields: Fields) -> ModelShape:
-        """Read a parsed `config.json`. Raises: UnsupportedArchitecture, BrokenModelFile."""
-        fields = {key: value for key, value in fields.items() if key != "quantization_config"}  # --quantization says it
-        try:
-            return cls(name, config_from_hf(fields))
-        except UnsupportedArchitecture:
-            raise
-        except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: wrong types
-            raise BrokenModelFile(f"config.json of {name}: {error}") from error
-
-    @property
-    def reason(self) -> str | None:
-        """Why Ramet's own layers cannot run it on a GPU, if so."""
-        if self.config.experts is None:
-            return None
-        return "on a GPU, only transformers runs experts (--model-impl transformers)"
-
-    def num_params(self, config: ModelConfig | None = None, *, is_active: bool = False) -> tuple[int, int]:
-        """Return the weights in matrices of layers, and all others. is_active: only those that one token uses.
-
-        config: of a rank's share; None: the whole model's.
-        """
-        config = config or self.config
-        experts = config.experts
-        if experts is not None:  # all experts of a layer are alike
-            config = replace(config, experts=replace(experts, count=1, per_token=1))
-        matrices = others = 0
-        for name, shape in expected_tensors(config).items():
-            count = math.prod(shape)
-            if experts is not None and ".mlp.experts." in name:
-                count *= experts.per_token if is_active else experts.count
-            if experts is not None and name.endswith(".mlp.gate.weight"):  # the router
-                others += count * experts.count
-            elif ".layers." not in name or len(shape) == 1:
-                others += count
-            else:
-                matrices += count
-        return matrices, others
+def read_config(name: str, fields: Fields) -> ModelConfig:
+    """Read a parsed `config.json`, without its quantisation. Raises: UnsupportedArchitecture, BrokenModelFile."""
+    fields = {key: value for key, value in fields.items() if key != "quantization_config"}  # --quantization says it
+    try:
+        return config_from_hf(fields)
+    except UnsupportedArchitecture:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # includes BrokenModelFile; others: wrong types
+        raise BrokenModelFile(f"config.json of {name}: {error}") from error
 
 
-def flags(engine: EngineConfig) -> list[str]:
-    """The flags of `ramet serve` that differ from their defaults, of those that change what fits."""
-    default = EngineConfig()
-    names = (
-        *("tp", "quantization", "context_length", "kv_cache_dtype", "mem_fraction_static"),
-        *("chunked_prefill_size", "max_running_requests"),
-    )
-    changed = [name for name in names if getattr(engine, name) != getattr(default, name)]
-    return [f"--{name.replace('_', '-')} {getattr(engine, name)}" for name in changed]
+def why_not_on_gpus(config: ModelConfig) -> str | None:
+    """Why Ramet's own layers cannot run a model on a GPU, if so."""
+    if config.experts is None:
+        return None
+    return "on a GPU, only transformers runs experts (--model-impl transformers)"
+
+
+def num_params(config: ModelConfig, *, is_active: bool = False) -> tuple[int, int]:
+    """Return the weights in matrices of layers, and all others. is_active: only those that one token uses."""
+    experts = config.experts
+    if experts is not None:  # all experts of a layer are alike
+        config = replace(config, experts=replace(experts, count=1, per_token=1))
+    matrices = others = 0
+    for name, shape in expected_tensors(config).items():
+        count = math.prod(shape)
+        if experts is not None and ".mlp.experts." in name:
+            count *= experts.per_token if is_active else experts.count
+        if experts is not None and name.endswith(".mlp.gate.weight"):  # the router
+            others += count * experts.count
+        elif ".layers." not in name or len(shape) == 1:
+            others += count
+        else:
+            matrices += count
+    return matrices, others
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,26 +123,35 @@ class Sizing:
     decode_floor_s: float
     prefill_floor_s: float
 
+    def flags(self) -> list[str]:
+        """The flags of `ramet serve` that differ from their defaults, of those that change what fits."""
+        default = EngineConfig()
+        names = (
+            *("tp", "quantization", "context_length", "kv_cache_dtype", "mem_fraction_static"),
+            *("chunked_prefill_size", "max_running_requests"),
+        )
+        changed = [name for name in names if getattr(self.engine, name) != getattr(default, name)]
+        return [f"--{name.replace('_', '-')} {getattr(self.engine, name)}" for name in changed]
+
     def num_sequences(self, length: int) -> int:
         """How many sequences of so many tokens fit at once."""
         return min(self.num_kv_tokens // length, self.engine.max_running_requests)
 
 
-def size(shape: ModelShape, card: GpuModel, engine: EngineConfig) -> Sizing:
+def size(model: ModelConfig, card: GpuModel, engine: EngineConfig) -> Sizing:
     """Divide the memory of each card.
 
     Raises:
         OutOfMemory: it does not fit; the message has the parts. ConfigError: `tp` does not divide the model.
     """
-    whole = shape.config
-    check_size(whole, engine.tp)
-    if engine.context_length is not None and engine.context_length > whole.max_position_embeddings:
+    check_size(model, engine.tp)
+    if engine.context_length is not None and engine.context_length > model.max_position_embeddings:
         raise ConfigError(
             f"context_length is {engine.context_length:,} but the model was trained for "
-            f"{whole.max_position_embeddings:,}; lower --context-length"
+            f"{model.max_position_embeddings:,}; lower --context-length"
         )
-    config = Share(0, engine.tp).config(whole)
-    matrices, others = shape.num_params(config)
+    config = Share(0, engine.tp).config(model)
+    matrices, others = num_params(config)
     bits = weight_bits(engine)
     weights = int(matrices * bits / 8) + others * 2
     outside = ASSUMED_BYTES["driver"] + (ASSUMED_BYTES["communication"] if engine.tp > 1 else 0)
@@ -181,7 +168,7 @@ def size(shape: ModelShape, card: GpuModel, engine: EngineConfig) -> Sizing:
         page_bytes=kv_bytes * page_size,
     )
     num_tokens = (plan.num_pages - 1) * page_size
-    active, _ = shape.num_params(config, is_active=True)
+    active, _ = num_params(config, is_active=True)
     head = config.vocab_size * config.hidden_size
     read = active * bits / 8 + head * 2
     peak = card.fp8_flops if bits == 8 and card.fp8_flops else card.flops
@@ -191,7 +178,7 @@ def size(shape: ModelShape, card: GpuModel, engine: EngineConfig) -> Sizing:
         plan,
         kv_bytes,
         num_tokens,
-        min(num_tokens, engine.context_length or whole.max_position_embeddings),
+        min(num_tokens, engine.context_length or model.max_position_embeddings),
         read / card.bytes_per_s,
         2 * active / peak,
     )
@@ -224,15 +211,15 @@ def workspace_bytes(config: ModelConfig, engine: EngineConfig) -> int:
     return 2 * tokens * values + logits_bytes(engine.max_running_requests, config.vocab_size)
 
 
-def fitting(shape: ModelShape, card: GpuModel, engine: EngineConfig) -> Sizing | None:
+def fitting(model: ModelConfig, card: GpuModel, engine: EngineConfig) -> Sizing | None:
     """Find flags with which a model fits on such cards with KV for its context, or for a useful one.
 
     Of those, the first that is least unlike the defaults. None: nothing fits.
     """
-    wanted = engine.context_length or min(shape.config.max_position_embeddings, _USEFUL_TOKENS)
+    wanted = engine.context_length or min(model.max_position_embeddings, _USEFUL_TOKENS)
     for other in _engines(engine):
         try:
-            found = size(shape, card, other)
+            found = size(model, card, other)
         except OutOfMemory:
             continue
         if found.num_kv_tokens >= wanted:
@@ -252,29 +239,29 @@ def _engines(engine: EngineConfig) -> Iterator[EngineConfig]:
         )
 
 
-def smallest(shape: ModelShape, card: GpuModel, engine: EngineConfig, max_tp: int = _MAX_TP) -> Sizing | None:
+def smallest(model: ModelConfig, card: GpuModel, engine: EngineConfig, max_tp: int = _MAX_TP) -> Sizing | None:
     """Find the lowest `tp`, a power of two up to `max_tp`, with which a model fits on cards of this kind."""
     for tp in (2**n for n in range(max_tp.bit_length())):
-        if tp <= max_tp and fits(shape.config, tp):
-            found = fitting(shape, card, replace(engine, tp=tp))
+        if tp <= max_tp and fits(model, tp):
+            found = fitting(model, card, replace(engine, tp=tp))
             if found is not None:
                 return found
     return None
 
 
-def nearest(shape: ModelShape, card: GpuModel, engine: EngineConfig, max_tp: int = _MAX_TP) -> list[Sizing]:
+def nearest(model: ModelConfig, card: GpuModel, engine: EngineConfig, max_tp: int = _MAX_TP) -> list[Sizing]:
     """What fits where an engine does not: more cards of the kind, fewer bits a weight, a shorter context, a larger
     card.
     """
-    found = [smallest(shape, card, engine, max_tp)]
+    found = [smallest(model, card, engine, max_tp)]
     fewer = (name for name in ("fp8", "int4") if WEIGHT_BITS[name] < weight_bits(engine))
-    found += [smallest(shape, card, replace(engine, quantization=name), max_tp) for name in fewer]
+    found += [smallest(model, card, replace(engine, quantization=name), max_tp) for name in fewer]
     if engine.context_length is not None:
-        shorter = fitting(shape, card, replace(engine, context_length=None))
+        shorter = fitting(model, card, replace(engine, context_length=None))
         if shorter is not None:
             length = shorter.num_kv_tokens // 1024 * 1024
-            found.append(size(shape, card, replace(shorter.engine, context_length=length)))
+            found.append(size(model, card, replace(shorter.engine, context_length=length)))
     larger = sorted((other for other in CARDS.values() if other.total > card.total), key=lambda other: other.total)
-    on_larger = (smallest(shape, other, replace(engine, tp=1), max_tp) for other in larger)
+    on_larger = (smallest(model, other, replace(engine, tp=1), max_tp) for other in larger)
     found.append(next(filter(None, on_larger), None))
     return [one for one in found if one is not None]

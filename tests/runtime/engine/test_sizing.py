@@ -16,7 +16,18 @@ from ramet.kernels.grammar.arena import GrammarArena, arena_sizes
 from ramet.kernels.grammar.mask import TokenTable
 from ramet.kernels.sampling.logit_edits import EditTables
 from ramet.runtime.engine.config import EngineConfig
-from ramet.runtime.engine.sizing import CARDS, ModelShape, fitting, flags, nearest, size, smallest, tables_bytes
+from ramet.runtime.engine.sizing import (
+    CARDS,
+    fitting,
+    nearest,
+    num_params,
+    read_config,
+    size,
+    smallest,
+    tables_bytes,
+    why_not_on_gpus,
+)
+from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.layers import RotaryTable
 from ramet.runtime.steps.kv_cache import bytes_per_token
 
@@ -38,13 +49,13 @@ def fields(name: str) -> dict[str, Any]:  # Any: JSON
     return dict(json.loads((CONFIGS / f"{name}.json").read_text()))
 
 
-def shape(name: str) -> ModelShape:
-    return ModelShape.from_hf(name, fields(name))
+def shape(name: str) -> ModelConfig:
+    return read_config(name, fields(name))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_configuration_alone_tells_the_number_of_weights(name: str) -> None:
-    assert sum(shape(name).num_params()) == PARAMETERS[name]
+    assert sum(num_params(shape(name))) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +78,7 @@ def test_the_rows_of_deployment_guides_fit(name: str, card: str, tp: int, quanti
     again = size(shape(name), found.card, found.engine)
     assert again == found
     wanted = [f"--tp {tp}"] * (tp > 1) + [f"--quantization {quantization}"] * (quantization is not None)
-    assert flags(found.engine)[: len(wanted)] == wanted
+    assert found.flags()[: len(wanted)] == wanted
 
 
 def test_what_does_not_fit_says_what_does() -> None:
@@ -96,16 +107,16 @@ def test_flags_that_leave_more_room_are_taken_only_where_needed() -> None:
     engine = EngineConfig(context_length=16_384, quantization="fp8")
     found = fitting(shape("Llama-3.3-70B"), CARDS["h100"], engine)
     assert found is not None
-    assert "--mem-fraction-static 0.95" in flags(found.engine)
+    assert "--mem-fraction-static 0.95" in found.flags()
     assert found.num_kv_tokens >= 16_384
     small = fitting(shape("Llama-3.1-8B"), CARDS["h100"], EngineConfig())
     assert small is not None
-    assert flags(small.engine) == []
+    assert small.flags() == []
 
 
 def test_kv_and_floors_are_the_known_ones() -> None:
     found = size(shape("Llama-3.1-8B"), CARDS["h100"], EngineConfig())
-    assert found.kv_bytes_per_token == bytes_per_token(shape("Llama-3.1-8B").config, torch.bfloat16) == 131_072
+    assert found.kv_bytes_per_token == bytes_per_token(shape("Llama-3.1-8B"), torch.bfloat16) == 131_072
     assert math.isclose(found.decode_floor_s, 15.0e9 / 3.35e12, rel_tol=0.01)  # without the token table
     assert 14e-6 < found.prefill_floor_s < 22.2e-6  # measured: 22.2 us
     assert found.num_sequences(2048) == min(256, found.num_kv_tokens // 2048)
@@ -119,9 +130,9 @@ def test_kv_heads_are_repeated_where_there_are_fewer_than_cards() -> None:
 
 def test_a_token_uses_its_experts_alone() -> None:
     mixture = shape("Mixtral-8x7B")
-    assert 12.8e9 < sum(mixture.num_params(is_active=True)) < 13e9
-    assert mixture.reason == "on a GPU, only transformers runs experts (--model-impl transformers)"
-    assert shape("Llama-3.1-8B").reason is None
+    assert 12.8e9 < sum(num_params(mixture, is_active=True)) < 13e9
+    assert why_not_on_gpus(mixture) == "on a GPU, only transformers runs experts (--model-impl transformers)"
+    assert why_not_on_gpus(shape("Llama-3.1-8B")) is None
 
 
 def test_wrong_configurations_say_what_is_wrong() -> None:
@@ -130,15 +141,15 @@ def test_wrong_configurations_say_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match="trained for 4,096"):
         size(shape("Llama-2-7b"), CARDS["h100"], EngineConfig(context_length=8192))
     with pytest.raises(UnsupportedArchitecture, match="MambaForCausalLM"):
-        ModelShape.from_hf("mamba", {"architectures": ["MambaForCausalLM"]})
+        read_config("mamba", {"architectures": ["MambaForCausalLM"]})
     lacking = fields("Qwen3-235B-A22B")
     del lacking["num_experts"]
     with pytest.raises(BrokenModelFile, match="lacks 'num_local_experts'"):
-        ModelShape.from_hf("x", lacking)
+        read_config("x", lacking)
 
 
 def test_tables_beside_the_weights_are_those_that_an_engine_makes() -> None:
-    config = shape("Llama-3.1-8B").config
+    config = shape("Llama-3.1-8B")
     engine, card = EngineConfig(max_running_requests=8), CARDS["rtx4090"]
     tokens = TokenTable.create([b"a"] * 100, [99], [], config.vocab_size, "cpu")
     arena = GrammarArena(tokens, 8, **arena_sizes(card.total, config.vocab_size))
@@ -157,7 +168,7 @@ def vars_of(table: Any) -> list[Any]:  # Any: a dataclass of tensors and numbers
 
 def test_a_quantised_checkpoint_is_sized_by_the_flag() -> None:
     with_method = fields("Llama-3.1-8B") | {"quantization_config": {"quant_method": "fp8"}}
-    assert ModelShape.from_hf("x", with_method).num_params() == shape("Llama-3.1-8B").num_params()
+    assert num_params(read_config("x", with_method)) == num_params(shape("Llama-3.1-8B"))
 
 
 def test_a_70b_in_fp8_has_room_for_40_000_tokens_of_fp8_keys_and_values_on_one_card() -> None:
