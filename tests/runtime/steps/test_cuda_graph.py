@@ -150,6 +150,28 @@ def test_keys_are_the_smallest_buckets_that_hold_a_step() -> None:
     assert graphs.key(1, 80, 65, uses_tree=False) is None, "too many sequences"
 
 
+def test_every_step_that_verifies_few_drafts_has_a_graph_with_as_many_turns_as_it_needs() -> None:
+    graphs = StepGraphs(
+        lambda key, buffers: None, 8, 8, torch.device("cpu"), max_extend=0, verifies=True, capture=Rerun()
+    )
+    keys = graphs.keys(with_tree=True)
+    for num_tokens in range(2, 40):
+        for num_drafted in range(1, min(num_tokens, 12)):
+            key = graphs.verifying_key(num_tokens, num_drafted)
+            if num_tokens > 32 or num_drafted > 8:
+                assert key is None
+                continue
+            assert key in keys
+            assert num_tokens <= key.num_tokens <= 2 * num_tokens
+            assert num_drafted <= key.num_drafted <= max(2, 2 * num_drafted)
+            # The most rows that have a position in each turn: all others have one token.
+            for turn, size in enumerate(key.turn_sizes):
+                assert 1 <= size == key.num_tokens // (turn + 1)
+    without = StepGraphs(lambda key, buffers: None, 8, 8, torch.device("cpu"), max_extend=0, capture=Rerun())
+    assert without.verifying_key(2, 1) is None
+    assert not any(key.num_drafted for key in without.keys(with_tree=True))
+
+
 @pytest.mark.parametrize("with_tree", [False, True])
 def test_every_key_of_a_step_is_captured_ahead(with_tree: bool) -> None:
     capture = Rerun()
