@@ -3,6 +3,7 @@
     python benchmarks/compile_kernels.py                    kernels with the configurations that are in use
     python benchmarks/compile_kernels.py --candidates       also the tile sizes that the timing scripts try
     python benchmarks/compile_kernels.py --only decode,tree --json
+    python benchmarks/compile_kernels.py --adopt FOLDER     make a cache of Triton's usable that was brought to FOLDER
 
 Launchers run on `meta` tensors with a driver that only knows the target (sm_90), so what is compiled is exactly what a
 launch with these shapes would compile. Registers, spilled bytes and shared memory are read from the binary; the exit
@@ -107,6 +108,17 @@ def accesses_before_wait(ptx: str) -> int | None:
     return len(re.findall(r"\b(?:ld|st|atom|red)\.global|\bcp\.async", before)) if wait else None
 
 
+def adopt(cache: Path) -> None:
+    """Let Triton find what it cached in another folder: it notes each kernel's files, and where they were written.
+
+    Files that are not there any more are left out; a launch needs the binary alone.
+    """
+    for group in cache.glob("*/__grp__*.json"):
+        files = [group.parent / name for name in json.loads(group.read_text())["child_paths"]]
+        found = {file.name: str(file) for file in files if file.is_file()}
+        group.write_text(json.dumps({"child_paths": found}))
+
+
 def compile_launches(launches: list[Launch], capability: int, show: Callable[[Compiled], None]) -> list[Compiled]:
     """Run every launcher with a driver that never launches; each variant is compiled once."""
     driver.set_active(OfflineDriver(capability))
@@ -164,9 +176,13 @@ def main() -> None:
     parser.add_argument("--kernel-table", type=Path, help="also what a card's table chooses")
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--max-spill", type=int, default=64, help="bytes that a configuration in use may spill")
+    parser.add_argument("--adopt", type=Path, help="compile nothing: make the cache in this folder usable there")
     parser.add_argument("--share", default="0/1", help="i/n: every n-th launch from the i-th on")
     parser.add_argument("--json", action="store_true", help="one JSON line last")
     args = parser.parse_args()
+    if args.adopt is not None:
+        adopt(args.adopt)
+        return
     parts = [part for part in args.only.split(",") if part]
     chosen = [] if args.kernel_table is None else of_table(load_card_table("", args.kernel_table))
     launches = [

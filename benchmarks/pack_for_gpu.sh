@@ -12,7 +12,7 @@
 set -eu
 python=${PYTHON:-python3}
 for_python=${FOR_PYTHON:-3.12}
-part_mib=${PART_MIB:-48}
+part_mib=${PART_MIB:-40}
 cd "$(dirname "$0")/.."
 packages=(
   annotated-types gguf lark lazy-loader msgspec outlines-core platformdirs pydantic pydantic-core typing-extensions
@@ -34,7 +34,8 @@ git describe --always --dirty >.whl/commit
 cache=$(mktemp -d)
 PYTHONPATH="$PWD:${PYTHONPATH:-}" TRITON_CACHE_DIR=$cache ${KERNEL_PYTHON:-$python} benchmarks/compile_kernels.py --candidates \
   --only "${KERNELS:-llama-8b,smollm2,try,prepare,commit,scatter,copy_pages,build_masks,advance}" >.whl/kernels.txt || tail -n 3 .whl/kernels.txt
-tar -czf .whl/triton.tar.gz -C "$cache" .
+# What a launch needs, and what a report is made of; Triton's own intermediate forms are as much again.
+(cd "$cache" && find . \( -name '*.cubin' -o -name '*.ptx' -o -name '*.json' \) -print0 | tar -czf - --null -T -) >.whl/triton.tar.gz
 rm -r "$cache"
 if [ -n "${1:-}" ]; then
   # Names carry the whole file's hash: parts of two files are never put together.

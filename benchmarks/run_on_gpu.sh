@@ -37,7 +37,10 @@ if [ -d .whl ]; then
   $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$keep/site" .whl/*.whl || exit 1
   COMMIT=$(cat .whl/commit) && export COMMIT
   export PYTHONPATH="$keep/site:${PYTHONPATH:-}"
-  [ -f .whl/triton.tar.gz ] && [ ! -d "$TRITON_CACHE_DIR" ] && mkdir "$TRITON_CACHE_DIR" && tar -xzf .whl/triton.tar.gz -C "$TRITON_CACHE_DIR"
+  if [ -f .whl/triton.tar.gz ] && [ ! -d "$TRITON_CACHE_DIR" ]; then
+    mkdir "$TRITON_CACHE_DIR" && tar -xzf .whl/triton.tar.gz -C "$TRITON_CACHE_DIR"
+    PYTHONPATH="$PWD:$keep/site" $python benchmarks/compile_kernels.py --adopt "$TRITON_CACHE_DIR"
+  fi
 fi
 export PYTHONPATH="$PWD:${PYTHONPATH:-}"
 # Whatever is missing shows here, and not after the first minutes: Triton's launchers need a C compiler and Python's
@@ -94,11 +97,11 @@ compile_ahead() { # fills Triton's cache on all cores at once; no kernel is laun
   wait "${pids[@]}"
   cat "$out"/.compile.* | grep -E "BAD|Error" | head -n 5
   rm -f "$out"/.compile.*
-  echo "== compile ahead: $carried compiled kernels were here, $(kernels_kept) are now; $SECONDS s in all" | tee -a "$log"
+  echo "== compile ahead: of $carried kernels that were here and others, $(kernels_kept -newer "$keep/started") were compiled; $SECONDS s in all" | tee -a "$log"
 }
 
 kernels_kept() {
-  find "$TRITON_CACHE_DIR" -name '*.cubin' 2>/dev/null | wc -l
+  find "$TRITON_CACHE_DIR" -name '*.cubin' "$@" 2>/dev/null | wc -l
 }
 
 if [ -n "$dry" ]; then
@@ -126,6 +129,7 @@ for file in "$out/flags.txt" "$keep/flags.txt"; do
   break
 done
 carried=$(kernels_kept)
+touch "$keep/started"
 compile_ahead
 case $part in
   ladder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,23 @@ def test_a_kernel_is_compiled_and_its_resources_are_reported() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "_scatter_kernel" in done.stdout
     assert done.stdout.splitlines()[-1] == "1 variants, 0 bad ones in use"
+
+
+def test_kernels_that_were_compiled_in_another_folder_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a machine with a card gets them: without the forms that a launch does not need. Nothing new is written."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(there))
+    assert compile_kernels("--only", "scatter_rows").returncode == 0
+    shutil.copytree(there, here, ignore=shutil.ignore_patterns("*.ttir", "*.ttgir", "*.llir", "*.source"))
+    shutil.rmtree(there)
+    before = {path.name for path in here.glob("*/*")}
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(here))
+    assert compile_kernels("--adopt", str(here)).returncode == 0
+    done = compile_kernels("--only", "scatter_rows")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert before == {path.name for path in here.glob("*/*")}
 
 
 def test_kernels_compile_on_other_threads_and_nothing_is_launched() -> None:
