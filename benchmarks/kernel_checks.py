@@ -35,7 +35,7 @@ from torch import Tensor
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import Budgets, advance_states_reference, build_masks_reference
 from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
-from ramet.kernels.layers import activation, gemv, norm, quantize_fp8, rope
+from ramet.kernels.layers import activation, adapters, gemv, matmul_invariant, norm, quantize_fp8, rope
 from ramet.kernels.layers.matmul_invariant import gated_product_triton
 from ramet.kernels.sampling import logit_edits
 from ramet.kernels.sampling import sample as sampling
@@ -93,8 +93,30 @@ def check() -> list[Record]:
     for num_rows in (1, 3, 16):
         check_gemv(record, num_rows)
     check_gate(record)
+    check_products(record)
     check_races(record)
     return records
+
+
+def check_products(record: Callable[[str, float, float], None]) -> None:
+    """Batch-invariant products, of weights in 16 bits and in FP8 with blocks of columns, and adapters."""
+    for num_rows in (1, 3, 65):
+        x, weight = randn(num_rows, 256), randn(200, 256)
+        record(f"invariant product T={num_rows}", relative(matmul_invariant.matmul_invariant_triton(x, weight),
+               matmul_invariant.matmul_invariant_reference(x.float(), weight.float())), 1e-2)  # fmt: skip
+        values, scale = randn(200, 256).to(torch.float8_e4m3fn), torch.rand(200, 2, device=DEVICE)
+        record(f"product with FP8 blocks T={num_rows}",
+               relative(matmul_invariant.matmul_invariant_triton(x, values, None, scale),
+                        matmul_invariant.matmul_invariant_reference(x.float(), values, None, scale)), 1e-2)  # fmt: skip
+        ranks = torch.tensor([[0, 0], [8, 4], [3, 0]], dtype=torch.int32)
+        a, b = randn(3, 2, 8, 256), randn(3, 200, 8)
+        for adapter, parts in enumerate(ranks.tolist()):
+            for part, rank in enumerate(parts):
+                a[adapter, part, rank:] = 0
+        table = adapters.AdapterTable(a, b, (0, 120, 200), ranks)
+        out, chosen = randn(num_rows, 200), integers(3, num_rows)
+        expected = adapters.add_adapters_reference(out.clone(), x, table, chosen)
+        record(f"adapters T={num_rows}", relative(adapters.add_adapters_triton(out, x, table, chosen), expected), 1e-2)
 
 
 def check_steps(record: Callable[[str, float, float], None]) -> None:

@@ -23,7 +23,7 @@ from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks
 from ramet.kernels.layers import activation, adapters, gemv, kv_fp8, norm, quantize_fp8, rope
 from ramet.kernels.layers.matmul_invariant import gated_product_triton, matmul_invariant_triton
 from ramet.kernels.ops import EARLY_TRITON
-from ramet.kernels.sampling.logit_edits import EditTables, count_tokens_triton
+from ramet.kernels.sampling.logit_edits import EditTables, count_tokens_triton, edit_logits_triton
 from ramet.kernels.sampling.sample import GrammarTables
 from ramet.kernels.sampling.sample_triton import sample_triton
 from ramet.kernels.slots import copy_pages
@@ -256,6 +256,8 @@ def samplers(model: Model) -> list[Launch]:
                 launches.append(Launch(name, run))
     assert tables.edits is not None
     count = partial(count_tokens_triton, tables.edits, ints(64), ints(64))
+    edit = partial(edit_logits_triton, tensor(64, model.vocab), tables.edits, ints(64), ints(64))
+    launches.append(Launch(f"{model.name} edit logits", edit))
     return [*launches, Launch(f"{model.name} count tokens", count)]
 
 

@@ -80,8 +80,10 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {
     "gemma3-4b": lambda: config_from_hf(GEMMA),
     "llama-70b": lambda: config_from_hf(LLAMA_70B),
 }
+MODELS["llama-8b-blocks"] = MODELS["llama-8b"]
+IN_BLOCKS = ("llama-8b-blocks",)  # files with FP8 matrices, a scale for each 128 x 128
 LAYERS = 2  # of every kind that a model has; the others launch the same
-WALKED = "llama-8b,smollm2,qwen3-8b,gemma3-4b"
+WALKED = "llama-8b,smollm2,qwen3-8b,gemma3-4b,llama-8b-blocks"
 
 
 class AnyDrafts(Speculation):
@@ -255,16 +257,27 @@ def empty(shape: tuple[int, ...], part: Part | None) -> torch.Tensor:
     return whole if part is None else part.of(whole)
 
 
-def walk(shapes: ModelConfig, config: EngineConfig, device: FakeDevice, num_layers: int) -> list[str]:
+def empty_blocks(num_rows: int, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix of a file in FP8 as `Weights.scaled` gives it."""
+    scale = torch.empty((num_rows, -(-num_columns // 128)), device=DEVICE)
+    return torch.empty((num_rows, num_columns), device=DEVICE, dtype=torch.float8_e4m3fn), scale
+
+
+def walk(name: str, config: EngineConfig, device: FakeDevice, num_layers: int) -> list[str]:
     """Start an engine and serve; returns what a card's users would notice."""
+    shapes = MODELS[name]()
     shapes = dataclasses.replace(shapes, num_layers=num_layers, sliding_layers=shapes.sliding_layers[:num_layers])
-    make = {name: partial(empty, shape) for name, shape in expected_tensors(shapes).items()}
+    tensors = expected_tensors(shapes)
+    make = {name: partial(empty, shape) for name, shape in tensors.items()}
+    matrices = {name: shape for name, shape in tensors.items() if ".layers." in name and len(shape) == 2}
+    blocks = {key: partial(empty_blocks, *shape) for key, shape in matrices.items()} if name in IN_BLOCKS else {}
+    weights = Weights(make, scaled=blocks)
     tokenizer = MadeUpTokenizer(shapes.vocab_size)
     device.phase = "start"
-    model = LoadedModel("fake", decoder_of(0, shapes, Weights(make), config), tokenizer, shapes, GenerationDefaults())
+    model = LoadedModel("fake", decoder_of(0, shapes, weights, config), tokenizer, shapes, GenerationDefaults())
     device.alone.clear()  # one kernel rounds weights to FP8 while they are read
     if config.tp > 1:
-        other = build_runner(decoder_of(1, shapes, Weights(make), config), config, AloneGroup(1, config.tp))
+        other = build_runner(decoder_of(1, shapes, weights, config), config, AloneGroup(1, config.tp))
         parts = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
         model = SharedModel(**parts, peers=OtherRankHere(other), group=AloneGroup(0, config.tp))
     core = build_core(model, config)
@@ -304,7 +317,7 @@ def main() -> None:
     for name in args.models.split(","):
         print(name, flush=True)
         with fake_device(compiles=args.compile, capability=args.capability) as device:
-            found += [f"{name}: {what}" for what in walk(MODELS[name](), config, device, args.layers)]
+            found += [f"{name}: {what}" for what in walk(name, config, device, args.layers)]
         for kernel, compiled in device.kernels.values():
             metadata, used = compiled.metadata, resources(compiled.asm["cubin"])
             narrow = narrow_accesses(compiled.asm["ptx"])

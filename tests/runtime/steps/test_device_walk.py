@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this tor
     [
         "--models llama-8b --set kernel_table=early --set page_size=64",
         "--models gemma3-4b --set deterministic=true",
+        "--models llama-8b-blocks",
         '--models smollm2 --set grammar_on_device=false --set kv_cache_dtype="fp8_e4m3" --set max_loras=2',
         pytest.param("--models qwen3-8b --set tp=2", marks=pytest.mark.slow),
     ],
