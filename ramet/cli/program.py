@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import inspect
 import json
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -132,7 +133,8 @@ def from_json(text: str, flag: str) -> Any:  # Any: JSON
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InvalidRequest(f"{flag} is not JSON: {error}", param=flag.lstrip("-")) from error
+        hint = "; NAME=VALUE stands alone, without a flag" if re.match(r"\w+=", text) else ""
+        raise InvalidRequest(f"{flag} is {text!r}, which is not JSON: {error}{hint}", param=flag.lstrip("-")) from error
 
 
 def _read(text: str, parameter: inspect.Parameter | None) -> Any:  # Any: JSON, or the text

@@ -107,7 +107,12 @@ def test_types_of_the_file_are_found_and_written_as_json(run: Run) -> None:
         ("colours", ["name"], "'name' is no NAME=VALUE"),
         ("colours", ["name=Ann", "count=many"], "count is 'many': Input should be a valid integer"),
         ("colours", ["--arguments", "[1]"], "must be a JSON object"),
-        ("colours", ["--arguments", "{"], "--arguments is not JSON"),
+        ("colours", ["--arguments", "{"], "--arguments is '{', which is not JSON"),
+        (
+            "colours",
+            ["--arg", "name=[1]"],
+            "is 'name=[1]', which is not JSON: Expecting value: line 1 column 1 (char 0); NAME",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(program: str, arguments: list[str], message: str, run: Run) -> None:

@@ -229,7 +229,7 @@ def test_the_command_prints_plain_data(capsys: pytest.CaptureFixture[str]) -> No
     [
         (["nothing.py"], "nothing.py is no file"),
         ([f"{EXAMPLES / 'debate.py'}:x"], "has no program 'x'"),
-        ([str(EXAMPLES / "debate.py"), "--arguments", "{"], "--arguments is not JSON"),
+        ([str(EXAMPLES / "debate.py"), "--arguments", "{"], "--arguments is '{', which is not JSON"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
