@@ -73,7 +73,7 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         runner = build_runner(model.decoder, config, *parts, arena=arena, edits=edits)
     kv_cache, context = runner.kv_cache, runner.max_kv_len
     if head is not None:
-        head.make_room(kv_cache.num_pages)
+        head.make_room(kv_cache)
     pool = PagePool(kv_cache.num_pages, kv_cache.page_size)
     cache = RadixCache(pool)
     scheduler = Scheduler(scheduler_config(config, context, model.decoder), pool, cache)
@@ -133,7 +133,7 @@ def make_head(model: LoadedModel, config: EngineConfig) -> DraftHead | None:
         raise ConfigError(
             f"speculative_draft is a head, {name!r}; it needs Ramet's own layers, kv_cache_dtype auto and no adapters"
         )
-    return load_head(Path(name), decoder, page_size_of(config, decoder.device))
+    return load_head(Path(name), decoder)
 
 
 def verifies(config: EngineConfig) -> bool:

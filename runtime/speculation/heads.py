@@ -8,8 +8,8 @@ token t + 1, and predicts token t + 2. What it makes of a drafted token then sta
 
 The model's layers note their results while they run (`TappedLayer`), a row for each token's place in the KV cache; so
 its steps are not recorded programs. The head's own keys and values belong to sequences: a cached prefix is read again.
-Where a part of a cached page was copied, the features of the copy are missing, and drafts there are poor. Not here:
-whether asking pays (`speculation`).
+Pages that come from another engine have no features, and drafts there are poor. Not here: whether asking pays
+(`speculation`).
 
 Source: EAGLE-3, Li et al. 2025 (arXiv:2503.01840); MTP: DeepSeek-V3 (arXiv:2412.19437), section 2.2. Tensors are named
 as in SpecForge's and DeepSeek's files.
@@ -34,6 +34,7 @@ from ramet.runtime.models.decoder import Decoder, ForwardContext, Layer
 from ramet.runtime.models.json_file import read_json
 from ramet.runtime.models.layers import RotaryTable
 from ramet.runtime.models.linear import Linear
+from ramet.runtime.steps.kv_cache import KVCache
 from ramet.runtime.types import Sequence
 
 _EAGLE = "LlamaForCausalLMEagle3"
@@ -63,9 +64,9 @@ class DraftHead:
     tensors: by their names in the layer; `fc` (EAGLE-3) or `eh_proj` (MTP) says which kind it is.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], config: ModelConfig, decoder: Decoder, page_size: int) -> None:
+    def __init__(self, tensors: dict[str, Tensor], config: ModelConfig, decoder: Decoder) -> None:
         """config: the head's attention and sizes. decoder: the model's; `self.decoder` must run in its place."""
-        self._page_size = page_size
+        self._page_size = 0
         self._is_eagle = "fc" in tensors
         self._tensors = {name: tensor.to(decoder.device, decoder.dtype) for name, tensor in tensors.items()}
         self._offsets = tensors.get("d2t")  # of a drafted token to that of the model, int64
@@ -79,13 +80,16 @@ class DraftHead:
         self.decoder = dataclasses.replace(decoder, layers=layers)
         self._past: dict[Sequence, tuple[Tensor, Tensor]] = {}  # keys and values of pairs, [T, heads, D]
 
-    def make_room(self, num_pages: int) -> None:
+    def make_room(self, cache: KVCache) -> None:
         """Make room for the hidden states of all tokens in the model's KV cache, one (MTP) or three (EAGLE-3) for each.
 
         Before its first step.
         """
+        self._page_size = cache.page_size
+        shape = cache.num_pages, cache.page_size, self.decoder.config.hidden_size
         for noted in self._noted:
-            noted.resize_(num_pages * self._page_size, self.decoder.config.hidden_size).zero_()
+            noted.resize_(shape[0] * shape[1], shape[2]).zero_()
+            cache.beside.append(noted.view(1, 1, shape[0], 1, *shape[1:]))
 
     @property
     def num_sequences(self) -> int:
@@ -196,7 +200,7 @@ def has_head(folder: Path, model: str) -> bool:
     return _EAGLE in (fields.get("architectures") or ()) or (is_own and bool(fields.get("num_nextn_predict_layers")))
 
 
-def load_head(folder: Path, decoder: Decoder, page_size: int) -> DraftHead:
+def load_head(folder: Path, decoder: Decoder) -> DraftHead:
     """Load the head of a folder for which `has_head` is true.
 
     Raises: BrokenModelFile; ConfigError naming what does not fit the model.
@@ -237,7 +241,7 @@ def load_head(folder: Path, decoder: Decoder, page_size: int) -> DraftHead:
         problems.append("the model's norms have an offset")
     if problems:
         raise ConfigError(f"the head in {folder} does not fit {target.architecture}: {'; '.join(problems)}")
-    return DraftHead(found, config, decoder, page_size)
+    return DraftHead(found, config, decoder)
 
 
 def _layers_read(num_layers: int, *, is_eagle: bool) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ class KVCache:
     """Keys and values of every layer in one allocation `[L, 2, N, K, P, D]`; `layers[l]` is the pair of views.
 
     In FP8 the allocation is uint8 [L, 2, N, K, 1, P * (D + 1)]: the scales of a head's page follow its values.
+    `beside`: what else is kept of each position, [1, 1, N, 1, P, X] each, and copied with its page.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class KVCache:
     ) -> None:
         self.page_size = page_size
         self.num_pages = num_pages
+        self.beside: list[Tensor] = []
         shape = (config.num_layers, 2, num_pages, config.num_kv_heads, page_size, config.head_dim)
         is_fp8 = dtype is FP8
         if is_fp8:
@@ -51,6 +53,8 @@ class KVCache:
         """Copy the first positions of pages in every layer, int32 [C] each; in FP8, whole pages."""
         is_whole = self.storage.shape[4] == 1
         copy_pages(self.storage, source, target, num_tokens.clamp(max=1) if is_whole else num_tokens)
+        for kept in self.beside:
+            copy_pages(kept, source, target, num_tokens)
 
     @property
     def num_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -117,9 +118,14 @@ def layer_of_the_paper(of: Tensors, attended: Tensor, residual: Tensor) -> Tenso
     return x + (gate * gate.sigmoid() * (normed @ of["mlp.up_proj.weight"].T)) @ of["mlp.down_proj.weight"].T
 
 
+@functools.cache
+def loaded(folder: Path) -> Any:  # Any: of transformers
+    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
 def drafted_by_the_paper(kind: str, folders: dict[str, Path], known: list[int], count: int) -> list[int]:
     """Everything is computed anew for each drafted token."""
-    model = transformers.LlamaForCausalLM.from_pretrained(folders["model"], dtype=torch.float32)
+    model = loaded(folders["model"])
     with torch.no_grad():
         states = model(torch.tensor([known]), output_hidden_states=True).hidden_states
     tensors = head_tensors(kind)
@@ -170,10 +176,13 @@ def head_of(engine: Engine) -> DraftHead:
 
 
 @pytest.mark.parametrize("kind", ["eagle", "mtp"])
-def test_a_head_drafts_what_the_paper_drafts_and_changes_no_answer(kind: str, folders: dict[str, Path]) -> None:
+def test_a_head_drafts_what_the_paper_drafts_and_changes_no_answer(
+    kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = str(folders["mtp" if kind == "mtp" else "model"])
-    prompts = ["once more ", "a second prompt " * 20]  # the second is longer than what is read at once
-    sampling = [SamplingParams(temperature=t, max_tokens=14, seed=3, ignore_eos=True) for t in (0.0, 0.8)]
+    # The second is longer than what is read at once; the third has all but the end of its last page from the second.
+    prompts = ["once more ", "a second prompt " * 20, "a second prompt " * 19 + "a second pr, other "]
+    sampling = [SamplingParams(temperature=t, max_tokens=14, seed=3, ignore_eos=True) for t in (0.0, 0.8, 0.0)]
     with Engine(target, **SETTINGS) as engine:
         expected = [engine.generate(prompt, values) for prompt, values in zip(prompts, sampling, strict=True)]
     with Engine(target, speculative="auto", speculative_draft=str(folders[kind]), **SETTINGS) as engine:
@@ -181,7 +190,14 @@ def test_a_head_drafts_what_the_paper_drafts_and_changes_no_answer(kind: str, fo
         speculation = engine._core.speculation = Speculation(Free(1.0), model=head)
         speculation._model_times = Free(0.0)
         seen: list[tuple[list[int], list[int]]] = []
-        draft = head.draft
+        draft, cache, num_copied = head.draft, engine._core.runner.kv_cache, list[int]()
+        copy = cache.copy_pages
+
+        def copied(source: Tensor, target: Tensor, num_tokens: Tensor) -> None:
+            num_copied.extend(num_tokens.tolist())
+            copy(source, target, num_tokens)
+
+        monkeypatch.setattr(cache, "copy_pages", copied)
 
         def noted(sequences: Seq[Sequence], count: int) -> dict[Sequence, list[int]]:
             found = draft(sequences, count)
@@ -193,10 +209,11 @@ def test_a_head_drafts_what_the_paper_drafts_and_changes_no_answer(kind: str, fo
             for _ in range(2):  # the prompt is cached
                 assert engine.generate(prompt, values).token_ids == wanted.token_ids
         engine.check_integrity()
+        assert num_copied
         assert not head.num_sequences
         assert speculation.drafted["model"] > 0
     assert len(seen) > 20
-    for known, tokens in seen[::5]:
+    for known, tokens in seen[::2]:
         assert tokens == drafted_by_the_paper(kind, folders, known, len(tokens))
     assert max(len(tokens) for _, tokens in seen) > 1
 
