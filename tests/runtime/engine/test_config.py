@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ramet.errors import ConfigError
+from ramet.kernels.card_table import CardTable
 from ramet.runtime.engine.config import EngineConfig
+from ramet.runtime.engine.factory import page_size_of
 
 ODD: list[Any] = [
     -1,
@@ -35,6 +39,7 @@ GOOD: dict[str, list[Any]] = {
     "context_length": [None],
     "lora": [[]],
     "max_loras": [0, None],
+    "page_size": [None],
     "num_kv_tokens": [None],
     "chunked_prefill_size": [None],
     "max_step_ms": [0, None],
@@ -72,3 +77,15 @@ def test_a_limit_says_what_is_right() -> None:
     with pytest.raises(ConfigError, match=r"^num_kv_tokens is 31 but must be at least two pages: 32$"):
         EngineConfig(num_kv_tokens=31)
     assert EngineConfig(max_running_requests=np.int64(8)).max_running_requests == 8  # type: ignore[arg-type]
+
+
+def test_pages_have_the_size_that_is_asked_for_then_the_one_measured_on_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, card, cpu = tmp_path / "table.json", torch.device("cuda", 0), torch.device("cpu")
+    table.write_text(CardTable("any", page_size=64).to_json())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card that nobody has")
+    measured = EngineConfig(kernel_table=str(table))
+    assert page_size_of(measured, card) == 64
+    assert page_size_of(measured.changed({"page_size": 32}), card) == 32
+    assert page_size_of(measured, cpu) == page_size_of(EngineConfig(), card) == 16
