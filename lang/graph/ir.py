@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Final, Literal, Protocol, Self, TypeAlias
 
 import msgspec
 
@@ -32,9 +32,6 @@ from ramet.lang.graph.sampling import Sampling as Sampling
 from ramet.lang.graph.sampling import is_repeatable as is_repeatable
 from ramet.lang.graph.sampling import retry_sampling as retry_sampling
 from ramet.lang.graph.sampling import sampling_problem as sampling_problem
-
-if TYPE_CHECKING:
-    from ramet.lang.graph.run import GraphRun
 
 VERSION = 2  # 1 has no operations in paths; it is read, too
 MAX_RETRIES = 1000
@@ -58,6 +55,23 @@ class Ref(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields
 
 Part: TypeAlias = str | Ref
 Template: TypeAlias = tuple[Part, ...]
+
+
+class Scope(Protocol):
+    """The part of a run that a node may use when it is evaluated. All its dependencies are then done."""
+
+    def render(self, template: Template) -> str: ...
+
+    def argument(self, name: str) -> JsonValue: ...
+
+    def text_after(self, start: int | None, tip: int | None) -> str:
+        """Return the text of the branch that ends at `tip`, after node `start` (None: from the branch's beginning)."""
+
+    def mark(self, node: Marked) -> str:
+        """Return the text that the model's chat template writes at this node."""
+
+    def tokens(self, tip: int | None) -> JsonValue:
+        """Return the token path of the branch that ends at `tip` (WrittenPath), or None where nobody knows it."""
 
 
 class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
@@ -105,8 +119,8 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
         """Return the problem of the node, which follows those in `before`, or None."""
         return None
 
-    def evaluate(self, scope: GraphRun) -> NodeResult:
-        """Return the result of a node that no model runs; `scope`: its run. Any exception fails the node."""
+    def evaluate(self, scope: Scope) -> NodeResult:
+        """Return the result of a node that no model runs. Any exception fails the node."""
         return NodeResult()
 
 
@@ -131,7 +145,7 @@ class Text(Node, frozen=True, tag="text"):
             left, at = left - (not above.moved), above.parent
         return f"is moved behind {self.moved} texts, which don't stand right before it" if left else None
 
-    def evaluate(self, scope: GraphRun) -> NodeResult:
+    def evaluate(self, scope: Scope) -> NodeResult:
         return NodeResult(scope.render(self.parts))
 
 
@@ -147,7 +161,7 @@ class Argument(Node, frozen=True, tag="argument"):
             return "is an argument and can't have a parent"
         return f"declares argument {self.name!r} a second time" if self.name in before.arguments else None
 
-    def evaluate(self, scope: GraphRun) -> NodeResult:
+    def evaluate(self, scope: Scope) -> NodeResult:
         value = scope.argument(self.name)
         return NodeResult(value=value, value_text=value_text(value))
 
@@ -300,7 +314,7 @@ class Role(Node, frozen=True, tag="role"):
     def problem(self, before: GraphIndex) -> str | None:
         return None if self.role in ROLES else f"has role {self.role!r}; roles are {', '.join(ROLES)}"
 
-    def evaluate(self, scope: GraphRun) -> NodeResult:
+    def evaluate(self, scope: Scope) -> NodeResult:
         return NodeResult(scope.mark(self))
 
 
@@ -319,7 +333,7 @@ class Tools(Node, frozen=True, tag="tools"):
             return None
         return f"declares tools that are no JSON list of functions with a name: {self.tools[:80]!r}"
 
-    def evaluate(self, scope: GraphRun) -> NodeResult:
+    def evaluate(self, scope: Scope) -> NodeResult:
         return NodeResult(scope.mark(self))
 
 
@@ -335,7 +349,7 @@ class Thinking(Node, frozen=True, tag="thinking"):
 
     is_markup = True
 
-    def evaluate(self, scope: GraphRun) -> NodeResult:
+    def evaluate(self, scope: Scope) -> NodeResult:
         return NodeResult(scope.mark(self))
 
 
@@ -362,7 +376,7 @@ class ToolCall(Node, frozen=True, tag="tool_call"):
     def changed(self, template: Callable[[Template], Template], node: Callable[[int], int]) -> Self:
         return msgspec.structs.replace(self, arguments=template(self.arguments))
 
-    def evaluate(self, scope: GraphRun) -> NodeResult:
+    def evaluate(self, scope: Scope) -> NodeResult:
         return NodeResult(value={"tool": self.tool, "arguments": parse_value("json", scope.render(self.arguments))})
 
     def answered(self, value: JsonValue) -> NodeResult:
@@ -402,7 +416,7 @@ class Capture(Node, frozen=True, tag="capture"):
             return None
         return f"captures from node {self.start}, which is not on its branch"
 
-    def evaluate(self, scope: GraphRun) -> NodeResult:
+    def evaluate(self, scope: Scope) -> NodeResult:
         if self.of == "tokens":
             return NodeResult(value=scope.tokens(self.parent))
         text = scope.text_after(self.start, self.parent)

@@ -154,7 +154,7 @@ class GraphRun:
             return None
         return result
 
-    # What nodes call when they are evaluated. All that they depend on is then done.
+    # The methods of ir.Scope, which nodes call.
 
     def render(self, template: ir.Template) -> str:
         return ir.render(template, lambda i: self.nodes[i].value_text, lambda i: self.nodes[i].value)
@@ -163,16 +163,13 @@ class GraphRun:
         return self._arguments[name]
 
     def mark(self, node: ir.Marked) -> str:
-        """Return the text that the model's chat template writes at this node."""
         assert self._mark is not None
         return self._mark(self.branch(node.parent), node)
 
     def tokens(self, tip: int | None) -> ir.JsonValue:
-        """Return the token path of the branch that ends at `tip` (WrittenPath), or None where nobody knows it."""
         return self._tokens(tip)
 
     def text_after(self, start: int | None, tip: int | None) -> str:
-        """Return the text of the branch that ends at `tip`, after node `start` (None: from the branch's beginning)."""
         return self._text_up_to(tip, start=start)
 
     def branch(self, tip: int | None) -> list[ir.AnyNode]:

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import msgspec
 
 from ramet.lang.graph import choice_scores, ir
-from ramet.lang.graph.following import beginning, children_of, following, is_ended_by_following
+from ramet.lang.graph.following import MAX_BYTES, beginning, children_of, following, is_ended_by_following
 from ramet.lang.graph.operations import Operation
 from ramet.lang.graph.prompt_tokens import Piece, healing, special_border, tokenised
 from ramet.lang.passes.constraints import masked_checks
@@ -441,7 +441,8 @@ def generated_limits(node: ir.Generate, target: Target) -> tuple[int, int | None
     if fixed is not None:
         is_choice = node.constraint is not None and node.constraint.kind == "choice"
         fixed += node.is_typed  # it may begin with a space
-        return min(limit, fixed + (not is_choice)), fixed  # the end of a number is a token, too
+        # The end of a number is a token, too, or tokens of the text that follows it.
+        return min(limit, fixed if is_choice else fixed + MAX_BYTES), fixed
     most = limit * target.max_text_bytes
     if node.type == "str":
         most = min(

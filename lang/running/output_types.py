@@ -228,7 +228,8 @@ def _has_plain_fields(kind: object) -> bool:
         is_changed = is_changed or any(one.metadata or one.alias or one.validation_alias for one in fields)
         types = [one.annotation for one in fields]
     elif dataclasses.is_dataclass(kind):
-        is_changed = hasattr(kind, "__post_init__") or hasattr(kind, "__pydantic_config__")
+        changing = {"__post_init__", "__pydantic_config__"}
+        is_changed = any(changing & vars(one).keys() for one in kind.__mro__)
         types = list(typing.get_type_hints(kind, include_extras=True).values())
     else:
         return False

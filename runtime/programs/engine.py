@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ramet.lang.graph import ir
 from ramet.lang.graph.json_form import JsonForm
 from ramet.runtime.cache.probe import Difference
-from ramet.runtime.programs.path import Path
 from ramet.runtime.types import Grammar, RequestOptions, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -79,23 +77,3 @@ class EngineRequest:
     before: bytes = b""
     after: bytes = b""
     lead: bytes = b""
-
-
-class Work(Protocol):
-    """A node's requests to the engine, and the result of their outputs. A new one is created for each try."""
-
-    @property
-    def requests(self) -> Sequence[EngineRequest]:
-        """The requests, which are submitted at once. Without requests, the result is known at once."""
-
-    def take(self, index: int, output: RequestOutput) -> None:
-        """Take an output of request `index`. The outputs of one request come in order."""
-
-    def result(self) -> ir.NodeResult:
-        """Return the node's result, once the last output of every request is there."""
-
-    def path(self) -> Path:
-        """Return the branch including the node's tokens."""
-
-    def read(self, text: str) -> ir.JsonValue:
-        """Return the value of the node's text. Raises ValueError if it has none."""

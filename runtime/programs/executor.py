@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
@@ -31,7 +31,7 @@ from ramet.lang.graph.options import Deadline, ProgramOptions
 from ramet.lang.graph.prompt_tokens import takes_space
 from ramet.lang.graph.run import GraphRun, NodeRun
 from ramet.runtime.programs.cache_hints import CacheHints
-from ramet.runtime.programs.engine import EngineRequest, Handle, ProgramEngine, Work
+from ramet.runtime.programs.engine import EngineRequest, Handle, ProgramEngine
 from ramet.runtime.programs.generation import Generation, with_one_more
 from ramet.runtime.programs.model import ProgramModel
 from ramet.runtime.programs.path import Path
@@ -42,6 +42,7 @@ from ramet.runtime.types import MAX_INT32, FinishReason, Grammar, RequestOptions
 if TYPE_CHECKING:
     from ramet.grammar import CompiledGrammar
 
+Work: TypeAlias = Generation | Selection  # of one node: a new one for each try
 _EMPTY = Path()
 PATIENCE_S = 0.005  # before a step, for functions of programs that go on because of the last one
 

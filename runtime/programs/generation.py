@@ -27,7 +27,10 @@ def with_one_more(sampling: SamplingParams) -> SamplingParams:
 
 
 class Generation:
-    """One try of a generation: one request. See engine.Work."""
+    """One try of a generation: one request.
+
+    `requests`: submitted at once; without any, the result is known at once.
+    """
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class Generation:
         self.requests = [EngineRequest(prompt.token_ids(), sampling, before=again, after=after, lead=lead)]
 
     def take(self, index: int, output: RequestOutput) -> None:
+        """Take an output of request `index`. The outputs of one request come in order."""
         self._texts.append(output.text)
         self._tokens.extend(output.token_ids)
         self._logprobs.extend(output.logprobs or ())
@@ -103,6 +107,7 @@ class Generation:
                 on_call(event.index, {"name": self._begun[event.index]["name"], "arguments": arguments})
 
     def result(self) -> ir.NodeResult:
+        """Return the node's result, once the last output of every request is there."""
         output = self._last
         assert output is not None
         assert output.finish_reason is not None
@@ -165,6 +170,7 @@ class Generation:
         return slice(int(bool(first)), len(tokens) + bool(rest))
 
     def read(self, text: str) -> ir.JsonValue:
+        """Return the value of the node's text. Raises ValueError if it has none."""
         if self._node.type == "captures":
             assert self._node.constraint is not None
             return {"text": text, "captures": captured_values(self._node.constraint.source, text)}

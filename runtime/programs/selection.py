@@ -15,7 +15,7 @@ from ramet.runtime.types import RequestOutput, SamplingParams
 
 
 class Selection:
-    """The scoring of all choices, with one request for each, tokenised together with the branch. See engine.Work.
+    """The scoring of all choices, with one request for each, tokenised together with the branch. Methods as Generation.
 
     A choice's tail is its tokens after the prefix shared by all choices. Only tails are scored.
     """

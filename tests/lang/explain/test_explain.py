@@ -362,4 +362,4 @@ def test_a_value_that_is_used_often_is_bounded_by_what_its_text_can_be(backend: 
     own = 6 * len("\n0:  ") * 6  # more than the program's own text is read by all prompts
     read = sum(range(1, 7))  # how often the value is read: once more by each of the prompts
     assert free <= own + 6 * 40 + 6 * 6 * 4 + read * (40 * 3 + 2)
-    assert number <= own + 6 * 18 + 6 * 6 * 4 + read * (17 + 2)
+    assert number <= own + 6 * (17 + 64) + 6 * 6 * 4 + read * (17 + 2)

@@ -15,7 +15,6 @@ from ramet.lang.backends.openai import OpenAI
 from ramet.lang.backends.protocol import Backend
 from ramet.lang.graph import ir
 from ramet.lang.graph.options import ProgramOptions
-from ramet.lang.graph.run import GraphRun
 from ramet.lang.passes.fold import fold_constants
 from ramet.lang.passes.requests import run_order
 
@@ -38,7 +37,7 @@ class Shout(ir.Node, frozen=True, tag="shout"):
     def problem(self, before: ir.GraphIndex) -> str | None:
         return None if self.parts else "has nothing to shout"
 
-    def evaluate(self, scope: GraphRun) -> ir.NodeResult:
+    def evaluate(self, scope: ir.Scope) -> ir.NodeResult:
         text = scope.render(self.parts).upper()
         return ir.NodeResult(text, value=text)
 
