@@ -2,15 +2,24 @@ r"""Removes back references to groups with few texts: `(["'])\w+\1` is `"\w+"` o
 
 The part of a pattern in which a group and all references to it stand is written out once for each text of the group. So
 the group must be read exactly once in that part: it stands in no alternative, repeat or assertion there. Patterns have
-groups as `Named`, and the references to them as `Reference`, until they become terminals.
+groups as `Named`, and the references to them as `Reference`, until they become terminals. A reference that ignores case
+is `ignoring_case(reference)`.
 """
 
 from __future__ import annotations
 
 from ramet.errors import InvalidRegex
 from ramet.grammar import ir
+from ramet.grammar.regular import char_classes as chars
 
 MAX_TEXTS = 256  # of all groups that are referred to, multiplied
+_MAX_LENGTH = 4096  # of such a text, in characters
+_IGNORED = {False: "a text in any case", True: "a text in any ASCII case"}
+
+
+def ignoring_case(reference: ir.Reference, *, is_ascii: bool) -> ir.Node:
+    """Return a reference to the text of a group, in upper or lower case. is_ascii: only of ASCII's letters."""
+    return ir.Terminal(reference, _IGNORED[is_ascii])
 
 
 def without_backreferences(node: ir.Node) -> ir.Node:
@@ -73,17 +82,28 @@ def _written_out(node: ir.Node, names: set[str], num_ways: int) -> ir.Node:
     if not inner:
         return node
     group = inner[0]
-    texts = _texts(group, MAX_TEXTS // num_ways)
+    texts, reference = _texts(group, MAX_TEXTS // num_ways), ir.Reference(group.name)
     ways = []
     for text in texts:
         literal = ir.Bytes(text.encode())
 
-        def change(one: ir.Node, literal: ir.Node = literal) -> ir.Node | None:
-            is_it = isinstance(one, ir.Named) and one.name == group.name
-            return literal if is_it or one == ir.Reference(group.name) else None
+        def change(one: ir.Node, text: str = text, literal: ir.Node = literal) -> ir.Node | None:
+            if isinstance(one, ir.Terminal) and one.item == reference:
+                return _in_any_case(text, is_ascii=one.name == _IGNORED[True])
+            return literal if one == reference or (isinstance(one, ir.Named) and one.name == group.name) else None
 
         ways.append(_written_out(ir.changed(node, change), names, num_ways * len(texts)))
     return ways[0] if len(ways) == 1 else ir.Choice(tuple(ways))
+
+
+def _in_any_case(text: str, *, is_ascii: bool) -> ir.Node:
+    """Return the texts that a reference which ignores case reads. Module `re` compares the lower case of characters."""
+    parts = []
+    for char in text:
+        alike = chars.characters(chars.ignore_case(((ord(char), ord(char)),), is_ascii))
+        same = [(ord(c), ord(c)) for c in alike if c == char or c.lower()[0] == char.lower()[0]]
+        parts.append(ir.Chars(ir.normalize_ranges(same)))
+    return ir.Concatenation(tuple(parts))
 
 
 def _is_about_groups(node: ir.Node) -> bool:
@@ -96,7 +116,10 @@ def _texts(group: ir.Named, most: int) -> list[str]:
         raise InvalidRegex(f"a back reference to the group {group.name}, in which anchors or assertions stand")
     found = _listed(group.item, most)
     if found is None:
-        raise InvalidRegex(f"a back reference to the group {group.name}, which has more than {most} texts")
+        raise InvalidRegex(
+            f"a back reference to the group {group.name}, which has more than {most} texts, or one of more than "
+            f"{_MAX_LENGTH:,} characters"
+        )
     return sorted(found)
 
 
@@ -129,7 +152,7 @@ def _repeated(texts: set[str] | None, low: int, high: int, most: int) -> set[str
     """Return the texts of `low` to `high` of these."""
     if texts == {""} or high == 0:
         return {""}
-    if high > most:
+    if high > _MAX_LENGTH:
         return None
     found: set[str] | None = {""} if low == 0 else set()
     longer: set[str] | None = {""}
@@ -145,4 +168,4 @@ def _joined(left: set[str] | None, right: set[str] | None, most: int) -> set[str
     if left is None or right is None or len(left) * len(right) > most * most:
         return None
     found = {a + b for a in left for b in right}
-    return None if len(found) > most else found
+    return None if len(found) > most or any(len(text) > _MAX_LENGTH for text in found) else found

@@ -64,6 +64,11 @@ def ignore_case(ranges: Ranges, is_ascii: bool) -> Ranges:
     return normalize_ranges(out)
 
 
+def characters(ranges: Ranges) -> str:
+    """Return all characters of some ranges."""
+    return "".join(_characters(low, high) for low, high in ranges)
+
+
 def _characters(low: int, high: int) -> str:
     return np.arange(low, high + 1, dtype="<u4").tobytes().decode("utf-32-le")
 

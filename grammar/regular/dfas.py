@@ -149,7 +149,14 @@ def intersect(parts: list[Dfa], *, max_states: int = MAX_STATES, name: str = "")
 
 
 def union(parts: list[Dfa], *, max_states: int = MAX_STATES, name: str = "") -> Dfa:
-    return parts[0] if len(parts) == 1 else product(parts, any, max_states=max_states, name=name)
+    """Return the automaton of the texts that some part accepts.
+
+    Parts are united in pairs, so that each result in between is minimal: what they keep apart is soon of no matter.
+    """
+    while len(parts) > 1:
+        pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
+        parts = [pair[0] if len(pair) == 1 else product(pair, any, max_states=max_states, name=name) for pair in pairs]
+    return parts[0]
 
 
 def complement(dfa: Dfa) -> Dfa:

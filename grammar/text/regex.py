@@ -20,7 +20,7 @@ from typing import Any
 from ramet.errors import GrammarTooLarge, InvalidRegex
 from ramet.grammar import ir
 from ramet.grammar.regular import char_classes as chars
-from ramet.grammar.regular.backreferences import without_backreferences
+from ramet.grammar.regular.backreferences import ignoring_case, without_backreferences
 from ramet.grammar.regular.lookbehind import END, UNKNOWN, without_lookbehinds
 
 MAX_COUNT = 100_000
@@ -81,9 +81,10 @@ class _Converter:
     def whole(self, items: list[_Item], flags: int) -> ir.Node:
         """Return the node of the whole pattern, without back references."""
         self.referred = frozenset(_referred(items))
-        if self.is_lexeme and self.referred:
-            raise self.refused("backreference", "a backreference")
-        node = self.sequence(items, flags)
+        return self.unreferred(self.sequence(items, flags))
+
+    def unreferred(self, node: ir.Node) -> ir.Node:
+        """Return a node without back references. All groups that it refers to are in it."""
         try:
             return without_backreferences(node)
         except InvalidRegex as error:
@@ -108,7 +109,8 @@ class _Converter:
 
     def shortest(self, parts: list[ir.Node]) -> ir.Node:
         """Return the texts of a sequence that have no shorter beginning in it."""
-        closed = ir.Terminal(without_lookbehinds(_joined(parts), UNKNOWN))  # so that lookaheads see only the node
+        node = without_lookbehinds(self.unreferred(_joined(parts)), UNKNOWN)
+        closed = ir.Terminal(node)  # so that lookaheads see only the node
         return ir.Intersect((closed, ir.Complement(ir.Concatenation((closed, ir.ANY_CHAR, ir.ANY_TEXT)))))
 
     def item(self, op: Any, argument: Any, flags: int) -> ir.Node:
@@ -117,9 +119,10 @@ class _Converter:
             node = self.sequence(list(inner), (flags | add) & ~remove)
             return ir.Named(node, str(group)) if group in self.referred else node
         if op is sre.GROUPREF:
+            reference = ir.Reference(str(argument))
             if flags & re.IGNORECASE:
-                raise self.refused("backreference", "a backreference that ignores case")
-            return ir.Reference(str(argument))
+                return ignoring_case(reference, is_ascii=bool(flags & re.ASCII))
+            return reference
         if op is sre.BRANCH:
             return ir.Choice(tuple(self.sequence(list(way), flags) for way in argument[1]))
         if op is sre.MAX_REPEAT or op is sre.MIN_REPEAT:
@@ -219,7 +222,7 @@ class _Converter:
         where = f" (position {', '.join(map(str, positions))})" if positions else ""
         return InvalidRegex(
             f"the pattern {_short(self.pattern)} uses {what}{where}, which cannot be enforced while generating; "
-            "rewrite the pattern without it"
+            f"{_INSTEAD.get(token, 'rewrite the pattern without it')}"
         )
 
 
@@ -265,6 +268,17 @@ _REFUSED = {
     sre.GROUPREF_EXISTS: ("(?(", "a conditional group"),
     sre.ATOMIC_GROUP: ("(?>", "an atomic group"),
     sre.POSSESSIVE_REPEAT: ("possessive", "a possessive repeat"),
+}
+
+_INSTEAD = {  # the way out, where there is a usual one
+    "backreference": "write the texts of the group out, as `'[^']*'|\"[^\"]*\"` for `(['\"]).*?\\1`",
+    "(?<=": "look at one character, or let the pattern read what stands before: `(foo)bar` for `foo(?<=foo)bar`",
+    "(?<!": "look at one character, or write out what may stand before",
+    "(?(": "write both ways out as alternatives: `ab|c` for `(a)?(?(1)b|c)`",
+    **dict.fromkeys(("^", "$", r"\A", r"\Z"), "leave it out: a terminal begins and ends by itself"),
+    "(?=": "write what follows into the rule behind the terminal",
+    "(?>": "use a plain group, and say in it what must not follow",
+    "possessive": "use a plain repeat, and say behind it what must not follow",
 }
 
 _LEXEME = re.compile(

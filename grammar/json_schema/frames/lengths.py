@@ -19,6 +19,7 @@ from ramet.grammar.json_schema.algebra.languages import Languages
 from ramet.grammar.json_schema.algebra.values import Strings
 from ramet.grammar.machine.frame import REFUSE, leave, sample_bytes
 from ramet.grammar.regular import dfas, strings
+from ramet.grammar.regular.dfas import Dfa
 
 MAX_PRODUCT = 1500  # up to this number of states (of the languages, times lengths), all is one table
 MAX_CONTENT = 512  # states between characters in one table of layers
@@ -97,15 +98,19 @@ class BoundedStrings:
             for spec in group:
                 low, high = languages.bounds(spec)
                 parts.setdefault(spec._replace(low=0, high=None), []).append((tag, low, high))
-        conditions = list(parts.values())
+        name = languages.describe(specs)
+        alike: dict[tuple[Condition, ...], list[Dfa]] = {}
+        for spec, own in parts.items():
+            alike.setdefault(tuple(own), []).append(languages.whole(spec))
+        conditions = list(alike)
         labels: dict[tuple[Condition, ...], int] = {(): 0}
 
         def label(accepts: tuple[bool, ...]) -> int:
             found = tuple(c for a, group in zip(accepts, conditions, strict=True) if a for c in group)
             return labels.setdefault(found, len(labels))
 
-        automata = [languages.whole(spec) for spec in parts]
-        self.dfa = dfas.product(automata, label, max_states=languages.max_states, name=languages.describe(specs))
+        automata = [dfas.union(some, max_states=languages.max_states, name=name) for some in alike.values()]
+        self.dfa = dfas.product(automata, label, max_states=languages.max_states, name=name)
         self.labels = list(labels)
         self.tags = sorted({tag for label in self.labels for tag, _, _ in label})
         self.accepting = np.array(self.dfa.accepting)
@@ -117,7 +122,7 @@ class BoundedStrings:
         bounds = {b for c in self.labels for _, low, high in c for b in (low, 0 if high is None else high + 1)}
         self.last = max(bounds, default=0)
         """From this position on, lengths no longer matter."""
-        self._starts, self._distances = self._measure(sorted(bounds | {0}), languages.describe(specs))
+        self._starts, self._distances = self._measure(sorted(bounds | {0}), name)
         self._cache: dict[bytes, Layers] = {}
 
     def mask(self, state: int, position: int) -> int:

@@ -6,6 +6,7 @@ import json
 import random
 from typing import Any
 
+import jsonschema
 import pytest
 
 from ramet.errors import GrammarError
@@ -94,6 +95,20 @@ def test_equal_long_strings_are_not_unique() -> None:
             one, other = "a" * n + "b", "a" * n + "c"
             assert accepts(grammar, [one, other])
             assert not accepts(grammar, [one, other, one])
+
+
+@pytest.mark.parametrize("limits", [{"minLength": 4, "maxLength": 90}, {}])
+def test_many_patterns_of_which_one_is_enough_are_no_product(limits: dict[str, int]) -> None:
+    found = ["ab1", "b12", "bc1", "c12", "ca1", "a12", "ac", "a2", "a1"]
+    found += ["1.*2", "2.*1", "^....$", "b.*c", "c.*b", r"\d\d", "a.*b.*a"]
+    schema = {"type": "string", "pattern": "[aA][12].*[zZ]", **limits, "anyOf": [{"pattern": p} for p in found]}
+    grammar, valid, rng = compiled(schema), jsonschema.Draft202012Validator(schema), random.Random(3)
+    seen = set()
+    for _ in range(400):
+        text = "".join(rng.choices("abcA12Zz _", k=rng.randrange(3, 9)))
+        seen.add(valid.is_valid(text))
+        assert accepts(grammar, text) == valid.is_valid(text), text
+    assert seen == {False, True}
 
 
 def test_lengths_that_a_language_lacks_are_contradictory() -> None:

@@ -151,7 +151,7 @@ def test_recursion_deeper_than_pythons_has_a_completion() -> None:
         ("a: /x/", r"there is no rule 'start' to start from; rules are a"),
         ('start: "a"\nx: /b(/\nA: /c[/\nstart2: A', r""),
         ("start: A\nA: /b(/\n", r"line 2 of the grammar: terminal A: .*missing \).*\n    A: /b\(/"),
-        ("start: x\nx: /(a)\\1/\n", r"line 2 of the grammar: .*backreference"),
+        ("start: x\nx: /(.)\\1/\n", r"line 2 of the grammar: .*a back reference to the group 1, which has more"),
         ('start: "a"\nA: A "x"\n', r"line 2 of the grammar: Recursion in terminal 'A'"),
         ('start{a}: a "b"', "line 1 of the grammar: the template 'start' takes 1 arguments, and here it has 0"),
         ('start: foo{x}\nx: "a"\nfoo{a, b}: a b', r"line 1 of the grammar: Wrong number of template arguments"),
@@ -195,3 +195,11 @@ def test_grammars_that_explode_raise_within_the_limit(source: str) -> None:
 def test_a_grammar_without_any_text_is_refused(source: str) -> None:
     with pytest.raises(GrammarError, match="no text matches"):
         compile_constraint("cfg", source, BYTES)
+
+
+def test_a_terminal_may_refer_back_to_a_group_with_few_texts() -> None:
+    grammar = compile_constraint("cfg", 'start: STRING ("," STRING)*\nSTRING: /(["\']).*?\\1/\n', BYTES)
+    for text in ["'a'", '"a"', "'a\"b'", "'a',\"b'c\""]:
+        assert accepts(grammar, text), text
+    for text in ["'a\"", "'a'b'", '"a",', "a"]:
+        assert not accepts(grammar, text), text

@@ -150,11 +150,12 @@ def test_ignored_case_of_classes_is_that_of_re(pattern: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(a+)\\1", r"a back reference to the group 1, which has more than 256 texts \(position 4\)"),
+        ("(a+)\\1", r"a back reference to the group 1, which has more than 256 texts, or one .* \(position 4\)"),
         ("(?P<x>a)?(?P=x)", r"a back reference to the group 1, which is not read exactly once \(position 9\)"),
         (r"(a\b)\1", r"a back reference to the group 1, in which anchors or assertions stand"),
-        (r"(?i)(a)\1", r"a backreference that ignores case"),
-        ("ab(?<=ab)c", r"a lookbehind of more than one character \(position 2\)"),
+        (r"(a{5000})\1", r"to the group 1, which has more than 256 texts, or one of more than 4,096 characters"),
+        (r"(.)\1", r"which has more than 256 texts.*; write the texts of the group out, as"),
+        ("ab(?<=ab)c", r"a lookbehind of more than one character \(position 2\).*look at one character, or let"),
         ("(a)?(?(1)b|c)", r"a conditional group \(position 4\)"),
         ("(?>a+)b", r"an atomic group \(position 0\)"),
         ("a++b", r"a possessive repeat \(position 1\)"),
@@ -195,6 +196,22 @@ def test_back_references_to_groups_with_few_texts_are_those_of_re(pattern: str) 
     for text in [*all_texts("abx'", 6), "éxé", "éx\U0001f600", "\U0001f600x\U0001f600"]:
         assert found.accepts(text.encode()) == bool(re.fullmatch(pattern, text)), text
         assert searched.accepts(map(ord, text)) == bool(re.search(pattern, text)), text
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(?i)(ab|b)\1", r"(?i:(a|x))b\1", r"(a|B)(?i:\1)", r"(?ia)(k|s|é)\1", r"(?i)(K|s|é|İ|ß)\1"]
+)
+def test_a_back_reference_that_ignores_case_is_that_of_re(pattern: str) -> None:
+    found = automaton(pattern)
+    letters = "abABxXkKsSéÉ\u212aſİiIßẞ"
+    for text in [a + b for a in letters for b in letters] + all_texts("aAbB", 4):
+        assert found.accepts(text.encode()) == bool(re.fullmatch(pattern, text)), text
+
+
+def test_a_back_reference_to_a_long_text_is_written_out() -> None:
+    found = automaton(r"(a{300})b\1")
+    assert found.accepts(b"a" * 300 + b"b" + b"a" * 300)
+    assert not found.accepts(b"a" * 300 + b"b" + b"a" * 299)
 
 
 @pytest.mark.parametrize("pattern", ["a(?=b)", "^a", "a$", r"a\Z", r"\Aa", "(?<!b)a"])
