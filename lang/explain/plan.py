@@ -14,6 +14,7 @@ from typing import Any
 from ramet.errors import GrammarError
 from ramet.lang.explain.explanation import Explanation, NodeCost, PassReport, sum_counts, widest
 from ramet.lang.graph import ir
+from ramet.lang.graph.following import children_of, following, is_ended_by_following, known_start
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.passes.argument_motion import (
     argument_motion,
@@ -50,6 +51,7 @@ def explain_plan(traced: RunRecord, target: Target, unbound: ir.Graph | None = N
         _fork_report(paths),
         _forced_report(paths, plan, target),
         *_checks_report(paths, target),
+        *_masks_report(paths, target),
     ]
     if unbound is not None:
         reports.append(_motion_report(unbound, target))
@@ -288,6 +290,30 @@ def _checks_report(paths: Paths, target: Target) -> Iterable[PassReport]:
     if masked or retried:
         shown = [f"{what} {'; '.join(checks)}" for what, checks in (("masks", masked), ("retried", retried)) if checks]
         yield PassReport("checks", " | ".join(shown), {"masked": len(masked), "retried": len(retried)})
+
+
+def _masks_report(paths: Paths, target: Target) -> Iterable[PassReport]:
+    """Report where the masks of constraints are made, if the target has a device that makes them."""
+    nodes = paths.graph.nodes
+    children, on_host = children_of(nodes), dict[str, bool]()
+    for node in nodes:
+        if not isinstance(node, ir.Generate):
+            continue
+        template = following(node, children) if is_ended_by_following(node) else ()
+        after = known_start(template, lambda ref: False, str)
+        try:
+            constraint = masked_checks(node, target).constraint
+            is_there = None if constraint is None else target.masks_on_host(constraint, after)
+        except GrammarError:
+            continue  # the report of forced tokens names it
+        if is_there is not None:
+            on_host[ir.variable(node.name) if node.name else f"node {node.id}"] = is_there
+    if on_host:
+        host = [name for name, is_there in on_host.items() if is_there]
+        device = len(on_host) - len(host)
+        text = f"{_some(device, 'constrained text')} by masks on the device"
+        text += f"; on the host, because the states are too many for tables: {', '.join(host)}" if host else ""
+        yield PassReport("masks", text, {"device": device, "host": len(host)})
 
 
 def _motion_report(graph: ir.Graph, target: Target) -> PassReport:

@@ -54,6 +54,12 @@ class Target(Protocol):
         Compiles the constraint, and raises the errors of that.
         """
 
+    def masks_on_host(self, constraint: Constraint, after: bytes) -> bool | None:
+        """Return whether the host makes the masks of a value that ends where `after` begins, and not the device.
+
+        None without a device. Compiles the constraint, and raises the errors of that.
+        """
+
     def forced_tokens(self, constraint: Constraint) -> list[int] | None:
         """Return the tokens that every text of this constraint begins with. Compiles it; raises those errors."""
 

@@ -121,6 +121,13 @@ class ProgramGrammars:
                 found = self._healed[before] = grammar_engine.Bordered(None, self._vocabulary, before=before)
         return found
 
+    def masks_on_host(self, constraint: Constraint, after: bytes) -> bool | None:
+        """Return whether the host makes the masks of a value that ends where `after` begins; None without a device."""
+        if self._device is None:
+            return None
+        grammar = self.between(self.get(constraint).result(), b"", after)
+        return grammar is None or self._device.prepare(grammar) is None
+
     def close(self) -> None:
         """Abandon running compilations, and end the service's threads."""
         with self._lock:

@@ -71,5 +71,8 @@ class ProgramModel:
     def goes_on(self, constraint: Constraint | None, before: bytes) -> bool:
         return constraint is None or self.grammars.get(constraint).result().goes_on(before)
 
+    def masks_on_host(self, constraint: Constraint, after: bytes) -> bool | None:
+        return self.grammars.masks_on_host(constraint, after)
+
     def forced_tokens(self, constraint: Constraint) -> list[int] | None:
         return self.grammars.get(constraint).result().forced_tokens(0)

@@ -13,6 +13,8 @@ import pytest
 from ramet import MockBackend, State, function, gen, length, select
 from ramet.cli.main import main
 from ramet.errors import InvalidRequest
+from ramet.lang.graph.ir import Constraint
+from ramet.runtime.programs.model import ProgramModel
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "programs"
@@ -54,6 +56,29 @@ def test_every_pass_has_its_line(backend: MockBackend) -> None:
     for one in found.passes:
         assert one.name in text
         assert one.text
+
+
+def test_the_plan_says_which_masks_the_device_does_not_make(
+    backend: MockBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @function
+    def ages(s: State) -> None:
+        s += gen("small", int) + " years, " + gen("large", regex="[a-z]*") + gen("free")
+
+    asked: list[tuple[str, bytes]] = []
+
+    def masks_on_host(model: ProgramModel, constraint: Constraint, after: bytes) -> bool:
+        asked.append((constraint.source, after))
+        return constraint.source == "[a-z]*"
+
+    assert "masks" not in reports(ages.explain()), "there is no device"
+    monkeypatch.setattr(ProgramModel, "masks_on_host", masks_on_host)
+    found = reports(ages.explain())["masks"]
+    assert found.text == (
+        "1 constrained text by masks on the device; on the host, because the states are too many for tables: large"
+    )
+    assert found.numbers == {"device": 1, "host": 1}
+    assert [after for _, after in asked] == [b" years, ", b""]
 
 
 def test_a_plan_as_data_is_json_and_says_what_is_exact(backend: MockBackend) -> None:

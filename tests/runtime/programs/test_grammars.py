@@ -212,3 +212,14 @@ class WordTokenizer(ByteTokenizer):
     def split(self, text: bytes) -> list[int]:
         begin, the, rest = text.partition(b"the ")
         return [*begin, *([self.THE, *self.split(rest)] if the else ())]
+
+
+def test_a_value_with_too_many_places_in_what_follows_is_masked_by_the_host(
+    cache: ProgramGrammars, tiny_model: LoadedModel
+) -> None:
+    small = Constraint("regex", "[a-z]{2,5}")
+    assert cache.masks_on_host(small, b" or") is False
+    assert cache.masks_on_host(small, b"") is False
+    assert cache.masks_on_host(Constraint("regex", "[ab]{0,3000}"), b"ab" * 32) is True
+    assert cache.masks_on_host(schema({"type": "array"}), b".") is True, "it is not closed"
+    assert grammars_of(tiny_model).masks_on_host(small, b"") is None
