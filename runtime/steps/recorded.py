@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # Limits of a recorded step with new tokens. Attention of prompts transposes the keys once for all rows, a program once
 # for each thread: with SmolLM2 (queries of 576 numbers), both take the same time if 32 new tokens see 500 keys each; if
 # 16 see 5,000, a program takes a fifth more.
-_MAX_TOKENS = 32
+_MAX_TOKENS = 64
 _MAX_PRODUCTS = 40_000 * 576  # products of query and key numbers, in a layer
 
 

@@ -203,10 +203,10 @@ def test_short_prompts_are_recorded_alone_and_beside_decode_rows(
 def test_short_runs_of_known_tokens_are_computed_together_where_that_step_is_recorded(decoder: Decoder) -> None:
     runner = make_core(decoder).runner
     assert runner.computes_run(1, 1, 100)
-    assert runner.computes_run(1, 24, 100)
-    assert not runner.computes_run(1, 32, 100)  # a step of 33 tokens
+    assert runner.computes_run(1, 32, 100)
+    assert not runner.computes_run(1, 64, 100)  # a step of 65 tokens
     assert not runner.computes_run(1, 24, 1_000_000)
-    assert runner.computes_run(11, 32, 100)
+    assert runner.computes_run(22, 64, 100)
 
 
 def test_the_next_turn_computes_only_its_new_tokens(decoder: Decoder) -> None:

@@ -175,7 +175,7 @@ def test_a_token_has_the_same_logits_cold_warm_in_chunks_alone_and_beside_others
         counts = [min(rng.choice((1, 1, 2, 5, 13, 40)), 60 - done[row]) for row in rows]
         expected = torch.cat([cold[row, done[row] :][:count] for row, count in zip(rows, counts, strict=True)])
         chunks = [(row, texts[row][done[row] :][:count]) for row, count in zip(rows, counts, strict=True)]
-        if sum(counts) <= 32 and rng.random() < 0.7:
+        if sum(counts) <= 64 and rng.random() < 0.7:
             for logits in both.extend(chunks):  # recorded, and as rows of a decode step
                 assert torch.equal(logits, expected), chunks
             continue
@@ -188,15 +188,15 @@ def test_a_token_has_the_same_logits_cold_warm_in_chunks_alone_and_beside_others
 @torch.inference_mode()
 def test_many_new_tokens_and_many_keys_have_no_program() -> None:
     steps = Both(decoder_of("llama", "int8"), 2).steps
-    assert steps.get_extend(32, 10_000) is not None
-    assert steps.get_extend(33, 10_000) is None
+    assert steps.get_extend(64, 10_000) is not None
+    assert steps.get_extend(65, 10_000) is None
     assert steps.get_extend(2, 1_000_000) is None
 
 
 @torch.inference_mode()
 def test_sizes_of_steps_with_new_tokens_share_programs() -> None:
     steps = Both(decoder_of("llama", "int8"), 2).steps
-    assert len({id(steps.get_extend(count, 0)) for count in range(1, 33)}) == 10
+    assert len({id(steps.get_extend(count, 0)) for count in range(1, 65)}) == 18
 
 
 @torch.inference_mode()
