@@ -260,7 +260,12 @@ def gemv_record(shape: str, batch: int, config: GemvConfig | str, us: float | st
 
 
 def best_config(records: list[Record], shape: str, batch: int) -> GemvConfig | None:
-    mine = [r for r in records if r.get("shape") == shape and r["B"] == batch and "config" in r and r["us"] is not None]
+    mine = [
+        r
+        for r in records
+        if (r["section"], r.get("shape"), r.get("B")) == ("gemv", shape, batch) and r["us"] is not None
+    ]
+    mine = [r for r in mine if "config" in r]
     return GemvConfig(*min(mine, key=lambda r: r["us"])["config"]) if mine else None
 
 

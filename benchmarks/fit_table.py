@@ -76,7 +76,8 @@ def fit_products(records: list[Record]) -> tuple[dict[Product, GemvConfig], dict
         is_folded = plain is not None and fastest is not None and ours[fastest] < STACK_GAIN * plain
         is_early = is_folded and fastest is not None and "early" in fastest
         for shape, (outputs, depth) in shapes.items():
-            mine = [r for r in records if r.get("shape") == shape and r.get("B") == batch and r["us"] is not None]
+            mine = [r for r in records if (r["section"], r.get("shape"), r.get("B")) == ("gemv", shape, batch)]
+            mine = [r for r in mine if r["us"] is not None]
             library = next((r["us"] for r in mine if r["name"] == "cuBLAS"), None)
             ranked = sorted((r for r in mine if "config" in r), key=lambda r: r["us"])
             if not ranked:
