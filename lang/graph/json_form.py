@@ -20,12 +20,12 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     "order": get_args(Order),
     "additional_properties": get_args(AdditionalProperties),
 }
-# What other servers' patterns of the white space between two tokens come to here.
+# What other servers' patterns of the white space between two tokens come to here: what it writes fits the pattern.
 _PATTERNS: Mapping[str, Whitespace] = {
     "": "compact",
-    **dict.fromkeys(("[ ]?", " ?", "[ ]{0,1}", r"\s?", r"[\s]?"), "any"),
+    **dict.fromkeys(("[ ]?", " ?", "[ ]{0,1}", r"\s?", r"[\s]?", "[ ]*", " *"), "model"),
     **dict.fromkeys((r"\s*", r"[\s]*", r"[\n\t ]*", r"[ \n\t]*", r"[ \t\n]*", r"[ \n\r\t]*", r"[ \t\n\r]*"), "any"),
-    **dict.fromkeys(("[ ]*", " *", "[\n\t ]*", "[ \n\t]*", "[ \t\n]*"), "any"),
+    **dict.fromkeys(("[\n\t ]*", "[ \n\t]*", "[ \t\n]*"), "any"),
 }
 
 

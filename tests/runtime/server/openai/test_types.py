@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
-from ramet.lang.graph.json_form import JsonForm
+from ramet.lang.graph.json_form import JsonForm, whitespace_named
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.native.bodies import GenerateBody, NativeSampling
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody, TokenizeBody
@@ -325,3 +326,13 @@ def test_the_openapi_document_has_whole_schemas(model: type[Strict]) -> None:
     schema = body_schema(model)
     assert "$ref" not in str(schema)
     assert set(schema["properties"]) == set(model.model_fields)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "[ ]?", " ?", "[ ]{0,1}", r"\s?", r"[\s]?", "[ ]*", " *", r"\s*", r"[\n\t ]*", "[ \t\n]*"]
+)
+def test_white_space_that_a_pattern_stands_for_fits_the_pattern(pattern: str) -> None:
+    meant = whitespace_named(pattern)
+    assert meant is not None
+    written = {"compact": [""], "model": ["", " "], "any": ["", " ", "\n", "\n\t  "]}[meant]
+    assert all(re.fullmatch(pattern, text) for text in written)
