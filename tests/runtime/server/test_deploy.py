@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import platform
 import re
 import resource
 import shutil
@@ -282,20 +283,40 @@ def test_the_files_that_compose_mounts_are_there() -> None:
         assert yaml.safe_load((DEPLOY / name).read_text())
 
 
+_PIP = """#!/usr/local/bin/python3
+from pip._internal.cli.main import main
+raise SystemExit(main())
+"""
+
+
+def _not_copied(folder: str, names: list[str]) -> list[str]:
+    """What an image's Python needs not have: tests, and the packages of this machine, except pip."""
+    is_packages = Path(folder).name == "site-packages"
+    return [name for name in names if name == "test" or (is_packages and not name.startswith("pip"))]
+
+
 @pytest.fixture(scope="module")
 def base_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Debian with a Python in /usr/local, made here in place of the image that the Dockerfile begins with."""
+    """This Debian with this Python in /usr/local, made here in place of the image that the Dockerfile begins with."""
     buildah, debootstrap, name = tool("buildah"), tool("debootstrap"), "localhost/ramet-base"
     folder = tmp_path_factory.mktemp("base") / "debian"
-    packages = "--include=python3,python3-venv,ca-certificates"
-    made = subprocess.run([debootstrap, "--variant=minbase", packages, "bookworm", folder], capture_output=True)
+    codename = platform.freedesktop_os_release().get("VERSION_CODENAME", "stable")
+    packages = "--include=python3,ca-certificates"
+    command: list[str | Path] = [debootstrap, "--variant=minbase", packages, codename, folder]
+    made = subprocess.run(command, capture_output=True, check=False)
     if made.returncode != 0:
         pytest.skip(f"debootstrap needs root, and Debian's packages: {made.stdout[-300:]!r}")
-    subprocess.run(["chroot", folder, "python3", "-m", "venv", "/usr/local"], check=True)
+    local = folder / "usr/local"
+    for part in ("bin", "lib"):
+        shutil.copytree(Path(sys.base_prefix, part), local / part, True, _not_copied, dirs_exist_ok=True)
+    (local / "bin/pip").unlink(missing_ok=True)
+    (local / "bin/pip").write_text(_PIP)
+    (local / "bin/pip").chmod(0o755)
+    subprocess.run(["chroot", folder, "ldconfig"], check=True)
     working = accepts(buildah, "from", "scratch").strip()
-    accepts(buildah, "add", "-q", working, folder, "/")
+    accepts(buildah, "add", "-q", working, folder, "/", timeout_s=300)
     accepts(buildah, "config", "--env", "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", working)
-    accepts(buildah, "commit", "-q", working, name)
+    accepts(buildah, "commit", "-q", working, name, timeout_s=300)
     accepts(buildah, "rm", working)
     shutil.rmtree(folder)
     yield name
@@ -320,8 +341,10 @@ def test_the_images_are_built_without_a_daemon_and_what_is_in_them_starts(
     shared = [f"{tmp_path / 'pip.conf'}:/etc/pip.conf:ro"]
     shared += [f"{path}:{path}:ro" for key, path in settings.items() if key != "index-url" and Path(path).exists()]
     volumes = [part for volume in shared for part in ("-v", volume)]
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # more, which buildah wishes, only root may have
-    limits = ["--ulimit", f"nofile={files}:{files}", "--pull=never"]
+    limits = ["--pull=never"]
+    for kind, number in {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}.items():
+        most = resource.getrlimit(number)[1]  # buildah would ask for more, which is not allowed everywhere
+        limits += ["--ulimit", f"{kind}={most}:{most}"]
     build = [buildah, "bud", *limits, "--network=host", "--from", base_image, *volumes, "--target", target]
     accepts(*build, "-f", source / "deploy/Dockerfile", "-t", name, source, timeout_s=1500)
     working = accepts(buildah, "from", *limits, name).strip()
