@@ -197,11 +197,11 @@ class TextSession:
         return Prompt(tuple(messages), plain, is_open, tuple(tools.values()))
 
 
-def _mark(before: Sequence[ir.AnyNode], node: ir.Marked) -> str:
+def _mark(talk: object, opening: str, node: ir.Marked) -> tuple[object, str]:
     """Return no text for the border of a message, because an endpoint takes messages."""
     if isinstance(node, ir.Thinking):
         raise NotSupported("this endpoint doesn't say how its model thinks; use Engine or Remote")
-    return ""
+    return talk, ""
 
 
 def _with_calls(content: str, value: Mapping[str, Any], node: int) -> dict[str, Any]:

@@ -33,7 +33,10 @@ _CLOSING = frozenset('",]}')  # a part of a JSON value is closed by one of these
 PROMPT_TAIL = 200  # characters of the prompt shown in errors
 
 S = TypeVar("S", Sampling, SamplingParams)
-Mark: TypeAlias = Callable[[Sequence[ir.AnyNode], ir.Marked], str]
+# Gives the text of a Role, Tools or Thinking node. It gets what it returned for the last such node before it on the
+# branch (None: there was none), the text of the Role right before it (or "") and the node. It returns what the next one
+# needs, and the text.
+Mark: TypeAlias = Callable[[object, str, ir.Marked], tuple[object, str]]
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +46,8 @@ class NodeRun:
     `missing`: the number of things that the node still waits for: unfinished dependencies, and its release if it
     `is_held`. `reserved`: tokens of the budget that it holds. `attempts`: texts that its checks refused. `spent`: the
     tokens of these texts. `written`: its JSON so far, if that can be read early; `value` has the parts that others use.
-    `early`: users that wait for parts of the value alone, with the paths to the parts.
+    `early`: users that wait for parts of the value alone, with the paths to the parts. `talk`: of the branch up to
+    here, as `Mark` has it.
     """
 
     node: ir.AnyNode
@@ -61,6 +65,7 @@ class NodeRun:
     start_s: float = 0.0
     written: WrittenJson | None = None
     early: tuple[tuple[NodeRun, set[tuple[str | int, ...]]], ...] = ()
+    talk: object = None
 
     @property
     def is_over(self) -> bool:
@@ -89,9 +94,8 @@ class GraphRun:
     ) -> None:
         """Make a run without nodes; `extend` adds them.
 
-        `on_event` must be quick; its exceptions are logged. `mark` returns the text of a Role, Tools or Thinking node,
-        given the nodes before it on its branch; `tokens` the token path of the branch that ends at a node. A node for
-        which `is_held` is true also waits for `release`.
+        `on_event` must be quick; its exceptions are logged. `mark`: see Mark. `tokens` returns the token path of the
+        branch that ends at a node. A node for which `is_held` is true also waits for `release`.
         """
         self.nodes: list[NodeRun] = []
         self._graph_nodes: list[ir.AnyNode] = []
@@ -164,7 +168,10 @@ class GraphRun:
 
     def mark(self, node: ir.Marked) -> str:
         assert self._mark is not None
-        return self._mark(self.branch(node.parent), node)
+        parent = None if node.parent is None else self.nodes[node.parent]
+        opening = parent.text if parent is not None and isinstance(parent.node, ir.Role) else ""
+        self.nodes[node.id].talk, text = self._mark(None if parent is None else parent.talk, opening, node)
+        return text
 
     def tokens(self, tip: int | None) -> ir.JsonValue:
         return self._tokens(tip)
@@ -238,6 +245,8 @@ class GraphRun:
         run.status = "done"
         self._num_over += 1
         run.text, run.value = result.text, result.value
+        if run.node.parent is not None and not isinstance(run.node, ir.Role | ir.Tools | ir.Thinking):
+            run.talk = self.nodes[run.node.parent].talk
         run.value_text = result.text if result.value_text is None else result.value_text
         self._refund(run, result.usage.completion_tokens - run.spent.completion_tokens if result.usage else 0)
         self._emit_done(run, result)

@@ -175,6 +175,7 @@ class _Interpreter:
         self._graph, self._target, self._row = graph, target, row
         self._found = Paths(graph, trie, target.context_length, target.page_size)
         self._values: dict[int, ir.JsonValue] = {}  # of nodes whose value is known
+        self._talks: list[object] = []  # of each node's branch; see lang/graph/run.py, `Mark`
         self._value_parts: dict[int, TextPart] = {}  # text of a value, if something is known about it
         self._classes: dict[Hashable, int] = {}
         self._children = children_of(graph.nodes)
@@ -187,6 +188,7 @@ class _Interpreter:
             before = Point() if node.parent is None else self._found.points[node.parent]
             if node.parent is not None and (node.parent in self._found.joined or node.joined()):
                 self._found.joined.add(node.id)
+            self._talks.append(None if node.parent is None else self._talks[node.parent])
             point, text = self._visit(node, before)
             self._found.points.append(point)
             self._found.texts.append(text)
@@ -269,7 +271,11 @@ class _Interpreter:
         return Point(before, (), (), before.position, before.count, (*before.pending, *added), node)
 
     def _mark(self, node: ir.Marked) -> str:
-        return self._target.mark(ir.branch(self._graph.nodes, node.parent), node)
+        above, opening = node.parent, ""
+        if above is not None and isinstance(self._graph.nodes[above], ir.Role):
+            opening = "".join(map(str, self._found.texts[above]))
+        self._talks[node.id], text = self._target.mark(self._talks[node.id], opening, node)
+        return text
 
     def _generate(self, node: ir.Generate, prompt: Point) -> tuple[Point, tuple[TextPart, ...]]:
         again = self._given_back(node, prompt)

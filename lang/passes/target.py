@@ -12,7 +12,7 @@ from ramet.errors import ConfigError
 from ramet.lang.backends.default import choose_backend
 from ramet.lang.backends.in_process import EngineBackend
 from ramet.lang.backends.models import Models
-from ramet.lang.graph.ir import AnyNode, Constraint, Marked
+from ramet.lang.graph.ir import Constraint, Marked
 
 
 class Target(Protocol):
@@ -45,8 +45,8 @@ class Target(Protocol):
 
     def encode(self, text: str, *, add_special: bool, continues: bool) -> list[int]: ...
 
-    def mark(self, before: Sequence[AnyNode], node: Marked) -> str:
-        """Return the chat template's text at the border of a message, or of tools, after the nodes `before`."""
+    def mark(self, talk: object, opening: str, node: Marked) -> tuple[object, str]:
+        """Give the chat template's text at the border of a message, or of tools; see lang/graph/run.py, `Mark`."""
 
     def goes_on(self, constraint: Constraint | None, before: bytes) -> bool:
         """Return whether tokens begin with `before` and go on as texts of the constraint begin.

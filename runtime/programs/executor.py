@@ -146,7 +146,7 @@ class ProgramExecutor:
         self._engine = SharedRequests(host.engine) if host.share_nodes else host.engine
         self._index = ir.GraphIndex()
         self._graph = GraphRun(
-            options, on_event, mark=self._model.marks.text, tokens=self._tokens, is_held=_has_grammar
+            options, on_event, mark=self._model.marks.mark, tokens=self._tokens, is_held=_has_grammar
         )
         self._paths: dict[int, Path] = {}  # read when a node is done
         self._grammars: dict[int, CompiledGrammar] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ramet.lang.graph.ir import AnyNode, Constraint, Marked
+from ramet.lang.graph.ir import Constraint, Marked
 from ramet.lang.graph.json_form import AS_CONFIGURED, JsonForm
 from ramet.lang.graph.prompt_tokens import Piece, healing, special_border, tokenised
 from ramet.runtime.programs.grammars import ProgramGrammars
@@ -65,8 +65,8 @@ class ProgramModel:
 
         return tokenised(pieces, encoded, self._border, self.special_tokens, is_start=is_start)
 
-    def mark(self, before: Sequence[AnyNode], node: Marked) -> str:
-        return self.marks.text(before, node)
+    def mark(self, talk: object, opening: str, node: Marked) -> tuple[object, str]:
+        return self.marks.mark(talk, opening, node)
 
     def goes_on(self, constraint: Constraint | None, before: bytes) -> bool:
         return constraint is None or self.grammars.get(constraint).result().goes_on(before)

@@ -22,8 +22,7 @@ class Selection:
 
     def __init__(self, node: ir.Select, texts: Sequence[str], model: ProgramModel, before: Path) -> None:
         """`texts`: the rendered choices. Raises InvalidProgram, InvalidRequest."""
-        duplicates = {text for text in texts if texts.count(text) > 1 or not text}
-        if duplicates:
+        if len(set(texts)) < len(texts) or "" in texts:
             raise InvalidProgram(f"the choices of a select must differ and not be empty: {texts!r}")
         self._node, self._texts, self._before = node, texts, before
         is_start = before.length == 0

@@ -1,7 +1,8 @@
 """The text that a program's roles and tools add to a branch, as the model's chat template writes it.
 
 A branch only grows, so a message's text depends only on the roles before it. The template is rendered once for each
-such sequence of roles. If a template has no messages for tool results, results are written into a user message;
+such sequence of roles. Of a long conversation it is shown the first and the last messages, so that a message costs the
+same however many came before. If a template has no messages for tool results, results are written into a user message;
 adjoining results share one. If it does not show tools, or they are declared after the first message, their description
 is written into a separate message.
 """
@@ -9,7 +10,6 @@ is written into a separate message.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,9 @@ from ramet.lang.graph import ir
 from ramet.runtime.text.chat_template import ChatTemplate, RoleText
 from ramet.runtime.text.tool_style import ToolStyle, tool_style
 
+MAX_SHOWN = 64  # messages of a conversation that the template is shown, at most
+_NUM_FIRST = 16  # of these, the first ones of the conversation
+_MAX_KNOWN = 4096  # marks that are kept
 _OPEN_RESULT, _CLOSE_RESULT = "<tool_response>\n", "\n</tool_response>"
 
 
@@ -25,9 +28,9 @@ _OPEN_RESULT, _CLOSE_RESULT = "<tool_response>\n", "\n</tool_response>"
 class _Talk:
     """A branch's messages so far.
 
-    `roles`: one for each message. `tools`: the tools that the template shows, as JSON. `opening`: a description of
-    tools that must still be written into the first message. `is_in_result`: the last message is an open user message
-    with tool results.
+    `roles`: one for each message; of a long conversation the first and the last ones. `tools`: the tools that the
+    template shows, as JSON. `opening`: a description of tools that must still be written into the first message.
+    `is_in_result`: the last message is an open user message with tool results.
     """
 
     roles: tuple[str, ...] = ()
@@ -54,20 +57,17 @@ class RoleMarks:
         """How the model calls tools."""
         return tool_style(self._template)
 
-    def text(self, before: Sequence[ir.AnyNode], node: ir.Marked) -> str:
-        """Return the text that a node adds to its branch. `before`: the nodes of the branch before it, root first.
+    def mark(self, talk: object, opening: str, node: ir.Marked) -> tuple[object, str]:
+        """Return the text that a node adds to its branch; see lang/graph/run.py, `Mark`.
 
         Raises: InvalidRequest if the template refuses such a message here.
         """
         if isinstance(node, ir.Thinking):
-            return self._think(before, node)
-        talk = _Talk()
-        for one in before:
-            if isinstance(one, ir.Role | ir.Tools):
-                talk, _ = self._step(talk, one)
-        return self._step(talk, node)[1]
+            return talk, self._think(opening, node)
+        assert talk is None or isinstance(talk, _Talk)
+        return self._step(talk or _Talk(), node)
 
-    def _think(self, before: Sequence[ir.AnyNode], node: ir.Thinking) -> str:
+    def _think(self, opening: str, node: ir.Thinking) -> str:
         marks = self.thinking
         if marks is None:
             raise InvalidRequest(
@@ -76,9 +76,7 @@ class RoleMarks:
             )
         if not node.is_open:
             return marks.closing
-        last = before[-1] if before else None
-        opened = isinstance(last, ir.Role) and self.text(before[:-1], last).rstrip().endswith(marks.open)
-        return "" if opened else marks.opening
+        return "" if opening.rstrip().endswith(marks.open) else marks.opening
 
     def _step(self, talk: _Talk, node: ir.Role | ir.Tools) -> tuple[_Talk, str]:
         if isinstance(node, ir.Tools):
@@ -102,10 +100,10 @@ class RoleMarks:
             talk = _Talk(talk.roles, talk.tools)
         if talk.opening and role != "system":
             described, added = self._describe(talk.roles, talk.opening)
-            talk, text = _Talk((*talk.roles, described), talk.tools), text + added
+            talk, text = _Talk(_longer(talk.roles, described), talk.tools), text + added
         shown = "user" if is_result else role
         text += self._mark(talk.roles, shown, talk.tools).before + (_OPEN_RESULT if is_result else "")
-        return _Talk((*talk.roles, shown), talk.tools, talk.opening, is_result), text
+        return _Talk(_longer(talk.roles, shown), talk.tools, talk.opening, is_result), text
 
     def _declare(self, talk: _Talk, tools: str) -> tuple[_Talk, str]:
         listed = json.loads(tools)
@@ -117,7 +115,7 @@ class RoleMarks:
         if talk.is_in_result:
             text = self._mark(talk.roles[:-1], "user", talk.tools).after
         role, added = self._describe(talk.roles, self.style.description(listed))
-        return _Talk((*talk.roles, role), talk.tools), text + added
+        return _Talk(_longer(talk.roles, role), talk.tools), text + added
 
     def _describe(self, roles: tuple[str, ...], description: str) -> tuple[str, str]:
         """Return role and text of a message that describes tools: the user's if the template refuses the system's."""
@@ -148,7 +146,16 @@ class RoleMarks:
                 found = self._template.role_text(messages, role, tools=json.loads(tools) if tools else None)
             except InvalidRequest as error:
                 found = error
+            if len(self._known) >= _MAX_KNOWN:
+                self._known = {}
             self._known[key] = found
         if isinstance(found, InvalidRequest):
             raise found
         return found
+
+
+def _longer(roles: tuple[str, ...], role: str) -> tuple[str, ...]:
+    """Return the roles with one more. Beyond `MAX_SHOWN` two neighbours go, so that roles which take turns still do."""
+    if len(roles) >= MAX_SHOWN:
+        roles = roles[:_NUM_FIRST] + roles[_NUM_FIRST + 2 :]
+    return (*roles, role)

@@ -141,7 +141,8 @@ def test_a_budget_that_makes_no_sense_is_refused(wrong: object) -> None:
 
 def test_a_template_that_opens_the_thinking_itself_needs_no_mark() -> None:
     marks = RoleMarks(ChatTemplate(DEEPSEEK))
-    before = [ir.Role(id=0, role="user", is_open=True), ir.Role(id=1, role="user", is_open=False)]
-    opened = [*before, ir.Role(id=2, role="assistant", is_open=True)]
-    assert marks.text(opened, ir.Thinking(id=3, is_open=True)) == ""
-    assert marks.text([*opened, ir.Text(id=3, parts=("x",))], ir.Thinking(id=4, is_open=True)) == "<think>\n"
+    talk, text = marks.mark(None, "", ir.Role(id=0, role="user", is_open=True))
+    talk, text = marks.mark(talk, text, ir.Role(id=1, role="user", is_open=False))
+    talk, text = marks.mark(talk, text, ir.Role(id=2, role="assistant", is_open=True))
+    assert marks.mark(talk, text, ir.Thinking(id=3, is_open=True))[1] == ""
+    assert marks.mark(talk, "", ir.Thinking(id=4, is_open=True))[1] == "<think>\n", "text stands between"

@@ -9,8 +9,10 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ramet.errors import BrokenModelFile, InvalidRequest
+from ramet.lang.graph.ir import Role
 from ramet.runtime.models.description import describe_model
 from ramet.runtime.text.chat_template import ChatTemplate
+from ramet.runtime.text.role_marks import MAX_SHOWN, RoleMarks
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -94,6 +96,30 @@ def test_a_conversation_grown_role_by_role_equals_the_whole(name: str) -> None:
         if name == "gemma" and index == 0:
             continue  # the system message is closed by the user message that follows
         assert text == chat.render(TALK[: index + 1], add_generation_prompt=False)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_long_conversation_grown_by_marks_equals_the_whole(
+    name: str, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs the same for each message: the template is never shown more than `MAX_SHOWN` before it."""
+    chat = template(name)
+    marks, role_text = RoleMarks(chat), chat.role_text
+
+    def bounded(previous: Any, role: str, **options: Any) -> Any:
+        assert len(previous) <= MAX_SHOWN
+        return role_text(previous, role, **options)
+
+    monkeypatch.setattr(chat, "role_text", bounded)
+    talk, text = None, ""
+    messages = [*TALK[start:1], *TALK[1:3] * 100]
+    for index, message in enumerate(messages):
+        role = message["role"]
+        talk, before = marks.mark(talk, "", Role(id=2 * index, role=role, is_open=True))
+        talk, after = marks.mark(talk, "", Role(id=2 * index + 1, role=role, is_open=False))
+        text += before + message["content"] + after
+    assert text == chat.render(messages, add_generation_prompt=False)
 
 
 @pytest.mark.parametrize("name", ALL)
