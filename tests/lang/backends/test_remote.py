@@ -430,7 +430,7 @@ def test_an_engine_that_crashes_fails_what_ran_on_it_and_nothing_else(serve: Ser
         s += "On and on: " + gen("x")
 
     with ScriptedEngine(latency_s=0.05) as engine, serve(engine) as served, Remote(served.url) as remote:
-        stream = long.stream(backend=remote)
+        stream = long.stream(backend=remote, failures="keep")
         iterator = iter(stream)
         while next(iterator).kind != "text":
             pass
