@@ -36,6 +36,7 @@ _MARGIN = 1.05  # by which a step with drafts must be better, as far as is known
 _NUM_TIMES = 9  # steps of one size whose median counts
 _LEAST_TIMES = 3  # steps without drafts, before there are some
 _STALE, _LOOK = 500, 64  # steps after which a size that did not occur is measured anew, looked for every so many
+_IDLE, _LOOK_IDLE = 16, 4  # steps in which no draft pays, after which only every so many drafts are looked for
 _FIRST_SLOPE = 0.15  # of a step's time, for each further token, until steps are measured
 _LEAST_GAIN = 0.05  # of a drafted token that is looked at
 _FIRST_SUCCESS, _FIRST_WEIGHT = 0.3, 4.0  # of a kind of drafts, as if so many tokens had been compared
@@ -155,6 +156,7 @@ class Speculation:
         self._model = model
         self._model_times = StepTimes()  # of one drafted token, by the number of sequences
         self._num_unasked = 0  # steps since the model was asked
+        self._num_idle = 0  # steps since drafts paid
         self.model_s = 0.0  # the model's time, all in all
         self.drafted: Counter[str] = Counter()  # tokens of each source that steps have verified
         self.accepted: Counter[str] = Counter()  # those of them that were right
@@ -171,7 +173,9 @@ class Speculation:
         gains: list[tuple[float, int, Sequence]] = []
         rows = list(sequences)
         num_rows, num_known = len(rows), 0
-        if num_rows >= _MOST_IN_STEP:
+        self._num_idle += num_rows < _MOST_IN_STEP
+        is_skipped = self._model is None and self._num_idle > _IDLE and self._num_idle % _LOOK_IDLE
+        if num_rows >= _MOST_IN_STEP or is_skipped:
             return {}  # nothing is looked for; later, a sequence is followed from where it was left
         for sequence in rows:
             num_known += sequence.num_tokens
@@ -197,7 +201,10 @@ class Speculation:
                     break
                 gains.append((gain, -place, sequence))
                 gain *= found.success
-        return self._choose(gains, num_rows, kv_len)
+        chosen = self._choose(gains, num_rows, kv_len)
+        if chosen:
+            self._num_idle = 0
+        return chosen
 
     def note_step(self, batch: Batch, seconds: float) -> None:
         """Learn from a step that was read, and how long the engine's thread worked on it."""

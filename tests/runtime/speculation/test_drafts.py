@@ -340,3 +340,43 @@ def test_steps_of_short_texts_are_not_compared_with_those_of_long_ones() -> None
     assert not times.knows(4, 900.0)
     assert times.seconds(4, 900.0) < 0.010
     assert times.seconds(4, 2500.0) == pytest.approx(0.025)
+
+
+class EvenTimes(StepTimes):
+    """Times of steps that no clock has measured."""
+
+    def knows(self, num_tokens: int, kv_len: float) -> bool:
+        return True
+
+    def seconds(self, num_tokens: int, kv_len: float) -> float:
+        return 1 + 0.1 * (num_tokens - 1)
+
+
+def test_a_text_that_repeats_nothing_is_seldom_looked_at_and_a_repetition_is_found_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = list[int]()
+    propose = TextDrafts.propose
+
+    def noted(self: TextDrafts, most: int) -> Any:
+        looks.append(most)
+        return propose(self, most)
+
+    monkeypatch.setattr(TextDrafts, "propose", noted)
+    speculation, sequence = Speculation(EvenTimes()), make_sequence(list(range(50)), [])
+    for token in range(100, 180):
+        sequence.output_ids.append(token)
+        assert not speculation.propose([sequence])
+    assert len(looks) <= 16 + 64 // 4 + 1
+    num_steps = 0
+    for token in range(10, 40):  # what stands in the prompt
+        sequence.output_ids.append(token)
+        num_steps += 1
+        if speculation.propose([sequence]):
+            break
+    assert num_steps <= 12
+    looks.clear()
+    for token in range(10 + num_steps, 20 + num_steps):
+        sequence.output_ids.append(token)
+        assert speculation.propose([sequence])[sequence][0] == token + 1
+    assert len(looks) == 10, "where drafts pay, every step looks for them"
