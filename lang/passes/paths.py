@@ -85,7 +85,7 @@ Trie: TypeAlias = dict[tuple[int, Item], int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Point:
-    """One point of one branch: the `items` added after `parent`, their positions, and the pending text after them.
+    """One point of one branch: the `items` added after `parent` and their positions, or the text `added` after it.
 
     `count`: tokens from the beginning to here, without pending text. `node`: the node that added the items.
     `num_literal`: the bytes at the items' end that are the author's own text; None: that depends on the run.
@@ -96,7 +96,7 @@ class Point:
     positions: tuple[int, ...] = ()
     position: int = 0
     count: Count = ZERO
-    pending: tuple[Piece[TextPart], ...] = ()
+    added: tuple[Piece[TextPart], ...] = ()
     node: int | None = None
     num_literal: int | None = 0
 
@@ -106,6 +106,12 @@ class Point:
         while at is not None:
             yield at
             at = at.parent
+
+    @property
+    def pending(self) -> list[Piece[TextPart]]:
+        """The text up to here that is not tokenised yet. O(pieces)."""
+        behind = itertools.takewhile(lambda point: point.added, self.chain())
+        return [piece for point in reversed(list(behind)) for piece in point.added]
 
     def items_backwards(self) -> Iterator[tuple[Item, int]]:
         """Yield the whole path with the position after each item, last item first."""
@@ -268,7 +274,7 @@ class _Interpreter:
         added = tuple(Piece(part, is_markup, node) for part in parts if part != "")
         if not added:
             return before
-        return Point(before, (), (), before.position, before.count, (*before.pending, *added), node)
+        return Point(before, (), (), before.position, before.count, added, node)
 
     def _mark(self, node: ir.Marked) -> str:
         above, opening = node.parent, ""
@@ -403,12 +409,13 @@ class _Interpreter:
 
     def _flush(self, before: Point) -> Point:
         """Tokenise the pending text, once for all branches of a fork."""
-        if not before.pending:
+        if not before.added:
             return before
         if id(before) not in self._flushed:
-            items = tokenise(self._target, before.pending, is_start=before.is_start)
-            found = self._extend(before, items, before.pending[-1].node)
-            found = replace(found, num_literal=_num_literal(before.pending, items))
+            pending = before.pending
+            items = tokenise(self._target, pending, is_start=before.is_start)
+            found = self._extend(before, items, pending[-1].node)
+            found = replace(found, num_literal=_num_literal(pending, items))
             self._flushed[id(before)] = (found, before)
         return self._flushed[id(before)][0]
 

@@ -43,6 +43,7 @@ from ramet.runtime.server.served_model import ServedModel, client_of, key_name
 from ramet.runtime.server.validation import NULL, FieldRule, Strict
 
 MAX_ROWS = 4096
+MAX_PLANNED = 1_000_000  # nodes before all generations, which `explain` looks at
 _TAG = "programs"
 _BYTES_A_NODE = 64  # of an answer, at least
 PING_S = 15.0  # interval of keep-alive pings in a stream without events
@@ -160,10 +161,11 @@ class ProgramEndpoints:
 
         def plan() -> dict[str, Any]:  # Any: JSON
             graph = Graph.from_json(data)
+            _check_plannable(graph)
             graph = msgspec.structs.replace(graph, arguments={**graph.arguments, **body.arguments})
             return explain(graph, body.program, ProgramModel(served.tokenizer, name=served.name, **limits))
 
-        return json_response(await served.off_loop(plan))
+        return json_response(await asyncio.to_thread(plan))  # the pool, which others wait for, stays free
 
     async def show(self, request: Request) -> Response:
         """Return the results of a program so far."""
@@ -246,6 +248,20 @@ def _check_reachable(body: ProgramBody, graph: Graph) -> None:
         return
     if any(isinstance(node, ToolCall) for node in graph.nodes):
         raise HttpError(400, f"the program calls tools and waits for their values: {_KNOWN_BY}", param="stream")
+
+
+def _check_plannable(graph: Graph) -> None:
+    """Check that a plan takes a few seconds at most. It looks at the whole branch before each generation.
+
+    Raises HttpError.
+    """
+    lengths: list[int] = []
+    for node in graph.nodes:
+        lengths.append(1 if node.parent is None else 1 + lengths[node.parent])
+    total = sum(length for node, length in zip(graph.nodes, lengths, strict=True) if node.run_by == "model")
+    if total > MAX_PLANNED:
+        message = f"the branches before all generations have {total:,} nodes together; the limit is {MAX_PLANNED:,}"
+        raise HttpError(413, f"{message}: explain the program in a process of your own", param="graph")
 
 
 async def _ended(program: StoredProgram) -> None:

@@ -222,6 +222,16 @@ def test_rows_share_the_text_of_their_graph(served: Served) -> None:
             assert [row["status"] for row in answer.json()["rows"]] == ["done"] * 400
 
 
+def test_a_program_that_would_be_planned_for_minutes_is_explained_elsewhere(served: Served) -> None:
+    nodes = [{"kind": "generate", "id": i, "parent": i - 1 if i else None, "name": f"v{i}"} for i in range(2000)]
+    with served.client() as client:
+        answer = client.post("/v1/programs/explain", json={"graph": {"version": 1, "nodes": nodes}})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (413, "graph")
+        assert "have 2,001,000 nodes together; the limit is 1,000,000" in answer.json()["error"]["message"]
+        few = {"version": 1, "nodes": nodes[:100]}
+        assert client.post("/v1/programs/explain", json={"graph": few}).status_code == 200
+
+
 def test_texts_beyond_the_context_are_not_cut_into_tokens_whole(served: Served) -> None:
     def tokenize(number: int) -> httpx.Response:
         with served.client() as client:
