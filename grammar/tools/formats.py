@@ -89,6 +89,16 @@ FORMATS: Mapping[str, ToolFormat] = {
         separator=", ",
         end="]</tool_call>",
     ),
+    # Granite 3.0 to 3.3: their chat templates ask for a list of calls after this token
+    "granite": ToolFormat(
+        marker="<|tool_call|>",
+        begin="<|tool_call|>[",
+        before_name='{"name": "',
+        before_arguments='", "arguments": ',
+        after_arguments="}",
+        separator=", ",
+        end="]",
+    ),
     # Google's prompt for function calling with Gemma 3: a JSON object as the whole answer
     "gemma": ToolFormat(
         marker='{"name": "',

@@ -114,6 +114,7 @@ def _folder_template(folder: Path, settings: Mapping[str, Any], texts: Mapping[s
 _CONTROL, _USER_DEFINED, _UNUSED, _UNKNOWN = 3, 4, 5, 2  # tokenizer.ggml.token_type
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -124,22 +125,36 @@ _TEKKEN_SPLIT = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_GPT4O_SPLIT = _TEKKEN_SPLIT.replace("+|[^", f"+{_ENDINGS}|[^", 1).replace(
+    r"*|\p{N}|", "*" + _ENDINGS + r"|\p{N}{1,3}|"
+)
+_SEED_SPLIT = _QWEN2_SPLIT.replace(r"\p{N}]+[\r\n]*|", r"\p{N}\r\n]+|")
+# With the families whose files name them, where the name does not say it.
 _SPLITS = {
     "default": _GPT2_SPLIT,
     "gpt-2": _GPT2_SPLIT,
     "gpt2": _GPT2_SPLIT,
     "smollm": _GPT2_SPLIT,
+    "refact": _GPT2_SPLIT,  # Granite 3
+    "starcoder": _GPT2_SPLIT,
+    "command-r": _GPT2_SPLIT,
+    "olmo": _GPT2_SPLIT,
     "llama-bpe": _LLAMA3_SPLIT,
     "llama3": _LLAMA3_SPLIT,
     "llama-v3": _LLAMA3_SPLIT,
+    "falcon3": _LLAMA3_SPLIT,
+    "smaug-bpe": _LLAMA3_SPLIT,  # SmolLM3
+    "dbrx": _LLAMA3_SPLIT,  # OLMo 2, Phi-4
     "qwen2": _QWEN2_SPLIT,
     "deepseek-r1-qwen": _QWEN2_SPLIT,
     "tekken": _TEKKEN_SPLIT,
+    "gpt-4o": _GPT4O_SPLIT,
+    "seed-coder": _SEED_SPLIT,  # Seed-OSS
 }
-_DIGIT_BY_DIGIT = {"smollm"}
+_DIGIT_BY_DIGIT = {"smollm", "refact", "starcoder", "command-r"}
 _NFC = {"qwen2", "deepseek-r1-qwen"}
 # With these rules a piece that is a token is taken whole, even if the merges do not produce it.
-_WHOLE_TOKENS_FIRST = {"llama-bpe", "llama3", "llama-v3", "tekken"}
+_WHOLE_TOKENS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"}
 # End-of-turn tokens by spelling: many files name only one end token, but chat models end a turn with another.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 

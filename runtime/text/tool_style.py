@@ -193,13 +193,16 @@ def tool_style(template: ChatTemplate) -> ToolStyle:
         if text is not None:
             break
     shows_calls = text is not None and _NAME in text[text.rfind("Hi") :] and _ARGUMENTS.search(text) is not None
-    layout = _format_of(template, text, answer) if shows_calls and text is not None else None
+    two = _rendered(template, [_USER, _answer(2, id_length)], tools=[_TOOL]) if shows_calls else ""
+    layout = _format_of(template, text, two) if shows_calls and text is not None else None
     if layout is None:
-        layout, shows_calls, id_length = _format_by_family(template.source), False, None
+        layout, shows_calls, id_length, two = _format_by_family(template.source), False, None, ""
+        # A template that shows tools also tells the model how to call them. Where that is not the way that is read
+        # (tags around each parameter), the tools are described in text, with the way that is.
+        shows_tools = shown is not None and shows_tools and layout.marker in shown and "<function=" not in shown
     result: Json = {"role": "tool", "content": _RESULT, "name": _NAME, "tool_call_id": _call_id(0, id_length)}
     before: Json = answer if shows_calls else {"role": "assistant", "content": _CONTENT}
     results = _rendered(template, [_USER, before, result], tools=[_TOOL])
-    two = _rendered(template, [_USER, _answer(2, id_length)], tools=[_TOOL]) if shows_calls else ""
     return ToolStyle(
         layout,
         shows_tools,
@@ -249,7 +252,7 @@ def _rendered(
         return None
 
 
-def _format_of(template: ChatTemplate, text: str, answer: Json) -> ToolFormat | None:
+def _format_of(template: ChatTemplate, text: str, two: str | None) -> ToolFormat | None:
     """Return the known format that can parse the template's text, or one derived from it; None if neither works."""
     compact = re.sub(r"\s", "", text)
     for layout in FORMATS.values():
@@ -261,7 +264,7 @@ def _format_of(template: ChatTemplate, text: str, answer: Json) -> ToolFormat | 
         rest = _ARGUMENTS.sub("", compact[at + len(head) :], count=1)
         if _CALL_ID.sub("", rest, count=1).startswith(end):
             return _as_written(layout, text)
-    return _derived_format(template, text)
+    return _derived_format(template, text, two)
 
 
 def _as_written(layout: ToolFormat, text: str) -> ToolFormat:
@@ -274,8 +277,9 @@ def _as_written(layout: ToolFormat, text: str) -> ToolFormat:
     return dataclasses.replace(layout, begin=found[1])
 
 
-def _derived_format(template: ChatTemplate, text: str) -> ToolFormat | None:
-    """Derive a format from one written call. Its marker is the text before the first brace, or before the name."""
+def _derived_format(template: ChatTemplate, text: str, two: str | None) -> ToolFormat | None:
+    """Derive a format from one written call and from two. Its marker is the text before the first brace, or before the
+    name."""
     opened = _rendered(template, [_USER], tools=[_TOOL], is_open=True)
     plain = _rendered(template, [_USER, {"role": "assistant", "content": _CONTENT}], tools=[_TOOL])
     arguments = _ARGUMENTS.search(text)
@@ -289,14 +293,19 @@ def _derived_format(template: ChatTemplate, text: str) -> ToolFormat | None:
     arguments = _ARGUMENTS.search(after)
     if arguments is None:
         return None
-    tag = before.partition("{")[0].rstrip()
+    tag, end, separator = before.partition("{")[0].rstrip(), after[arguments.end() :], "\n"
+    calls = list(_ARGUMENTS.finditer(two or ""))
+    if two is not None and len(calls) == 2:
+        between = two[calls[0].end() : two.rindex(_NAME)]
+        if between.startswith(end) and between.endswith(before) and len(between) >= len(end) + len(before):
+            separator = between[len(end) : len(between) - len(before)]
     try:
         return ToolFormat(
             marker=tag or before,
             before_name=before,
             before_arguments=after[: arguments.start()],
-            after_arguments=after[arguments.end() :],
-            separator="\n",
+            after_arguments=end,
+            separator=separator,
             is_only_at_start=not tag,
         )
     except InvalidGrammar as error:
@@ -308,4 +317,6 @@ def _format_by_family(source: str) -> ToolFormat:
     """Return the format for a template without tools: that of the family's model card, or else Hermes tags."""
     if "<start_of_turn>" in source:
         return FORMATS["gemma"]
-    return FORMATS["smollm2" if "SmolLM" in source else "hermes"]
+    if "<|tool_call|>" in source:
+        return FORMATS["granite"]
+    return FORMATS["smollm2" if "SmolLM" in source and "/think" not in source else "hermes"]  # SmolLM3 thinks

@@ -86,6 +86,7 @@ def changes_of(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # PEFT asks it for a name of before
 def test_peft_gives_the_same_log_probabilities(folders: list[Path], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="PEFT is not installed; the other tests have its format")
     import transformers

@@ -77,6 +77,11 @@ def spelled(tokenizer: SubwordTokenizer, text: str, **options: Any) -> list[str]
         ("llama-bpe", ["123", "4", "1"], ["'S"]),
         ("qwen2", ["1", "2", "3", "4", "1"], ["'S"]),
         ("tekken", ["1", "2", "3", "4", "1"], ["'S"]),
+        ("refact", ["1", "2", "3", "4", "1"], ["'", "S"]),
+        ("dbrx", ["123", "4", "1"], ["'S"]),
+        ("smaug-bpe", ["123", "4", "1"], ["'S"]),
+        ("gpt-4o", ["123", "4", "1"], ["'S"]),
+        ("seed-coder", ["1", "2", "3", "4", "1"], ["'S"]),
     ],
 )
 def test_each_rule_splits_numbers_and_endings_in_its_own_way(
@@ -88,7 +93,7 @@ def test_each_rule_splits_numbers_and_endings_in_its_own_way(
     assert spelled(tokenizer, "hello hello") == ["hello", "Ġhello"]
 
 
-@pytest.mark.parametrize("rule", ["qwen2", "llama-bpe", "tekken"])
+@pytest.mark.parametrize("rule", ["qwen2", "llama-bpe", "tekken", "dbrx", "gpt-4o"])
 def test_rules_agree_with_those_of_transformers(tmp_path: Path, rule: str) -> None:
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")  # transformers 5
     fields = byte_level_fields(rule)

@@ -30,8 +30,10 @@ FAMILIES: dict[str, tuple[str, bool, bool, bool, int | None, int | None]] = {
     "mistral": ("mistral", True, True, True, None, 9),
     "smollm2": ("smollm2", False, False, True, None, None),
     "gemma": ("gemma", False, False, False, None, None),
+    "granite": ("granite", True, False, True, None, None),
+    "seed_oss": ("hermes", False, False, True, None, None),  # its own calls, a tag for each parameter, are not read
 }
-ENDS = ("<|eot_id|>", "<|im_end|>", "</s>", "<end_of_turn>")
+ENDS = ("<|eot_id|>", "<|im_end|>", "</s>", "<end_of_turn>", "<|end_of_text|>", "<seed:eos>")
 ADD: Json = {
     "type": "object",
     "properties": {"a": {"type": "array", "items": {"type": "integer"}}, "note": {"type": "string"}},
@@ -107,6 +109,26 @@ def test_white_space_before_calls_is_the_templates_own() -> None:
     tight = source_of("mistral").replace("[TOOL_CALLS] [", "[TOOL_CALLS][")
     style = tool_style(ChatTemplate(tight, special_texts={"eos_token": "</s>"}))
     assert style.format == FORMATS["mistral"]
+
+
+CALLS_WITH_IDS = (
+    "{% for m in messages %}{% if m.tool_calls is defined %}{% for c in m.tool_calls %}[TOOL_CALLS]"
+    "{{ c.function.name }}[CALL_ID]{{ c.id }}[ARGS]{{ c.function.arguments | tojson }}{% endfor %}</s>{% else %}"
+    "[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endif %}{% endfor %}"
+)
+
+
+def test_a_derived_format_has_what_the_template_writes_between_two_calls() -> None:
+    style = tool_style(ChatTemplate(CALLS_WITH_IDS))
+    assert (style.format.before_name, style.format.separator) == ("[TOOL_CALLS]", "")
+    assert style.format.before_arguments.startswith("[CALL_ID]")
+    calls = style.read_calls(style.written([("add", '{"a": 1}'), ("find", "{}")]).encode())["calls"]
+    assert calls == [{"name": "add", "arguments": {"a": 1}}, {"name": "find", "arguments": {}}]
+
+
+def test_the_model_that_thinks_has_another_format_than_its_smaller_sister() -> None:
+    thinks = "{{ 'Reasoning Mode: /think' }}" + source_of("smollm2")
+    assert tool_style(ChatTemplate(thinks)).format == FORMATS["hermes"]
 
 
 @pytest.mark.parametrize("num_calls", [1, 2])
