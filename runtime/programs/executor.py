@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 Work: TypeAlias = Generation | Selection  # of one node: a new one for each try
 _EMPTY = Path()
+MANY_REQUESTS = 256  # of a node: what they say together is read beside the engine's thread
 PATIENCE_S = 0.005  # before a step, for functions of programs that go on because of the last one
 
 
@@ -423,7 +424,7 @@ class ProgramExecutor:
         error = self._request_error(output)
         if error is not None:
             self._failed(run, error)
-        elif is_last and isinstance(run.node, ir.Generate) and run.node.type == "captures":
+        elif is_last and (len(at.work.requests) > MANY_REQUESTS or _is_read_slowly(run.node)):
             self._model.grammars.run_aside(lambda: self._end_aside(run, at.work))
         elif is_last:
             self._end(run, at.work)
@@ -487,6 +488,10 @@ def _lead(grammar: CompiledGrammar | None, stops: Sequence[str], patterns: Seque
     if grammar is None or patterns or any(stop.startswith(" ") for stop in stops):
         return b""
     return b" " if grammar.advance_bytes(0, b" ") is None else b""
+
+
+def _is_read_slowly(node: ir.AnyNode) -> bool:
+    return isinstance(node, ir.Generate) and node.type == "captures"
 
 
 def _has_grammar(node: ir.AnyNode) -> bool:

@@ -30,7 +30,8 @@ from ramet.lang.graph.ir import (
     ToolCall,
 )
 from ramet.lang.graph.options import ProgramOptions
-from ramet.runtime.programs.executor import ProgramHost
+from ramet.runtime.programs.executor import MANY_REQUESTS, ProgramHost
+from ramet.runtime.programs.selection import Selection
 from ramet.runtime.testing.byte_tokenizer import ByteTokenizer
 from ramet.runtime.testing.scripted_model import ScriptedEngine
 from ramet.runtime.types import SamplingParams
@@ -397,3 +398,28 @@ def test_a_generation_without_a_limit_takes_what_is_left_of_the_context() -> Non
         done = run(engine, Text(id=0, parts=("x" * 70,)), Generate(id=1, parent=0))
         assert done[1].error is not None
         assert done[1].error.type == "ContextOverflow"
+
+
+@pytest.mark.parametrize(("count", "is_aside"), [(8, False), (MANY_REQUESTS + 1, True)])
+def test_the_scores_of_very_many_choices_are_read_beside_the_engines_thread(
+    monkeypatch: pytest.MonkeyPatch, count: int, is_aside: bool
+) -> None:
+    took: list[int] = []
+    read: list[int] = []
+    take, result = Selection.take, Selection.result
+
+    def noted_take(self: Selection, *arguments: Any) -> None:
+        took.append(threading.get_ident())
+        take(self, *arguments)
+
+    def noted_result(self: Selection) -> Any:
+        read.append(threading.get_ident())
+        return result(self)
+
+    monkeypatch.setattr(Selection, "take", noted_take)
+    monkeypatch.setattr(Selection, "result", noted_result)
+    with ScriptedEngine() as engine:
+        choices = tuple((f"{number} choice",) for number in range(count))
+        done = Program(engine).extend(Text(id=0, parts=("x",)), Select(id=1, parent=0, choices=choices)).wait()
+    assert done[1].value in {choice for (choice,) in choices}
+    assert (read[0] not in took) == is_aside
