@@ -114,9 +114,20 @@ def describe_transformers(folder: Path) -> ModelConfig:
 def load_transformers(folder: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
     """Load a folder's weights by transformers. Code of the folder is never run.
 
+    What the configuration alone shows is refused before a weight is read.
     Raises: UnsupportedArchitecture, BrokenModelFile.
     """
     transformers = import_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            shell = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise UnsupportedArchitecture(
+            f"transformers cannot make the model of {folder / 'config.json'}: {reason}"
+        ) from error
+    _check_kind(shell)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
@@ -136,16 +147,8 @@ def transformers_decoder(model: Any) -> TransformersDecoder:  # Any: a PreTraine
     import_transformers()
     model.eval()
     model.set_attn_implementation("eager")  # also of a model that an engine had before
-    name = type(model).__name__
-    head = model.get_output_embeddings()
-    if head is None or model.config.is_encoder_decoder:
-        raise UnsupportedArchitecture(
-            f"{name} has no output layer over a decoder; the engine runs causal language models"
-        )
-    text = model.config.get_text_config()
-    unknown = sorted({*_layer_types(text)} - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise UnsupportedArchitecture(f"{name} has layers of the kinds {', '.join(unknown)}, which have no KV pages")
+    _check_kind(model)
+    name, head, text = type(model).__name__, model.get_output_embeddings(), model.config.get_text_config()
     if model.dtype not in _TOLERANCE:
         raise ConfigError(f"the model's dtype is {model.dtype} but must be {', '.join(map(str, _TOLERANCE))}")
     ids = torch.arange(1, _CHECK_TOKENS + 1, device=model.device) * 7 % head.weight.shape[0]
@@ -167,6 +170,18 @@ def transformers_decoder(model: Any) -> TransformersDecoder:  # Any: a PreTraine
         f"{name} cannot be run over paged keys and values. With Ramet's attention: {reasons[0]}. "
         f"With its own: {reasons[1]}"
     )
+
+
+def _check_kind(model: Any) -> None:  # Any: a PreTrainedModel
+    """Raise UnsupportedArchitecture unless this is a causal language model whose layers all have KV pages."""
+    name = type(model).__name__
+    if model.get_output_embeddings() is None or model.config.is_encoder_decoder:
+        raise UnsupportedArchitecture(
+            f"{name} has no output layer over a decoder; the engine runs causal language models"
+        )
+    unknown = sorted({*_layer_types(model.config.get_text_config())} - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise UnsupportedArchitecture(f"{name} has layers of the kinds {', '.join(unknown)}, which have no KV pages")
 
 
 def _layer_types(text: Any) -> Sequence[str]:

@@ -233,6 +233,25 @@ def test_wrong_arguments_say_what_is_wanted(folder: Path, tmp_path: Path, monkey
         Engine(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "klingon", "rope_theta": 10_000.0}}, "config.json: KeyError: 'klingon'"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "which have no KV pages"),
+    ],
+)
+def test_what_the_configuration_shows_is_refused_before_a_weight_is_read(
+    folder: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UnsupportedArchitecture, match=message):
+        Engine(str(tmp_path))
+
+
 def test_damaged_files_of_such_models_are_typed_errors(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
