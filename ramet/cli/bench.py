@@ -135,7 +135,7 @@ def _run_tables(model: ChatModel, load: Load, on_stage: Callable[[str], None], *
     every = {}
     for title, rows in loads_of(load).items():
         table = Table(title=f"{model.name}: {title}")
-        for name in ("", "tokens/s", "first token, ms", "p95", "cached"):
+        for name in ("", "tokens/s", "first token, ms", "its p95", "cached"):
             table.add_column(name, justify="left" if not name else "right", no_wrap=True)
         for name, row in rows:
             on_stage(name)
