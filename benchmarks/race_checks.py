@@ -93,20 +93,7 @@ def check_early_launch(record: Report, num_rows: int) -> None:
             after_each()
         return x + kept
 
-    if DRY:
-        record(f"early launch B={num_rows}: other bits", int(not torch.equal(chain(), chain())), 0)
-        return
-    expected = chain(torch.cuda.synchronize)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        actual = chain()
-    work, differing = Beside(), 0
-    for _ in range(_REPEATS):
-        actual.fill_(torch.nan)
-        work.begin()
-        graph.replay()
-        differing += not torch.equal(actual, expected)
-    record(f"early launch B={num_rows}: other bits", differing, 0)
+    _compare_replays(record, f"early launch B={num_rows}: other bits", chain)
 
 
 def check_early_norms(record: Report, num_rows: int) -> None:
@@ -123,8 +110,15 @@ def check_early_norms(record: Report, num_rows: int) -> None:
             after_each()
         return y + total
 
+    _compare_replays(record, f"early norms T={num_rows}: other bits", chain)
+
+
+def _compare_replays(record: Report, what: str, chain: Callable[..., Tensor]) -> None:
+    """Replay a chain of kernels as a graph, other work beside it, and count the results that differ from those of
+    kernels which each ran alone. `chain`: calls its argument, if it gets one, after each kernel.
+    """
     if DRY:
-        record(f"early norms T={num_rows}: other bits", int(not torch.equal(chain(), chain())), 0)
+        record(what, int(not torch.equal(chain(), chain())), 0)
         return
     expected = chain(torch.cuda.synchronize)
     graph = torch.cuda.CUDAGraph()
@@ -136,7 +130,7 @@ def check_early_norms(record: Report, num_rows: int) -> None:
         work.begin()
         graph.replay()
         differing += not torch.equal(actual, expected)
-    record(f"early norms T={num_rows}: other bits", differing, 0)
+    record(what, differing, 0)
 
 
 class Beside:

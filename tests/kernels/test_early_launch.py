@@ -21,7 +21,8 @@ from ramet.kernels.layers.activation import gelu_tanh_and_mul_triton, silu_and_m
 from ramet.kernels.layers.norm import fused_add_rms_norm_triton, rms_norm_triton
 from ramet.kernels.layers.rope import rope_and_write_kv_triton
 
-# On a card the check of bench_kernels.py compares launches in a graph, with other work beside.
+# These tests watch Triton's interpreter, which does not run where there is a card. There, `check_early_norms` and
+# `check_early_launch` of benchmarks/race_checks.py compare real launches in a graph, with other work beside them.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what waits is shown in Triton's interpreter")
 MODULES = ["layers.norm", "layers.activation", "layers.rope"]
 MODULES += ["attention.decode_triton", "attention.extend_triton", "attention.tree_triton"]
