@@ -88,7 +88,6 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
     # Who gives the result: whoever runs the graph, by `evaluate`; a model; or the caller of the program. The result of
     # `evaluate` is then the question to the caller.
     run_by: ClassVar[Literal["runner", "model", "caller"]] = "runner"
-    has_value: ClassVar[bool] = False  # other nodes may use the value
     takes_failures: ClassVar[bool] = False  # runs once its dependencies are over, even if they failed
     is_markup: ClassVar[bool] = False  # its text is a chat template's: spellings of special tokens become tokens
     is_border: ClassVar[bool] = False  # texts before and after it are tokenised separately
@@ -100,8 +99,8 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
 
     @property
     def label(self) -> str | None:
-        """The name of the variable or argument, or None for kinds without one."""
-        return getattr(self, "name", None)
+        """The name of the variable or argument, or None for nodes without one."""
+        return None
 
     def templates(self) -> tuple[Template, ...]:
         """Its texts that may contain values of other nodes."""
@@ -122,6 +121,16 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
     def evaluate(self, scope: Scope) -> NodeResult:
         """Return the result of a node that no model runs. Any exception fails the node."""
         return NodeResult()
+
+
+class ValueNode(Node, frozen=True, kw_only=True):
+    """A node with a value, which texts and choices may contain. `name`: of the variable or argument that has it."""
+
+    name: str | None = None
+
+    @property
+    def label(self) -> str | None:
+        return self.name
 
 
 class Text(Node, frozen=True, tag="text"):
@@ -149,12 +158,10 @@ class Text(Node, frozen=True, tag="text"):
         return NodeResult(scope.render(self.parts))
 
 
-class Argument(Node, frozen=True, tag="argument"):
+class Argument(ValueNode, frozen=True, tag="argument"):
     """A value that is given when the graph is run. It belongs to no branch; texts refer to it."""
 
     name: str
-
-    has_value = True
 
     def problem(self, before: GraphIndex) -> str | None:
         if self.parent is not None:
@@ -166,7 +173,7 @@ class Argument(Node, frozen=True, tag="argument"):
         return NodeResult(value=value, value_text=value_text(value))
 
 
-class Generate(Node, frozen=True, tag="generate"):
+class Generate(ValueNode, frozen=True, tag="generate"):
     """Text that the model writes. `type`: how the text becomes a JSON value: `str` (unchanged), `int`, ...
 
     The value of type `tools` is {"text": ..., "calls": [{"name": ..., "arguments": {...}}]}, parsed from the model's
@@ -181,7 +188,6 @@ class Generate(Node, frozen=True, tag="generate"):
     kind `call`) as soon as its text is closed, so that the tool can start while the text goes on.
     """
 
-    name: str | None = None
     sampling: Sampling = Sampling()
     constraint: Constraint | None = None
     checks: tuple[Check, ...] = ()
@@ -194,7 +200,6 @@ class Generate(Node, frozen=True, tag="generate"):
     type: Literal["str", "int", "float", "bool", "json", "tools", "captures"] = "str"
 
     run_by = "model"
-    has_value = True
     is_border = True
 
     @property
@@ -227,21 +232,19 @@ class Generate(Node, frozen=True, tag="generate"):
         return narrowing(self.constraint, self.checks, self.type, self.sampling.stop or ())
 
 
-class Select(Node, frozen=True, tag="select"):
+class Select(ValueNode, frozen=True, tag="select"):
     """The likeliest of `choices` by `scorer`, or a draw from their probabilities if `temperature` > 0.
 
     `model`: as in Generate.
     """
 
     choices: tuple[Template, ...]
-    name: str | None = None
     scorer: Literal["calibrated", "likelihood", "token_normalized", "greedy", "unconditional"] = DEFAULT_SCORER
     temperature: float = 0.0
     seed: int | None = None
     model: str = ""
 
     run_by = "model"
-    has_value = True
     is_border = True
 
     def templates(self) -> tuple[Template, ...]:
@@ -353,7 +356,7 @@ class Thinking(Node, frozen=True, tag="thinking"):
         return NodeResult(scope.mark(self))
 
 
-class ToolCall(Node, frozen=True, tag="tool_call"):
+class ToolCall(ValueNode, frozen=True, tag="tool_call"):
     """A call of one of the caller's tools. `arguments` render to a JSON object; the value is the tool's result.
 
     `on_error`: a tool's failure ends the program ("raise"), or becomes the value {"error": ...} ("report").
@@ -363,12 +366,10 @@ class ToolCall(Node, frozen=True, tag="tool_call"):
 
     tool: str
     arguments: Template
-    name: str | None = None
     on_error: Literal["raise", "report"] = "raise"
     is_written: bool = False
 
     run_by = "caller"
-    has_value = True
 
     def templates(self) -> tuple[Template, ...]:
         return (self.arguments,)
@@ -390,18 +391,15 @@ class ToolCall(Node, frozen=True, tag="tool_call"):
         return NodeResult(text, value=found["value"], value_text=shown)
 
 
-class Capture(Node, frozen=True, tag="capture"):
+class Capture(ValueNode, frozen=True, tag="capture"):
     """What is written on this branch, as a value.
 
     `of` "text": its text after node `start` (None: from the branch's beginning). `of` "tokens": its token path up to
     here (WrittenPath); null on an endpoint that takes text.
     """
 
-    name: str | None = None
     start: int | None = None
     of: Literal["text", "tokens"] = "text"
-
-    has_value = True
 
     def changed(self, template: Callable[[Template], Template], node: Callable[[int], int]) -> Self:
         return self if self.start is None else msgspec.structs.replace(self, start=node(self.start))
@@ -698,7 +696,7 @@ class GraphIndex:
 
     def _check(self, node: AnyNode) -> None:
         for ref in refs(node):
-            if not self.nodes[ref.node].has_value:
+            if not isinstance(self.nodes[ref.node], ValueNode):
                 raise _wrong(
                     node, f"uses the value of node {ref.node}, but a {self.nodes[ref.node].kind_name} has none"
                 )

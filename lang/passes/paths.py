@@ -219,7 +219,7 @@ class _Interpreter:
             self._argument(node)
         elif isinstance(node, ir.Capture) and node.of == "text":
             self._capture(node)
-        elif node.has_value:
+        elif isinstance(node, ir.ValueNode):
             self._value_parts[node.id] = Unknown(("value", self._row, node.id), None)
         return self._flush(before) if node.is_border else before, ()
 

@@ -21,12 +21,10 @@ from ramet.lang.passes.requests import run_order
 KINDS: tuple[type[ir.Node], ...] = get_args(ir.AnyNode)
 
 
-class Shout(ir.Node, frozen=True, tag="shout"):
+class Shout(ir.ValueNode, frozen=True, tag="shout"):
     """A kind that exists in this test alone: text in capital letters."""
 
     parts: ir.Template
-
-    has_value = True
 
     def templates(self) -> tuple[ir.Template, ...]:
         return (self.parts,)
