@@ -124,7 +124,8 @@ def is_private_access(node: ast.AST) -> bool:
 
 def is_asked_by_name(node: ast.AST) -> bool:
     """`hasattr(x, "name")` and `getattr(x, "name", ...)`, where the name isn't one of Python's own."""
-    return isinstance(node, ast.Call) and bool(re.match(r"(has|get)attr\(.*?, '(?!__)\w+'", ast.unparse(node)))
+    is_asking = isinstance(node, ast.Call) and ast.unparse(node.func) in ("hasattr", "getattr") and len(node.args) > 1
+    return is_asking and bool(re.match(r"'(?!__)\w+'", ast.unparse(node.args[1])))  # type: ignore[attr-defined]
 
 
 def shared_class_names(modules: dict[str, Module]) -> list[str]:

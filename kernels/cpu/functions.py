@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from numba import types
+from numba.core.registry import CPUDispatcher
 
 from ramet.kernels.cpu.amx import has_tiles
 from ramet.kernels.cpu.int8 import has_int8_products
@@ -42,8 +43,8 @@ def functions() -> Iterator[Any]:  # Any: kernels, and what `compiled` returned
         if (name == "block_int8" and not has_int8_products()) or (name == "attention_extend_amx" and not has_tiles()):
             continue  # this CPU lacks its instructions
         for value in vars(importlib.import_module(f"ramet.kernels.cpu.{name}")).values():
-            options = getattr(value, "targetoptions", None)  # numba's; no_cpython_wrapper: an inner function
-            if isinstance(value, Kernel) or (options is not None and "no_cpython_wrapper" not in options):
+            is_inner = isinstance(value, CPUDispatcher) and "no_cpython_wrapper" in value.targetoptions
+            if isinstance(value, Kernel | CPUDispatcher) and not is_inner:
                 yield value
 
 

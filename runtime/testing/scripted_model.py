@@ -112,7 +112,7 @@ class ScriptedEngine:
         tokenizer: Tokenizer | None = None,
     ) -> None:
         _check_script(script)
-        if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
+        if not isinstance(tokenizer, Tokenizer | None):
             raise ConfigError(f"the tokenizer is {tokenizer!r}, but must be a model's name, or an engine's tokenizer")
         self.tokenizer: Tokenizer = small_subword_tokenizer() if tokenizer is None else tokenizer
         single = [(token, piece) for token, piece in enumerate(self.tokenizer.token_bytes) if len(piece) == 1]

@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import tokenizers
 
@@ -24,6 +24,7 @@ _MAX_TOKENS = 1 << 22
 _LONG_CHARACTERS = 2048  # a text of a millisecond or more; while it is encoded, other threads go on
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """The interface of a tokenizer for the engine, grammars and programs.
 

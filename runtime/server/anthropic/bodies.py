@@ -78,8 +78,8 @@ class ServerTool(Echoed):
 
 
 def _tool_kind(value: Any) -> str:  # Any: JSON, or a tool
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "own" if kind in (None, "custom") else "offered"
+    kind = value.get("type") if isinstance(value, dict) else None
+    return "offered" if isinstance(value, ServerTool) or kind not in (None, "custom") else "own"
 
 
 Tool = Annotated[Annotated[OwnTool, Tag("own")] | Annotated[ServerTool, Tag("offered")], Discriminator(_tool_kind)]

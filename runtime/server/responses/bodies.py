@@ -82,9 +82,12 @@ class ReferenceItem(Echoed):
     id: str
 
 
+_ITEMS = (MessageItem, CallItem, CustomCallItem, ResultItem, ReasoningItem, ReferenceItem)
+
+
 def _item_kind(value: Any) -> str:  # Any: JSON, or an item
     """Return the name of an item's type. A message may leave it out."""
-    kind = value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", "message")
+    kind = value.get("type") if isinstance(value, dict) else value.type if isinstance(value, _ITEMS) else None
     return kind if isinstance(kind, str) else "message"
 
 
