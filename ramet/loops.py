@@ -6,9 +6,11 @@ it the same source runs as it is, about a hundred times slower: enough for the t
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import pickletools
+import sys
 from collections.abc import Callable
 from functools import cache, wraps
 from pathlib import Path
@@ -55,6 +57,25 @@ def compiler() -> str:
 def folder_of(compiled: Any) -> Path:  # Any: numba's function
     """Return the folder in which a compiled loop is kept."""
     return Path(compiled.stats.cache_path)
+
+
+def are_compiled(loop: Any) -> bool:  # Any: as above
+    """Tell whether the loops of a loop's folder (`grammar`) were compiled on this computer, or run as they are."""
+    return not compiler() or mark_of(loop).exists()
+
+
+@cache
+def mark_of(loop: Any) -> Path:  # Any: as above
+    """Return the path of the file that says that the loops of a loop's folder are compiled. It stands beside the code.
+
+    Its name changes with all that the compiled code depends on.
+    """
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.joinpath(loop.__module__.split(".")[1]).rglob("*.py")):
+        digest.update(source.read_bytes())
+    for version in (compiler(), str(sys.implementation.cache_tag)):
+        digest.update(version.encode())
+    return folder_of(loop) / f"ramet-compiled-{digest.hexdigest()[:16]}"
 
 
 @cache

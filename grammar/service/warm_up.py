@@ -8,23 +8,24 @@ which costs 0.1 s more than the loops of that grammar alone: nothing may interru
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import logging
-import sys
 import threading
 from fractions import Fraction
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 
 from ramet.grammar import ir
+from ramet.grammar.json_schema.algebra.values import Strings
+from ramet.grammar.json_schema.frames.tables import number_rows, string_rows
+from ramet.grammar.json_schema.schema import formats
 from ramet.grammar.machine import walker
 from ramet.grammar.machine.automaton import Limits
 from ramet.grammar.machine.vocabulary import Vocabulary
-from ramet.loops import compiler, folder_of
+from ramet.grammar.regular.numbers import Numbers
+from ramet.grammar.service.sources import compile_grammar, compile_parsed, parse_source
+from ramet.loops import are_compiled, compiler, mark_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +49,6 @@ SAMPLES = (
     ("regex", "a[1-9]{1,3}b*", b"a12"),
     ("cfg", 'start: "(" start ")" | "x"', b"((x"),
 )
-
-
-def are_compiled() -> bool:
-    """Tell whether the loops were compiled on this computer, or run as they are."""
-    return not compiler() or _mark().exists()
 
 
 _loading = threading.Lock()
@@ -81,8 +77,6 @@ class _Bytes:
 
 
 def _run_samples() -> None:
-    from ramet.grammar.service.sources import compile_parsed, parse_source  # 0.2 s: a warm start only looks at the mark
-
     tokens = [bytes((i,)) for i in range(256)]
     vocabulary = Vocabulary(tokens, frozenset({0}), frozenset({0}), 256, _Bytes())
     for kind, source, text in SAMPLES:
@@ -102,10 +96,10 @@ def _run_samples() -> None:
     row.flags.writeable = False
     walker.row_digest(row)
     walker.rows_equal(row, row)  # as for rows that were interned before
-    if are_compiled():
+    if are_compiled(walker.walk):
         return
     try:
-        _mark().touch()
+        mark_of(walker.walk).touch()
     except OSError as error:
         logger.info("the next process will look again whether its loops are compiled: %s", error)
 
@@ -116,12 +110,6 @@ def warm_up(vocabulary: Vocabulary) -> None:
     These are compiled loops (seconds in a fresh environment, else milliseconds), slices of the vocabulary, and the
     tables of string formats and of common numbers.
     """
-    from ramet.grammar.json_schema.algebra.values import Strings
-    from ramet.grammar.json_schema.frames.tables import number_rows, string_rows
-    from ramet.grammar.json_schema.schema import formats
-    from ramet.grammar.regular.numbers import Numbers
-    from ramet.grammar.service.sources import compile_grammar
-
     load_loops()
     vocabulary.warm_up()
     for name in sorted(formats.KNOWN):
@@ -137,19 +125,3 @@ def warm_up(vocabulary: Vocabulary) -> None:
     in_key = grammar.advance_bytes(0, b'{"')
     if in_key is not None:
         grammar.mask(in_key)  # unnamed keys, in all grammars
-
-
-def _mark() -> Path:
-    """Return the path of the mark, in numba's folder."""
-    return folder_of(walker.walk) / f"ramet-compiled-{_digest()}"
-
-
-@cache
-def _digest() -> str:
-    """Return a digest of everything that the compiled code depends on."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(source.read_bytes())
-    for version in (compiler(), str(sys.implementation.cache_tag)):
-        digest.update(version.encode())
-    return digest.hexdigest()[:16]

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ramet.errors import ConfigError, EngineStopped, InvalidRequest, RametError, RequestCancelled
+from ramet.kernels.cpu.threads import release_threads
 from ramet.runtime.cache.prefix_log import CacheChanges
 from ramet.runtime.cache.probe import Difference, TreeNode, differences, latest_paths, segments
 from ramet.runtime.cache.radix_cache import PrefixMatch
@@ -152,8 +153,6 @@ class Engine:
             self._load_adapter(name, path, lambda work: work())
         self._rest: Callable[[], None] = lambda: None
         if self.model.decoder.device.type == "cpu":
-            from ramet.kernels.cpu.threads import release_threads  # compiles CPU code: not needed for a GPU
-
             self._rest = release_threads
         self._rest()  # the engine's thread alone computes from here on
         self._thread = threading.Thread(target=self._run, name="ramet-engine", daemon=True)

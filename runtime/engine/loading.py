@@ -18,6 +18,9 @@ from typing import Any
 import torch
 
 from ramet.errors import ConfigError
+from ramet.grammar.machine import walker
+from ramet.kernels.cpu.functions import load_functions
+from ramet.loops import are_compiled
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.factory import build_runner
 from ramet.runtime.models.build import build_decoder
@@ -228,8 +231,6 @@ def prepare_compiled_code(device: torch.device, on_stage: OnStage | None) -> Non
 
     Compiling takes about 15 s. `on_stage` is told how far it is; without one, a log line is written once.
     """
-    from ramet.grammar.service import warm_up  # it brings numba and Lark: importing the engine's class does without
-
     start_s = time.monotonic()
     is_told = False
 
@@ -242,11 +243,11 @@ def prepare_compiled_code(device: torch.device, on_stage: OnStage | None) -> Non
         is_told = True
 
     if device.type == "cpu":
-        from ramet.kernels.cpu.functions import load_functions  # an engine on a GPU runs none of them
-
         load_functions(tell)
-    if not warm_up.are_compiled():
+    if not are_compiled(walker.walk):
+        from ramet.grammar.service.warm_up import load_loops  # 0.2 s, which most starts need not spend
+
         tell()
-        warm_up.load_loops()
+        load_loops()
     if is_told:
         logger.info("compiled for this CPU in %.1f s", time.monotonic() - start_s)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ramet.errors import ConfigError
+from ramet.kernels.cpu.ops import cpu_ops
+from ramet.kernels.cpu.program import KernelStream
 from ramet.kernels.ops import REFERENCE, TRITON, Ops
 from ramet.runtime.models.config import Experts, ModelConfig, Rope
 from ramet.runtime.models.decoder import Decoder
@@ -23,6 +25,7 @@ from ramet.runtime.models.layers import (
     with_ops,
 )
 from ramet.runtime.models.linear import Linear, Storage
+from ramet.runtime.models.linear_cpu import apply_tiles, block_storage
 from ramet.runtime.models.linear_fp8 import Fp8Storage, has_fp8_products
 from ramet.runtime.models.weights import Weights
 
@@ -90,11 +93,6 @@ def _build_on_cpu(
     ops: Ops | None,
 ) -> Decoder:
     """Build for the CPU. This is the only place where a model meets the code that is compiled for the CPU."""
-    # These bring numba, which takes half a second: not for a GPU.
-    from ramet.kernels.cpu.ops import cpu_ops
-    from ramet.kernels.cpu.program import KernelStream
-    from ramet.runtime.models.linear_cpu import apply_tiles, block_storage
-
     stream = KernelStream()
     if quantization == "fp8":
         storage: Storage = Fp8Storage(weights, device, torch.float32 if dtype == "auto" else dtype)

@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from rich.filesize import decimal
 
 from ramet.errors import ConfigError, UnsupportedArchitecture
+from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.catalog import resolve_model
 from ramet.runtime.models.config import ModelConfig
+from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.description import (
     GenerationDefaults,
     ModelDescription,
@@ -32,11 +34,9 @@ from ramet.runtime.models.gguf_file import GgufFile
 from ramet.runtime.models.json_file import read_json
 from ramet.runtime.models.loader_gguf import load_gguf
 from ramet.runtime.models.loader_safetensors import load_safetensors
+from ramet.runtime.models.transformers_model import import_transformers, load_transformers, transformers_decoder
 from ramet.runtime.models.weights import Weights, expected_tensors
 from ramet.runtime.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from ramet.runtime.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,6 @@ def load_model(
     the model's family, else transformers. on_stage: is told every two seconds how much is read. Raises: ModelNotFound,
     DownloadFailed, BrokenModelFile, UnsupportedArchitecture, ConfigError.
     """
-    from ramet.runtime.models.build import build_decoder
-
     start_s = time.monotonic()
     name = os.fspath(name_or_path) if name_or_path is not None else None
     path = resolve_model(name)
@@ -184,8 +182,6 @@ def is_for_transformers(path: Path, model_impl: ModelImpl, device: torch.device 
 def _load_by_transformers(
     name: str, path: Path, device: torch.device, dtype: torch.dtype | Literal["auto"], quantization: str | None
 ) -> LoadedModel:
-    from ramet.runtime.models.transformers_model import load_transformers
-
     _refuse_quantization(quantization)
     described = describe_folder(path)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -203,8 +199,6 @@ def model_in_memory(model: Any, tokenizer: Any, quantization: str | None = None)
     tokenizer: a tokenizer of transformers or of ours. None: that of the folder that the model was loaded from.
     Raises: ConfigError, UnsupportedArchitecture.
     """
-    from ramet.runtime.models.transformers_model import import_transformers, transformers_decoder
-
     transformers = import_transformers()
     if not isinstance(model, transformers.PreTrainedModel):
         raise ConfigError(f"model is a {type(model).__name__} but must be a name, a path or a model of transformers")

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from ramet.errors import BrokenModelFile, ConfigError, UnsupportedArchitecture
 from ramet.kernels.attention.extend import ExtendMetadata, gather_pages
+from ramet.kernels.cpu.ops import cpu_ops
+from ramet.kernels.cpu.program import KernelStream
 from ramet.kernels.layers.rope import write_kv_reference
 from ramet.kernels.ops import TRITON, Ops
 from ramet.runtime.models.config import ModelConfig, Rope, token_ids
@@ -186,7 +188,10 @@ def _check_kind(model: Any) -> None:  # Any: a PreTrainedModel
 
 def _layer_types(text: Any) -> Sequence[str]:
     """The kinds of layers, where a configuration has them; some compute them, so they are not among its fields."""
-    return getattr(text, "layer_types", None) or ()
+    try:
+        return text.layer_types or ()
+    except AttributeError:
+        return ()
 
 
 def _with_our_attention(model: Any, head: Any, text: Any, ids: Tensor) -> TransformersDecoder:
@@ -349,9 +354,6 @@ def _ops(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:
     """The device's ops. Steps are not recorded: transformers' products are not Ramet's kernels."""
     if device.type == "cuda":
         return TRITON
-    from ramet.kernels.cpu.ops import cpu_ops  # brings numba: not for a GPU
-    from ramet.kernels.cpu.program import KernelStream
-
     return dataclasses.replace(cpu_ops(KernelStream(), dtype, head_dim), make_record=None)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import ramet.kernels.cpu
+from ramet import loops
 from ramet.grammar.service import warm_up
 from ramet.kernels.cpu.functions import functions, load_functions
 from ramet.kernels.cpu.threads import MODULES, Kernel
@@ -45,7 +46,8 @@ def test_every_function_is_compiled_for_one_set_of_types() -> None:
 
 def test_loops_are_compiled_once_per_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mark = tmp_path / "mark"
-    monkeypatch.setattr(warm_up, "_mark", lambda: mark)
+    monkeypatch.setattr(loops, "mark_of", lambda loop: mark)
+    monkeypatch.setattr(warm_up, "mark_of", lambda loop: mark)
     monkeypatch.setattr(warm_up, "_are_loaded", threading.Event())
     told: list[str] = []
     prepare_compiled_code(torch.device("cuda"), told.append)  # a GPU needs the loops alone
@@ -58,7 +60,8 @@ def test_loops_are_compiled_once_per_machine(tmp_path: Path, monkeypatch: pytest
 def test_a_folder_that_cannot_be_written_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(warm_up, "_mark", lambda: tmp_path / "missing" / "mark")
+    monkeypatch.setattr(loops, "mark_of", lambda loop: tmp_path / "missing" / "mark")
+    monkeypatch.setattr(warm_up, "mark_of", loops.mark_of)
     monkeypatch.setattr(warm_up, "SAMPLES", ())
     monkeypatch.setattr(warm_up, "_are_loaded", threading.Event())
     with caplog.at_level("INFO"):
