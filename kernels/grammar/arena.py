@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ramet.errors import GrammarTooLarge
-from ramet.kernels.grammar.closing import IMPOSSIBLE
+from ramet.kernels.grammar.closing import IMPOSSIBLE, TokenTrie, closing_table, state_after
 from ramet.kernels.grammar.mask import (
     END,
     AutomatonTables,
@@ -44,7 +44,9 @@ from ramet.kernels.sampling.sample import GrammarTables
 FREE_STATE = 0
 CLASSES_OF_A_STATE = 64  # of bytes, which many grammars stay below: a transition each
 STATE_BYTES = 25 + 4 * CLASSES_OF_A_STATE  # of a state in all of the arena's tables
-_ROWS_PER_LAUNCH = 1024
+# Masks that are built at once: steps wait for a launch that is before them, and finding equal rows takes five times the
+# memory of the rows for a moment.
+_ROWS_PER_LAUNCH = 256
 
 
 def arena_sizes(total_bytes: int, vocab_size: int) -> dict[str, int]:
@@ -124,6 +126,7 @@ class GrammarArena:
         self._rows = _RowTable(num_special, max_mask_rows)
         self._resident: OrderedDict[Hashable, ResidentGrammar] = OrderedDict()  # least recently used first
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._wait_for_steps()  # which fill the tensors
 
     def advance(self, rows: Tensor, sampled: Tensor, state: Tensor, budgets: Budgets | None = None) -> None:
         """Run `advance_states_reference` for the slots `rows`. May be part of a CUDA graph."""
@@ -131,10 +134,14 @@ class GrammarArena:
         run(rows, sampled, state, self.automata, self.tokens, budgets)
 
     def warm_up(self) -> None:
-        """Compile the kernels that the first grammars need, by loading and removing minimal grammars."""
+        """Compile the kernels and the loops that the first grammars need, by loading and removing minimal grammars."""
+        byte_class, accepting = np.zeros(256, dtype=np.uint8), np.ones(1, dtype=np.uint8)
+        transitions = np.full((1, 1), -1, dtype=np.int32)
+        closing = closing_table(byte_class, transitions, accepting, TokenTrie.create([b"a"]))
+        state_after(byte_class, transitions, b"a")
+        refused = np.zeros((1, 2), dtype=np.int32)
         for has_ends in (False, True):
-            refused, accepting = np.full((1, 1), -1, dtype=np.int32), np.ones(1, dtype=np.uint8)
-            nothing = AutomatonTables(np.zeros(256, dtype=np.uint8), refused, accepting, has_ends=has_ends)
+            nothing = AutomatonTables(byte_class, transitions, accepting, closing, refused=refused, has_ends=has_ends)
             key = object()
             self.acquire(key, nothing)
             self._free(self._resident.pop(key))
@@ -154,8 +161,9 @@ class GrammarArena:
     def acquire(self, key: Hashable, tables: AutomatonTables) -> int:
         """Make a grammar resident, unless it is, and count a user. Returns the global number of its local state 0.
 
-        `key` identifies (grammar, vocabulary). Cost when new: an upload, one kernel for each 1,024 distinct masks, and
-        synchronisations to intern them and at the end. Steps that are launched after it may use the grammar.
+        `key` identifies (grammar, vocabulary). Cost when new: an upload, one kernel for each 256 distinct masks, and
+        synchronisations to intern them and at the end. It waits for launched steps only if it takes the place of
+        another grammar. Steps that are launched after it may use the grammar.
 
         Raises:
             GrammarTooLarge: the grammar does not fit beside the grammars in use.
@@ -170,7 +178,7 @@ class GrammarArena:
             try:
                 self._upload(resident, tables)
                 self._build(resident, tables)
-            except GrammarTooLarge:
+            except BaseException:  # also where the device has no memory left for a moment
                 self._free(resident)
                 raise
         self._resident[key] = resident
@@ -178,19 +186,20 @@ class GrammarArena:
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
-        """Work on another stream than the steps, so that they do not wait, and wait for its end.
-
-        It begins after the launched steps: they may read what was evicted.
-        """
+        """Work on another stream than the steps, so that they do not wait, and wait for its end."""
         if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.default_stream(self.mask_rows.device))
         with torch.cuda.stream(self._stream):
             try:
                 yield
             finally:
                 self._stream.synchronize()
+
+    def _wait_for_steps(self) -> None:
+        """Let what follows on the arena's stream begin after the launched steps."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.default_stream(self.mask_rows.device))
 
     def release(self, key: Hashable) -> None:
         """Count a user less. The grammar stays resident until its space is needed."""
@@ -228,6 +237,7 @@ class GrammarArena:
         if key is None:
             return False
         self._free(self._resident.pop(key))
+        self._wait_for_steps()  # some may still read it
         return True
 
     def _free(self, resident: ResidentGrammar) -> None:

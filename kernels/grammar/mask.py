@@ -15,8 +15,9 @@ automata, which the host computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from ramet.kernels.grammar.closing import ClosingTable
 
 NEVER = 0
 END = -1
+_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,34 +262,53 @@ def mask_classes(
     Returns (class_of int32 [num_states], representative int32 [num_classes]). Round k splits states by the classes of
     round k - 1 to which their bytes lead. The accepting flag counts only at the state itself, because end tokens have
     no bytes; with `has_ends` it counts after each byte whether it is 1, and the classes also serve masks without ends.
-    The refused tokens (see AutomatonTables) also count at the state itself.
-    Source: partition refinement, Moore 1956, stopped after `depth` rounds. Signatures are 64-bit sums of random values.
+    The refused tokens (see AutomatonTables) also count at the state itself. Compiled, without the interpreter's lock.
+    Source: partition refinement, Moore 1956, stopped after `depth` rounds, or where `_ROUNDS` of them split nothing. A
+    class is a 64-bit signature.
     """
     num_states, num_columns = transitions.shape
     random = np.random.default_rng(0x52414D4554)
-    values = random.integers(0, 2**64, size=num_states + 1, dtype=np.uint64)  # the last one stands for "refused"
     weights = random.integers(0, 2**64, size=num_columns, dtype=np.uint64) | np.uint64(1)
-    class_of = np.zeros(num_states + 1, dtype=np.int64)
-    class_of[-1] = num_states
-    num_classes = 1
-    own = np.zeros(num_states, dtype=np.uint64)
-    if has_ends:
-        class_of[:-1] = accepting == 1
-        num_classes = len(np.unique(accepting == 1))
-        own = (accepting == 1) * random.integers(0, 2**64, dtype=np.uint64)
-    for _ in range(depth):
-        signature = (values[class_of[transitions]] * weights).sum(axis=1, dtype=np.uint64) + own
-        _, refined = np.unique(signature, return_inverse=True)
-        class_of[:-1] = refined
-        refined_count = int(refined.max(initial=0)) + 1
+    marks = random.integers(0, 2**64, size=3, dtype=np.uint64)
+    own = np.where(accepting == 1, marks[0], marks[1]) if has_ends else np.full(num_states, marks[1])
+    signature = np.append(own, marks[2])  # the last entry stands for "refused"
+    num_classes = num_rounds = 0
+    while num_rounds < depth:
+        count = min(_ROUNDS, depth - num_rounds)
+        signature = _refine()(transitions, signature, weights, own, count)
+        num_rounds += count
+        refined_count = len(np.unique(signature))
         if refined_count == num_classes:
             break
         num_classes = refined_count
-    own = np.zeros(num_states, dtype=np.uint64)
+    parts = [signature[:-1], (accepting != 0).astype(np.uint64)]
     if refused is not None and len(refused):
         of_token = random.integers(0, 2**64, size=int(refused[:, 1].max()) + 1, dtype=np.uint64)
-        np.add.at(own, refused[:, 0], of_token[refused[:, 1]])
-    _, own_class = np.unique(own, return_inverse=True)
-    classes = (class_of[:-1] * 2 + (accepting != 0)) * (int(own_class.max(initial=0)) + 1) + own_class
-    _, representative, inverse = np.unique(classes, return_index=True, return_inverse=True)
-    return inverse.astype(np.int32), representative.astype(np.int32)
+        parts.append(np.zeros(num_states, dtype=np.uint64))
+        np.add.at(parts[-1], refused[:, 0], of_token[refused[:, 1]])
+    class_of, representative = np.zeros(num_states, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    for part in parts:
+        pairs = class_of * num_states + np.unique(part, return_inverse=True)[1]
+        _, representative, class_of = np.unique(pairs, return_index=True, return_inverse=True)
+    return class_of.astype(np.int32), representative.astype(np.int32)
+
+
+@cache
+def _refine() -> Callable[..., NDArray[np.uint64]]:
+    from ramet.loops import loop  # brings numba, as in closing.py
+
+    return loop(_refined)
+
+
+def _refined(transitions, signature, weights, own, num_rounds):  # type: ignore[no-untyped-def]
+    """Return the signatures after some rounds: each is a sum over the signatures of the following states, mixed."""
+    before, after = signature.copy(), signature.copy()
+    for _ in range(num_rounds):
+        for state in range(transitions.shape[0]):
+            total = own[state]
+            for column in range(transitions.shape[1]):
+                total += before[transitions[state, column]] * weights[column]
+            total = (total ^ (total >> np.uint64(31))) * np.uint64(0x7FB5D329728EA185)
+            after[state] = total ^ (total >> np.uint64(27))
+        before, after = after, before
+    return before

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ramet.errors import GrammarTooLarge
@@ -72,8 +73,8 @@ class DeviceGrammars:
         """Copy a grammar to the device, or find it there, for one more sequence. Each call needs a `release`.
 
         tables: those of `prepare`. has_ends: the masks have ends (see `kernels.grammar.mask`), if the tables have.
-        Returns the arena's number of the grammar's state 0; None if there is no room. Waits for the device, and for
-        other calls, so the engine's thread must not call it.
+        Returns the arena's number of the grammar's state 0; None if there is no room, also where the device has no
+        memory for making the masks. Waits for the device, and for other calls, so the engine's thread must not call it.
         """
         if not has_ends:
             tables = replace(tables, has_ends=False)
@@ -82,7 +83,7 @@ class DeviceGrammars:
                 self.arena.release(self._released.popleft())
             try:
                 return self.arena.acquire((grammar, tables.has_ends), tables)
-            except GrammarTooLarge as error:
+            except (GrammarTooLarge, torch.OutOfMemoryError) as error:
                 logger.info("the host computes the masks of a grammar: %s", error)
                 return None
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
 from ramet.errors import GrammarTooLarge
+from ramet.kernels.grammar import closing as loops_of_closing
+from ramet.kernels.grammar import mask as loops_of_masks
 from ramet.kernels.grammar.arena import FREE_STATE, GrammarArena
-from ramet.kernels.grammar.closing import TokenTrie, closing_table
+from ramet.kernels.grammar.closing import TokenTrie, closing_table, state_after
 from ramet.kernels.grammar.mask import (
     AutomatonTables,
     Budgets,
@@ -296,6 +300,60 @@ def test_a_warmed_up_arena_is_as_empty_as_a_new_one() -> None:
     arena.warm_up()
     assert arena.num_free_mask_rows == before
     assert arena.acquire("ab", ab_star()) == 4
+
+
+def test_a_warmed_up_arena_compiles_no_loop_for_the_first_grammar() -> None:
+    pytest.importorskip("numba")
+    arena = GrammarArena(token_table(), num_slots=2)
+    arena.warm_up()
+    loops: list[Any] = [*loops_of_closing._compiled(), loops_of_masks._refine()]
+    before = [len(loop.signatures) for loop in loops]
+    tables = random_automaton(3)
+    closing = closing_table(tables.byte_class, tables.transitions, tables.accepting, TokenTrie.create(TOKENS))
+    state_after(tables.byte_class, tables.transitions, b"ab")
+    arena.acquire("new", dataclasses.replace(tables, closing=closing))
+    assert [len(loop.signatures) for loop in loops] == before
+    assert all(before)
+
+
+class Stream:
+    """Notes what is asked of a stream."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def wait_stream(self, other: object) -> None:
+        self.asked.append("wait")
+
+    def synchronize(self) -> None:
+        self.asked.append("synchronize")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs a stream that does nothing")
+def test_a_new_grammar_waits_for_launched_steps_only_where_it_takes_anothers_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    arena = GrammarArena(token_table(), num_slots=2, max_states=14, max_mask_rows=14)
+    stream = Stream()
+    arena._stream = cast(Any, stream)
+    arena.acquire("a", ab_star())
+    arena.acquire("big", random_automaton(3))
+    assert stream.asked == ["synchronize"] * 2
+    arena.release("big")
+    with pytest.raises(GrammarTooLarge):
+        arena.acquire("larger", random_automaton(4, 13))
+    arena.acquire("other", random_automaton(5))
+    assert stream.asked[2:] == ["wait", "synchronize"], "what an attempt that failed has evicted counts, too"
+    arena = GrammarArena(token_table(), num_slots=2, max_states=40, max_mask_rows=2)
+    stream = Stream()
+    arena._stream = cast(Any, stream)
+    arena.acquire("a", ab_star())
+    arena.release("a")
+    one = AutomatonTables(np.zeros(256, np.uint8), np.array([[1], [-1]], dtype=np.int32), np.array([0, 1], np.uint8))
+    arena.acquire("rows", one)
+    assert stream.asked[1:] == ["wait", "synchronize"], "mask rows have places, too"
 
 
 @pytest.mark.parametrize("kind", ["reference", "triton"])

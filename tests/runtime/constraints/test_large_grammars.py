@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ramet.grammar import Vocabulary, compile_constraint
 from ramet.kernels.grammar.arena import GrammarArena, arena_sizes
@@ -58,6 +59,23 @@ def test_a_grammar_that_the_arena_has_no_room_for_stays_with_the_host() -> None:
     assert device.prepare(grammar) is None
     device, grammar = made(3, max_states=100_000, max_transitions=4096)
     assert not device.close(grammar), "transitions are limited, too"
+
+
+def test_a_grammar_for_whose_masks_the_device_has_no_memory_stays_with_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, grammar = made(1, max_grammars=1)
+    assert device.close(grammar)
+    tables = device.prepare(grammar)
+    assert tables is not None
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GrammarArena, "_intern", full)
+        assert device.acquire(grammar, tables, has_ends=True) is None
+    assert device.acquire(grammar, tables, has_ends=True) is not None, "the attempt took no place"
 
 
 @pytest.mark.parametrize("vocab_size", [49_152, 128_256, 262_208])
