@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-if "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the imports below
+import rehearsal  # noqa: F401 (before the imports below)
 
+# isort: split
 import torch
 from attention_cases import Case, Options, all_cases
+from kernel_cases import difference
 from torch import Tensor
 
 MIN_CACHE_BYTES = 256 << 20  # all caches of a case together: five times the L2 cache
@@ -79,6 +79,8 @@ def measure(case: Case, args: Options) -> list[dict[str, object]]:
             out = run(0).float()
             if expected is not None:
                 record["error"] = float((out - expected).norm() / expected.norm())
+                if not is_right(record):
+                    record["where"] = difference(out, expected)
             if not args.dry_run:
                 p20, p50, p80 = time_run(run, case.num_caches)
                 record |= {"us": p50 * 1e6, "us_p20": p20 * 1e6, "us_p80": p80 * 1e6}
@@ -105,7 +107,7 @@ def show(records: list[dict[str, object]], top: int) -> None:
         print(f"  {r['us']:8.1f} us  {speed}  err {r['error']:.1e}  {r['run']}")
     for r in records:
         if not is_right(r):
-            print(f"  WRONG {r['run']}: {r.get('failed', r.get('error'))}")
+            print(f"  WRONG {r['run']}: {r.get('failed') or r['error']} {r.get('where', '')}")
     if not timed:
         print(f"  {sum(map(is_right, records))} of {len(records)} right")
 

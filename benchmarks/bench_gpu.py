@@ -2,29 +2,32 @@
 
     python benchmarks/bench_gpu.py                      every row, a table, one JSON line last
     python benchmarks/bench_gpu.py --rows rag@50,fork@64
-    python benchmarks/bench_gpu.py --profile trace.json --rows unique@50
+    python benchmarks/bench_gpu.py --profile trace.json.gz --rows unique@50
     python benchmarks/bench_gpu.py --device cpu --tiny --scale 64 --shrink 64    a rehearsal: figures mean nothing
 
 Rows run in the order of their worth, so that an early end leaves those that decide most; `--out` gets a JSON line after
 each row, and one of all rows last.
 
 In process, without HTTP and detokenising; max 256 running, context 16,384; the cache is empty before each row; exact
-output lengths. `others` is the best of SGLang 0.5.17 and vLLM 0.26.0 on the same card type, workloads and shapes, as
-measured on 2026-11-23 (H100 SXM 80 GB, torch 2.11, CUDA 13.0). `floor` is prefill tokens x 22.2 us + steps x (GEMMs
-at that batch + KV bytes read once per shared segment / 3.04 TB/s), both measured on such a card.
+output lengths. `others` and `target` are those of gpu_report.py. `floor` is prefill tokens x 22.2 us + steps x (GEMMs
+at that batch + KV bytes read once per shared segment / 3.04 TB/s), both measured on an H100 SXM. Eight short prompts
+run before the first row: a process's first use of a library's kernels is no part of any row.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import faulthandler
 import gc
+import gzip
 import json
 import logging
 import platform
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_report import TARGETS
 from json_line import commit
 from vocabulary import make_vocabulary
 from workloads import JSON_SCHEMA, MAKERS, ROWS, Chain, Workload, shrunk
@@ -54,24 +58,6 @@ ORDER = [
     "unique@10", "mixed@64", "multiturn@256", "agentic@256", "unique@256", "jsonoff@128", "json@128", "jsonoff@1",
     "json@1",
 ]  # fmt: skip
-
-# row -> (the best of the others, first milestone, target, floor); tok/s, but ITL ms for decode1 and a ratio for json
-REFERENCE: dict[str, tuple[float, float, float, float | None]] = {
-    "decode1@1": (6.37, 6.4, 5.8, 5.63),
-    "unique@10": (1097, 0, 0, None),
-    "unique@50": (2676, 2550, 2780, 2940),
-    "rag@50": (4360, 4400, 6000, 6670),
-    "multiturn@50": (5069, 4800, 5700, 6140),
-    "agentic@50": (3710, 3600, 4400, 4730),
-    "fork@64": (3593, 5500, 8500, 9790),
-    "unique@256": (3726, 3550, 3800, 3950),
-    "rag@256": (8684, 9000, 14000, 16700),
-    "multiturn@256": (11397, 10800, 12300, 13200),
-    "agentic@256": (6400, 6300, 7700, 8200),
-    "json@1": (1.00, 0.95, 0.98, None),
-    "json@32": (0.76, 0.95, 0.98, None),
-    "json@128": (0.58, 0.95, 0.98, None),
-}
 
 
 @dataclass(slots=True)
@@ -151,9 +137,7 @@ class ChainRunner:
         self.engine.submit(prompt, sampling, grammar=self.grammar, on_output=on_output, detokenize=False)
 
 
-def run_row(
-    engine: Engine, workload: Workload, concurrency: int, grammar: Grammar | None, limit_s: float = 120.0
-) -> Measured:
+def run_row(engine: Engine, workload: Workload, concurrency: int, grammar: Grammar | None, limit_s: float) -> Measured:
     """Run one row from an empty cache."""
     engine.flush_cache()
     parent_s = None
@@ -185,22 +169,15 @@ def summary(name: str, measured: Measured) -> dict[str, Any]:  # Any: JSON
     return row
 
 
-def print_row(row: dict[str, Any], unconstrained: dict[str, float], *, is_rehearsal: bool) -> None:
+def print_row(row: dict[str, Any], *, is_rehearsal: bool) -> None:
     name = row["row"]
-    reference = None if is_rehearsal else REFERENCE.get(name)
-    figure = row["tok_s"]
-    note = ""
-    if reference is not None:
-        if name.startswith("decode1"):
-            figure = row["itl_p50_ms"]
-        elif name.startswith("json@"):
-            base = unconstrained.get(name.replace("json@", "jsonoff@"))
-            figure = round(row["tok_s"] / base, 3) if base else float("nan")
-            row["ratio"] = figure
-        others, milestone, target, floor = reference
-        note = f"others {others:>8}  first {milestone:>7}  target {target:>7}  floor {floor or '-':>6}"
+    target = None if is_rehearsal else TARGETS.get(name)
+    figure, note = row["tok_s"], ""
+    if target is not None:
+        figure = row.get(target.figure, float("nan"))
+        note = f"others {target.others:>8g}  target {target.target:>7g}  floor {target.floor or '-':>6}"
     print(
-        f"{name:14} {figure:>9}  {note:62} tok/s {row['tok_s']:>8} TTFT p50 {row['ttft_p50_ms']:>8} "
+        f"{name:14} {figure:>9}  {note:46} tok/s {row['tok_s']:>8} TTFT p50 {row['ttft_p50_ms']:>8} "
         f"p95 {row['ttft_p95_ms']:>8} ITL p50 {row['itl_p50_ms']:>6} hit {row['hit_rate']:.3f} ({row['wall_s']} s)",
         flush=True,
     )
@@ -277,7 +254,8 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="divide chains and concurrency by this: a rehearsal")
     parser.add_argument("--shrink", type=int, default=1, help="divide all lengths by this: a rehearsal")
     parser.add_argument("--most", type=int, default=1 << 30, help="chains of a row at most: a short profile")
-    parser.add_argument("--profile", default="", help="write a Chrome trace of the rows to this file")
+    parser.add_argument("--profile", default="", help="write a Chrome trace to this file: of the last row alone")
+    parser.add_argument("--row-limit", type=float, default=60.0, help="seconds after which a row has failed")
     parser.add_argument("--out", default="", help="append JSON lines to this file")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: a rehearsal")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after this time")
@@ -285,6 +263,15 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="configuration, as chunked_prefill_size=4096")
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # who got which memory, how long graphs took
     sys.exit(1 if run(parser.parse_args()) else 0)
+
+
+def start(shapes: ModelConfig, config: EngineConfig) -> tuple[Engine, float, float]:
+    """An engine with random weights that has generated; and the seconds until it was there, and had generated."""
+    begin_s = time.perf_counter()
+    engine = Engine(dummy_model(shapes, config.device), config)
+    ready_s = time.perf_counter() - begin_s
+    engine.generate([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), detokenize=False)
+    return engine, ready_s, time.perf_counter() - begin_s
 
 
 def run(args: argparse.Namespace) -> list[str]:
@@ -295,12 +282,8 @@ def run(args: argparse.Namespace) -> list[str]:
     if args.tiny:
         sizes["num_kv_tokens"] = 100_000
     config = EngineConfig.from_mapping({"device": args.device, **sizes, **overrides})
+    engine, ready_s, first_s = start(shapes, config)
     start_s = time.perf_counter()
-    model = dummy_model(shapes, args.device)
-    engine = Engine(model, config)
-    ready_s = time.perf_counter() - start_s
-    engine.generate([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), detokenize=False)
-    first_s = time.perf_counter() - start_s
     gc.collect()
     gc.freeze()  # as a server's engine does: what the start left is not searched while requests run
     print(f"start to ready {ready_s:.1f} s, to first token {first_s:.1f} s", flush=True)
@@ -327,9 +310,9 @@ def run(args: argparse.Namespace) -> list[str]:
     wanted = [name for name in args.rows.split(",") if name]
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
-    unconstrained: dict[str, float] = {}
     grammar: Grammar | None = None
-    profiler = start_profiler(args.device) if args.profile else None
+    high = min(120_000, shapes.vocab_size - 1000)
+    run_row(engine, shrunk(MAKERS["unique"](8, 1, high), 8 * args.shrink), 8, None, args.row_limit)
     for kind, concurrency, count in sorted(ROWS, key=lambda row: ORDER.index(f"{row[0]}@{row[1]}")):
         name = f"{kind}@{concurrency}"
         if wanted and name not in wanted:
@@ -341,24 +324,24 @@ def run(args: argparse.Namespace) -> list[str]:
         try:
             if kind == "json" and grammar is None:
                 grammar = compile_json_grammar(engine, args.shrink)
-            high = min(120_000, shapes.vocab_size - 1000)
             count = min(max(count // args.scale, 1), args.most)
             chosen = grammar if kind == "json" else None
-            row = measure_row(engine, kind, max(concurrency // args.scale, 1), count, high, args.shrink, chosen)
+            row = measure_row(engine, kind, max(concurrency // args.scale, 1), count, high, args, chosen)
         except Exception as error:  # the other rows still tell something
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
+            traceback.print_exc()
             failed.append(name)
             if isinstance(error, TimeoutError):
+                faulthandler.dump_traceback()  # where the engine's thread is
                 break  # what hangs would be in the way of every other row
             continue
         row["row"] = name
-        if kind == "jsonoff":
-            unconstrained[name] = row["tok_s"]
-        print_row(row, unconstrained, is_rehearsal=args.tiny)
+        base = next((other["tok_s"] for other in rows if other["row"] == f"jsonoff@{concurrency}"), None)
+        if kind == "json" and base:
+            row["ratio"] = round(row["tok_s"] / base, 3)
+        print_row(row, is_rehearsal=args.tiny)
         rows.append(row)
         write({"row": row})
-    if profiler is not None:
-        finish_profiler(profiler, args.profile, args.device)
     engine.check_integrity()
     stats = {key: value for key, value in engine.stats().items() if key in ("num_steps", "num_preemptions")}
     engine.shutdown()
@@ -368,45 +351,51 @@ def run(args: argparse.Namespace) -> list[str]:
 
 
 def measure_row(
-    engine: Engine, kind: str, concurrency: int, count: int, high: int, shrink: int, grammar: Grammar | None
+    engine: Engine,
+    kind: str,
+    concurrency: int,
+    count: int,
+    high: int,
+    args: argparse.Namespace,
+    grammar: Grammar | None,
 ) -> dict[str, Any]:
     """Run one row of a kind; first uses of a batch size, a plan or a grammar stay out of the figures."""
 
     def run_kind(count: int, seed: int) -> Measured:
-        return run_row(engine, shrunk(MAKERS[kind](count, seed, high), shrink), concurrency, grammar)
+        workload = shrunk(MAKERS[kind](count, seed, high), args.shrink)
+        return run_row(engine, workload, concurrency, grammar, args.row_limit)
 
     if kind in ("json", "jsonoff", "decode1"):
         run_kind(min(count, concurrency), 1)
-    return summary(kind, run_kind(count, 0))
+    if not args.profile:
+        return summary(kind, run_kind(count, 0))
+    with start_profiler(args.device) as profiler:
+        row = summary(kind, run_kind(count, 0))
+    profiler.export_chrome_trace(args.profile)
+    categories = ("kernel", "gpu_memcpy", "gpu_memset") if args.device != "cpu" else ("cpu_op",)
+    spans = spans_of(args.profile, categories)
+    print(kernel_table(spans))
+    return row | ({"idle_percent": round(idle_percent(spans), 2)} if spans else {})
 
 
 def start_profiler(device: str) -> Any:  # Any: torch has no public type for it
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.startswith("cuda"):
         activities = [torch.profiler.ProfilerActivity.CUDA]  # the CPU's events would slow the host down
-    profiler = torch.profiler.profile(activities=activities)
-    profiler.__enter__()
-    return profiler
-
-
-def finish_profiler(profiler: Any, path: str, device: str) -> None:
-    """Write the Chrome trace, and print the time of each kernel and how long the device did nothing."""
-    profiler.__exit__(None, None, None)
-    profiler.export_chrome_trace(path)
-    print(kernel_table(spans_of(path, ("kernel", "gpu_memcpy", "gpu_memset") if device != "cpu" else ("cpu_op",))))
+    return torch.profiler.profile(activities=activities)
 
 
 def spans_of(path: str, categories: tuple[str, ...]) -> list[tuple[float, float, str]]:
     """Begin, end (us) and name of a trace's events. From the file: torch's own event lists take minutes to build."""
-    events = json.loads(Path(path).read_text())["traceEvents"]
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt") as file:
+        events = json.load(file)["traceEvents"]
     found = [event for event in events if event.get("cat") in categories and "dur" in event]
     return sorted((event["ts"], event["ts"] + event["dur"], event["name"]) for event in found)
 
 
-def kernel_table(spans: list[tuple[float, float, str]]) -> str:
-    """What kernels took, in total; and the idle share of the middle four fifths, where the batch is full. In us."""
-    if not spans:
-        return "no kernels in the profile"
+def idle_percent(spans: list[tuple[float, float, str]]) -> float:
+    """The share of the middle four fifths of a profile, where the batch is full, in which the device did nothing: it
+    waited for the host."""
     low, high = spans[0][0], max(end for _, end, _ in spans)
     inner = [s for s in spans if low + 0.1 * (high - low) <= s[0] <= high - 0.1 * (high - low)]
     busy, reached = 0.0, inner[0][0] if inner else low
@@ -414,12 +403,19 @@ def kernel_table(spans: list[tuple[float, float, str]]) -> str:
     for start, end, _ in inner:
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
+    return 100 * (1 - busy / max(reached - first, 1e-9))
+
+
+def kernel_table(spans: list[tuple[float, float, str]]) -> str:
+    """What kernels took, in total and a step, in us; and the idle share."""
+    if not spans:
+        return "no kernels in the profile"
     totals: dict[str, tuple[float, int]] = {}
     for start, end, name in spans:
         time_us, count = totals.get(name, (0.0, 0))
         totals[name] = time_us + end - start, count + 1
     total = sum(time_us for time_us, _ in totals.values())
-    lines = [f"device idle {100 * (1 - busy / max(reached - first, 1e-9)):.2f} % of the middle of the profile"]
+    lines = [f"device idle {idle_percent(spans):.2f} % of the middle of the profile"]
     steps = max(sum(count for name, (_, count) in totals.items() if "_commit_kernel" in name), 1)  # one a step
     lines.append(f"{steps} steps of {total / steps / 1e3:.3f} ms of kernels")
     lines.append(f"{'total ms':>10} {'share':>6} {'calls':>8} {'mean us':>9} {'us a step':>9}  kernel")

@@ -19,6 +19,7 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -357,6 +358,7 @@ def print_table(records: list[Record]) -> None:
         print(f"check: {len(checks) - len(failed)} of {len(checks)} right")
         for record in failed:
             print(f"  FAILED {record['name']}: error {record['error']:.3g}, limit {record['limit']:.3g}")
+            print(f"    {record['where']}")
     for section in ("small", "sampling"):
         names = dict.fromkeys(r["name"] for r in records if r["section"] == section)
         for name in names:
@@ -419,6 +421,7 @@ def main() -> None:
         try:
             records += runs[section]()
         except Exception as error:  # the other sections still tell something
+            traceback.print_exc()
             print(f"{section}: {type(error).__name__}: {error}", flush=True)
             broken.append(section)
         if args.out:  # after every section: an early end leaves what there is

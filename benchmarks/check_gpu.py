@@ -20,6 +20,7 @@ import json
 import random
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -133,12 +134,15 @@ def greedy(engine: Engine, prompts: list[list[int]], num_tokens: int, *, togethe
     return [submit(prompt).result(timeout_s=120).token_ids for prompt in prompts]
 
 
+def num_same(text: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """The number of tokens up to the first difference."""
+    differing = (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b)
+    return next(differing, min(len(text), len(other)))
+
+
 def agreement(actual: Tokens, expected: Tokens) -> Result:
     """How many texts are equal, and at which token the others part (median)."""
-    parts = [
-        next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
-        for x, y in zip(actual, expected, strict=True)
-    ]
+    parts = [num_same(x, y) for x, y in zip(actual, expected, strict=True)]
     differing = [part for part, text in zip(parts, expected, strict=True) if part < len(text)]
     return {
         "texts": len(expected),
@@ -302,6 +306,7 @@ def main() -> None:
         try:
             result = sections[name](setting)
         except Exception as error:  # the other sections still tell something
+            traceback.print_exc()
             result = {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}
         seconds = round(time.monotonic() - begun_s, 1)
         record = {"benchmark": "gpu-checks", "section": name, **result, "seconds": seconds, "commit": commit(),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
-if "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the imports below
+from rehearsal import DRY  # before the imports below
 
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +16,6 @@ from ramet.kernels.grammar.mask import AutomatonTables, TokenTable
 from ramet.kernels.layers.gemv import GemvConfig
 from ramet.kernels.sampling import sample as sampling
 
-DRY = "--dry-run" in sys.argv
 DEVICE = "cpu" if DRY else "cuda"
 HIDDEN, INTER, HEADS, KV_HEADS, DIM, VOCAB, LAYERS = 4096, 14336, 32, 8, 128, 128_256, 32
 if DRY:
@@ -65,6 +62,25 @@ def randn(*shape: int) -> Tensor:
 
 def integers(high: int, *shape: int) -> Tensor:
     return torch.randint(0, high, shape, dtype=torch.int32, device=DEVICE)
+
+
+def difference(actual: Tensor, expected: Tensor) -> str:
+    """Where a result is wrong: how much of it, from which index on, and the largest difference.
+
+    Wrong are a NaN that is not expected, and what is off by more than a tenth of the expected values' size (their root
+    mean square); of integers everything that differs.
+    """
+    is_exact = not expected.is_floating_point()
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    gap = (actual - expected).abs().nan_to_num(nan=torch.inf)
+    wrong = gap > (0.0 if is_exact else 0.1 * float(expected.square().nanmean().sqrt()))
+    largest = np.unravel_index(int(gap.argmax()), gap.shape)
+    text = f"shape {list(gap.shape)}: {int(wrong.sum())} wrong, largest difference {float(gap.max()):.3g}"
+    text += f" at {[int(i) for i in largest]}"
+    if bool(wrong.any()):
+        first = wrong.nonzero()[0].tolist()
+        text += f", first wrong at {first}: {actual[tuple(first)]:.6g} instead of {expected[tuple(first)]:.6g}"
+    return text
 
 
 def rope_arguments(num_tokens: int) -> list[Any]:

@@ -1,17 +1,17 @@
 """Climb from the plainest engine to the fastest one, a feature a rung, and find those that a machine cannot do.
 
-    python benchmarks/ladder.py --out OUT                     on a card, 30 s a rung at most
+    python benchmarks/ladder.py --out OUT --seconds 170       on a card, 30 s a rung at most (the first: 90)
     python benchmarks/ladder.py --out OUT --device cpu --tiny --plant "tree=crash"     a rehearsal with a failure
 
 Each rung is a process of its own: an engine with the features of all rungs below that passed, and one more. It gives
 greedy texts, constrained ones among them, which are compared with those of rung 0 (eager, synchronous, no tree
 attention, grammars on the host). On a GPU all KV pages begin as NaN, so a read of what nobody wrote shows in the
-tokens. A rung that crashes, hangs or gives other tokens is left out of the rungs above, and is run again for its
-message: with CUDA_LAUNCH_BLOCKING=1, then under compute-sanitizer's memcheck.
+tokens. A rung that crashes, hangs or gives other tokens is left out of the rungs above. When all have run, it is run
+again for its message while --seconds last: with CUDA_LAUNCH_BLOCKING=1, then under compute-sanitizer's memcheck.
 
 OUT gets ladder.jsonl, two lines as each rung ends: its tokens, and what is said of them; ladder.log, all that rungs
 print, with the stacks of those that crash or hang; flags.txt, settings without the rungs that failed, for the scripts
-that come later (`--set LINE`; a line that begins with -- is an option of fit_table.py). Exit status 1 where rung 0
+that come later (`--set LINE`; a line that begins with -- is an option of fit_table.py). Exit status 3 where rung 0
 fails: nothing above it means anything then. Not here: times.
 """
 
@@ -25,6 +25,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -34,7 +35,7 @@ from statistics import fmean
 from typing import Any
 
 from bench_gpu import tiny_shapes
-from check_gpu import SCHEMA, Setting, Tokens, greedy
+from check_gpu import SCHEMA, Setting, Tokens, greedy, num_same
 from json_line import commit
 
 from ramet.grammar import Vocabulary
@@ -47,10 +48,12 @@ from ramet.runtime.models.config import ModelConfig, smollm2_135m
 from ramet.runtime.types import SamplingParams
 
 Values = dict[str, Any]  # of an engine's configuration
-TABLE = "table.json"  # in OUT, made for each rung
+TABLE = "table.json"  # made for each rung
 _NUM_TOKENS = 24
 _NUM_ALONE = 2  # prompts that also run alone
 _FOLDED_ROWS = (1, 2, 4, 8)
+_FIRST = 3  # times the limit of the others: what is compiled or read from disk for the first time
+_LEAST_S = 10.0  # no rung is begun with less
 _STACKS_S = 2.0  # for the stacks of a rung that hangs
 _LEAST_ON_GPU = 0.4  # of the tokens: bf16 breaks some ties otherwise; a wrong kernel differs early in every text
 
@@ -90,7 +93,7 @@ def values_of(on: Iterable[str], folder: Path) -> Values:
     for rung in RUNGS:
         values |= rung.on if rung.name in on else rung.off
     if "kernel_table" in values:
-        values["kernel_table"] = str(folder / values["kernel_table"])
+        values["kernel_table"] = str(folder / TABLE)
     return values
 
 
@@ -132,8 +135,10 @@ def texts(engine: Engine, prompts: list[list[int]]) -> Tokens:
     return [*alone, *together, *constrained]
 
 
-def climb_one(name: str, on: list[str], setting: Setting, out: Path, planted: str, environment: dict[str, str]) -> None:
-    """One rung, in a process of its own: append its tokens to OUT/ladder.jsonl."""
+def climb_one(
+    name: str, on: list[str], setting: Setting, out: Path, tables: Path, planted: str, environment: dict[str, str]
+) -> None:
+    """One rung, in a process of its own: append its tokens to OUT/ladder.jsonl. `tables`: the folder of TABLE."""
     log = (out / "ladder.log").open("a")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -146,7 +151,7 @@ def climb_one(name: str, on: list[str], setting: Setting, out: Path, planted: st
         os.abort()
     if planted == "hang":
         time.sleep(1e6)
-    with setting.engine(**values_of(on, out)) as engine:
+    with setting.engine(**values_of(on, tables)) as engine:
         tokens = texts(engine, setting.prompts(4 if setting.tiny else 12, seed=7))
         num_drafted = sum(value for name, value in engine.stats().items() if name.startswith("num_drafted"))
     if planted == "wrong":
@@ -169,60 +174,97 @@ def append(out: Path, record: Values) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def run_rung(
-    name: str, on: list[str], setting: Setting, out: Path, limit_s: float, planted: str, environment: dict[str, str]
-) -> tuple[Tokens, str]:
-    """Run a rung in a forked process, which has all imports and has not spoken to a card. Returns its tokens, or none
-    and the reason."""
-    arguments = name, on, setting, out, planted, environment
-    process = multiprocessing.get_context("fork").Process(target=climb_one, args=arguments)
-    process.start()
-    process.join(limit_s)
-    if process.is_alive():
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGUSR1)  # it says where it is
-        process.join(_STACKS_S)
-        process.kill()
-        process.join()
-        return [], f"no end within {limit_s:g} s"
-    if process.exitcode:
-        return [], f"exit status {process.exitcode}"
-    last = (out / "ladder.jsonl").read_text().splitlines()[-1]
-    return [tuple(text) for text in json.loads(last)["tokens"]], ""
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Where rungs write, and what they share. deadline_s: of time.monotonic(); no rung reaches beyond."""
+
+    setting: Setting
+    out: Path
+    tables: Path
+    deadline_s: float
+
+    @property
+    def shapes(self) -> ModelConfig:
+        return tiny_shapes() if self.setting.tiny else smollm2_135m()
+
+    def left_s(self) -> float:
+        return self.deadline_s - time.monotonic()
+
+    def run_rung(
+        self, name: str, on: list[str], limit_s: float, planted: str = "", environment: dict[str, str] | None = None
+    ) -> tuple[Tokens, str]:
+        """Run a rung in a forked process, which has all imports and has not spoken to a card. Returns its tokens, or
+        none and the reason."""
+        limit_s = min(limit_s, self.left_s())
+        if limit_s < _LEAST_S:
+            return [], "not run: no time left"
+        (self.tables / TABLE).write_text(table_of(on, self.shapes).to_json())
+        log = self.out / "ladder.log"
+        begin = log.stat().st_size if log.exists() else 0
+        arguments = name, on, self.setting, self.out, self.tables, planted, environment or {}
+        process = multiprocessing.get_context("fork").Process(target=climb_one, args=arguments)
+        process.start()
+        process.join(limit_s)
+        if process.is_alive():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGUSR1)  # it says where it is
+            process.join(_STACKS_S)
+            process.kill()
+            process.join(_STACKS_S)  # one that waits for a broken card may outlast even this
+            return [], f"no end within {limit_s:.0f} s"
+        if process.exitcode:
+            said = log.read_bytes()[begin:].decode(errors="replace").splitlines()
+            errors = [line for line in said if "Error" in line] or said
+            return [], f"exit status {process.exitcode}: {errors[-1][:200]}"
+        last = (self.out / "ladder.jsonl").read_text().splitlines()[-1]
+        return [tuple(text) for text in json.loads(last)["tokens"]], ""
+
+    def find_out(self, name: str, on: list[str], limit_s: float) -> None:
+        """Run a rung that failed again, so that its message names the kernel."""
+        self.run_rung(name, on, 2 * limit_s, "", {"CUDA_LAUNCH_BLOCKING": "1"})
+        limit_s = min(3 * limit_s, self.left_s())
+        if limit_s < _LEAST_S:
+            return
+        (self.tables / TABLE).write_text(table_of(on, self.shapes).to_json())
+        command = ["compute-sanitizer", "--tool", "memcheck", sys.executable, __file__, "--out", str(self.out)]
+        command += ["--device", self.setting.device, "--only", ",".join([name, *on]), "--tables", str(self.tables)]
+        with (self.out / "ladder.log").open("a") as log, suppress(FileNotFoundError, subprocess.TimeoutExpired):
+            subprocess.run(command, stdout=log, stderr=log, timeout=limit_s, check=False)
 
 
 def shares(tokens: Tokens, expected: Tokens) -> dict[str, float]:
     """How much of the texts is as expected, up to each text's first difference: of free and of constrained ones."""
 
-    def share(text: tuple[int, ...], other: tuple[int, ...]) -> float:
-        lengths = len(text), len(other)
-        differing = (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b)
-        return next(differing, min(lengths)) / max(lengths)
-
-    parts = [share(*pair) for pair in zip(tokens, expected, strict=True)]
+    parts = [num_same(a, b) / max(len(a), len(b)) for a, b in zip(tokens, expected, strict=True)]
     num_free = (len(parts) + _NUM_ALONE) // 2
     return {"free": fmean(parts[:num_free]), "constrained": fmean(parts[num_free:])}
 
 
-def climb(setting: Setting, out: Path, *, limit_s: float, plants: dict[str, str]) -> list[str]:
+def first_difference(tokens: Tokens, expected: Tokens) -> str:
+    """The first text that differs, and where."""
+    texts = enumerate(zip(tokens, expected, strict=True))
+    number, (text, other) = next((i, pair) for i, pair in texts if pair[0] != pair[1])
+    at = num_same(text, other)
+    return f"text {number} from token {at}: {text[at : at + 4]} instead of {other[at : at + 4]}"
+
+
+def climb(ladder: Ladder, *, limit_s: float, plants: dict[str, str]) -> list[str]:
     """Run all rungs, and write flags.txt as they end. Returns the names of those that failed.
 
     A rung that did not run yet is left out of what comes later, too: the time may end before it does.
     """
-    is_gpu = setting.device.startswith("cuda")
+    out, is_gpu = ladder.out, ladder.setting.device.startswith("cuda")
     least = _LEAST_ON_GPU if is_gpu else 1.0
     on: list[str] = []
     failed: list[str] = []
     expected: Tokens | None = None
-    out.mkdir(parents=True, exist_ok=True)
-    shapes = tiny_shapes() if setting.tiny else smollm2_135m()
     for rung in RUNGS:
         write_flags(on, out)
-        (out / TABLE).write_text(table_of([*on, rung.name], shapes).to_json())
-        tokens, why = run_rung(rung.name, [*on, rung.name], setting, out, limit_s, plants.get(rung.name, ""), {})
+        limit = limit_s if on else _FIRST * limit_s
+        tokens, why = ladder.run_rung(rung.name, [*on, rung.name], limit, plants.get(rung.name, ""))
         found = {} if why or expected is None else shares(tokens, expected)
-        if min(found.values(), default=1.0) < least:
-            why = "other tokens than rung 0"
+        if expected is not None and min(found.values(), default=1.0) < least:
+            why = f"other tokens than rung 0: {first_difference(tokens, expected)}"
         print(f"{rung.name:16} {why or 'ok'} {found or ''}", flush=True)
         append(out, {"rung": rung.name, "ok": not why, "why": why, "same": found, "commit": commit()})
         if not why:
@@ -234,7 +276,7 @@ def climb(setting: Setting, out: Path, *, limit_s: float, plants: dict[str, str]
             break
     write_flags(on, out)
     for name in failed if is_gpu else ():
-        find_out(name, [*on, name], setting, out, limit_s)
+        ladder.find_out(name, [*on, name], limit_s)
     return failed
 
 
@@ -243,35 +285,29 @@ def write_flags(on: list[str], out: Path) -> None:
     (out / "flags.txt").write_text("".join(flag + "\n" for flag in flags))
 
 
-def find_out(name: str, on: list[str], setting: Setting, out: Path, limit_s: float) -> None:
-    """Run a rung that failed again, so that its message names the kernel."""
-    shapes = tiny_shapes() if setting.tiny else smollm2_135m()
-    (out / TABLE).write_text(table_of(on, shapes).to_json())
-    run_rung(name, on, setting, out, 2 * limit_s, "", {"CUDA_LAUNCH_BLOCKING": "1"})
-    command = ["compute-sanitizer", "--tool", "memcheck", sys.executable, __file__, "--out", str(out)]
-    command += ["--device", setting.device, "--only", ",".join([name, *on])]  # the table is the one just written
-    with (out / "ladder.log").open("a") as log, suppress(FileNotFoundError, subprocess.TimeoutExpired):
-        subprocess.run(command, stdout=log, stderr=log, timeout=3 * limit_s, check=False)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="two small layers: a rehearsal")
     parser.add_argument("--limit", type=float, default=30.0, help="seconds of a rung")
+    parser.add_argument("--seconds", type=float, default=1e9, help="of all rungs")
     parser.add_argument("--plant", default="", help="failures to rehearse, as tree=crash,overlap=wrong (or hang)")
     parser.add_argument("--only", default="", help="a rung, and all that are on: in this process, nothing is compared")
+    parser.add_argument("--tables", type=Path, help="folder of the card's table that --only takes")
     args = parser.parse_args()
     setting = Setting(args.device, args.tiny, "", 0.0)
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.only:
         name, *on = args.only.split(",")
-        climb_one(name, on, setting, args.out, "", {"tool": "memcheck"})
+        climb_one(name, on, setting, args.out, args.tables, "", {"tool": "memcheck"})
         return
     plants = dict(item.split("=") for item in args.plant.split(",") if item)
-    failed = climb(setting, args.out, limit_s=args.limit, plants=plants)
+    with tempfile.TemporaryDirectory() as tables:
+        ladder = Ladder(setting, args.out, Path(tables), time.monotonic() + args.seconds)
+        failed = climb(ladder, limit_s=args.limit, plants=plants)
     print(f"failed: {', '.join(failed) or 'none'}")
-    sys.exit(1 if RUNGS[0].name in failed else 0)
+    sys.exit(3 if RUNGS[0].name in failed else 0)
 
 
 if __name__ == "__main__":

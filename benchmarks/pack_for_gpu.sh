@@ -12,7 +12,7 @@
 set -eu
 python=${PYTHON:-python3}
 for_python=${FOR_PYTHON:-3.12}
-part_mib=${PART_MIB:-40}
+part_mib=${PART_MIB:-32}
 cd "$(dirname "$0")/.."
 packages=(
   annotated-types gguf lark lazy-loader msgspec outlines-core platformdirs pydantic pydantic-core typing-extensions
@@ -37,6 +37,13 @@ PYTHONPATH="$PWD:${PYTHONPATH:-}" TRITON_CACHE_DIR=$cache ${KERNEL_PYTHON:-$pyth
 # What a launch needs, and what a report is made of; Triton's own intermediate forms are as much again.
 (cd "$cache" && find . \( -name '*.cubin' -o -name '*.ptx' -o -name '*.json' \) -print0 | tar -czf - --null -T -) >.whl/triton.tar.gz
 rm -r "$cache"
+# The CPU's answers, too: where minutes of a GPU count, they are not computed there.
+reference() { # name, options
+  local name=$1
+  shift
+  PYTHONPATH="$PWD:${PYTHONPATH:-}" $python benchmarks/check_gpu.py --device cpu --sections reference --reference ".whl/$name.json" "$@"
+}
+reference random
 if [ -n "${1:-}" ]; then
   # Names carry the whole file's hash: parts of two files are never put together.
   hash=$(sha256sum "$1" | cut -c1-16)
@@ -47,8 +54,6 @@ if [ -n "${1:-}" ]; then
     mkdir ".model$number"
     mv "$part" ".model$number/$hash.$number.of$count"
   done
-  # The CPU's answers, too: where minutes of a GPU count, they are not computed there.
-  PYTHONPATH="$PWD:${PYTHONPATH:-}" $python benchmarks/check_gpu.py --device cpu --model "$1" --sections reference \
-    --reference ".whl/$hash.json"
+  reference "$hash" --model "$1"
 fi
 du -sh .whl $(ls -d .model[0-9]* 2>/dev/null)

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_gpu import ORDER, REFERENCE
+from bench_gpu import ORDER
+from gpu_report import TARGETS
 from json_line import commit, print_record
 from numpy.typing import NDArray
 from workloads import MAKERS, ROWS, Chain
@@ -282,9 +283,10 @@ def main() -> None:
         values = {"uses_tree": not args.no_tree, "pads": not args.no_padding, "cuts": not args.whole_rows}
         row = simulate(kind, *sizes, config, **values, num_drafted=args.drafted, acceptance=args.acceptance)
         found.append(row)
-        others, _, target, floor = REFERENCE.get(name, ("-", 0, "-", None))
+        goal = TARGETS.get(name)
+        beside = f"others {goal.others:>6g} target {goal.target:>6g} floor {goal.floor or '-':>6}" if goal else ""
         print(
-            f"{name:14} {row['tok_s']:6} tok/s  others {others:>6} target {target:>6} floor {floor or '-':>6} TTFT p50 "
+            f"{name:14} {row['tok_s']:6} tok/s  {beside:42} TTFT p50 "
             f"{row['ttft_p50_ms']:>5} p95 {row['ttft_p95_ms']:>5} ITL {row['itl_p50_ms']:>6} hit {row['hit_rate']:.3f}"
         )
         for step, mean in {} if args.brief else row["steps"].items():
