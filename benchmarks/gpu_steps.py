@@ -72,14 +72,10 @@ class Run:
     plants: dict[str, str] = field(default_factory=dict)
     python: str = sys.executable
     last: str = ""  # words of the step before, if it failed
+    has_kernels: bool = False  # a launch found its kernel among those that came here: others will, too
 
     def steps(self) -> Iterator[Step]:
         """In the order of their worth. Limits and guesses of a part add up to more, and less, than its time."""
-        kernels, attention, checks = (
-            self.script("bench_kernels.py", *self.dry_run),
-            self.script("bench_attention.py", *self.dry_run),
-            self.script("check_gpu.py", *self.dry_device, "--out", self.lines),
-        )
 
         def command(name: str, limit_s: float, expected_s: float, words: Callable[[], list[str]]) -> Step:
             return Step(name, limit_s, expected_s, lambda step: self.run(step.name, step.limit_s, words()))
@@ -90,9 +86,14 @@ class Run:
         def profile(*more: str) -> list[str]:
             return self.bench_gpu("--rows", "decode1@1,fork@64,unique@50", "--most", "60", "--label", "profile", *more)
 
-        if self.part == "ladder" and not self.dry:
-            yield command("launch", 60, 12, lambda: self.script("smallest_launch.py", self.lines))
+        if not self.dry:
+            yield Step("launch", 60, 10, self.launch)
         yield command("compile-ahead", 60, 15, self.compile_ahead)
+        # The timing scripts compile first what they launch, in processes of their own.
+        workers = ["--workers", "0"] if self.has_kernels else []
+        kernels = self.script("bench_kernels.py", *self.dry_run, *workers)
+        attention = self.script("bench_attention.py", *self.dry_run, *workers)
+        checks = self.script("check_gpu.py", *self.dry_device, "--out", self.lines)
         if self.part == "ladder":
             checked = [*kernels, "--sections", "check", *self.to("check.json")]
             yield Step("check", 70, 40, lambda step: self.run_or_block(step, checked))
@@ -108,7 +109,7 @@ class Run:
             yield command("checks", 100, 60, lambda: [
                 *checks, *self.flags(), *self.known("random"), "--sections", "reference,same",
             ])  # fmt: skip
-            yield command("profile", 80, 55, lambda: profile("--profile", str(self.out / "trace.json.gz")))
+            yield command("profile", 100, 70, lambda: profile("--profile", str(self.out / "trace.json.gz")))
             yield command("start", 150, 60, self.start)
             yield command("grammar-soak", 70, 45, lambda: [
                 *checks, *self.flags(), "--sections", "grammar,soak", "--soak", "4" if self.dry else "25",
@@ -192,7 +193,7 @@ class Run:
         )  # fmt: skip
 
     def ladder(self) -> list[str]:
-        limits = ["--limit", str(30 * self.slack), "--seconds", str(170 * self.slack)]
+        limits = ["--limit", str(40 * self.slack), "--seconds", str(170 * self.slack)]
         return self.script("ladder.py", *self.dry_device, *limits, *self.to(""))
 
     def start(self) -> list[str]:
@@ -212,8 +213,10 @@ class Run:
         chosen = self.kept("table.json")
         words = self.script("compile_kernels.py", "--candidates", "--only", only)
         words += ["--kernel-table", str(chosen)] if chosen else []
+        count = "$(find $TRITON_CACHE_DIR -name '*.cubin' | wc -l)"
         shell = f'for share in $(seq 0 {workers - 1}); do "$@" --share "$share/{workers}" & done; wait'
-        return ["bash", "-c", f"({shell}) 2>&1 | grep -E 'BAD|Error|bad ones in use'", "compile", *words]
+        shell = f"before={count}; ({shell}) 2>&1 | grep -E 'BAD|Error'; echo $before kernels were here, now {count}"
+        return ["bash", "-c", f"{shell}; test {count} -gt 0", "compile", *words]
 
     def pytest(self) -> list[str]:
         return [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-m", "not slow"]
@@ -232,6 +235,12 @@ class Run:
         return words if self.dry else [*tools, *words]
 
     # How they run.
+
+    def launch(self, step: Step) -> int:
+        before = num_kernels()
+        status = self.run(step.name, step.limit_s, self.script("smallest_launch.py", self.lines))
+        self.has_kernels = before > 0 and num_kernels() == before
+        return status
 
     def rows(self, step: Step, wanted: list[str], label: str) -> int:
         """Measure rows in a process; once more, without a feature, those that it leaves unmeasured."""
@@ -286,11 +295,9 @@ class Run:
                 end(process, signal.SIGABRT)
             end(process, signal.SIGKILL)
         said = cut(log, offset)
-        errors = [line for line in said if "Error" in line]
         for line in said[-int(os.environ.get("LINES_SHOWN", "25")) :]:
             print(line[:240])
-        last = (errors or said or [""])[-1] if status else ""
-        return self.note(name, status, time.monotonic() - begin_s, why, last)
+        return self.note(name, status, time.monotonic() - begin_s, why, telling(said) if status else "")
 
     def note(self, name: str, status: int, seconds: float, why: str, last: str) -> int:
         left_s = self.end_s - time.monotonic()
@@ -332,7 +339,12 @@ class Run:
 
 MEMORY = ["--set", "mem_fraction_static=0.85"]  # the memory of graphs is extrapolated: nobody has seen yet how well
 REFERENCE = ["--sections", "reference"]
-AHEAD = "llama-8b,smollm2,prepare,commit,scatter,copy_pages,build_masks,advance,table"
+AHEAD = "llama-8b,smollm2,try,prepare,commit,scatter,copy_pages,build_masks,advance,table"
+
+
+def num_kernels() -> int:
+    """In Triton's cache."""
+    return sum(1 for _ in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))
 
 
 def end(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
@@ -353,6 +365,13 @@ def cut(log: Path, offset: int) -> list[str]:
             file.seek(offset)
             file.write(data)
     return [line for line in data.decode(errors="replace").splitlines() if line.strip()]
+
+
+def telling(said: list[str]) -> str:
+    """The line that tells most of a failure: the first wrong result, or the last error, or the last line."""
+    wrong = [line for line in said if "FAILED" in line or "WRONG" in line]
+    errors = [line for line in said if "Error" in line]
+    return (wrong[:1] or errors[-1:] or said[-1:] or [""])[0].strip()
 
 
 def plan(steps: Iterable[Step], all_s: float) -> str:

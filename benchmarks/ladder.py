@@ -1,6 +1,6 @@
 """Climb from the plainest engine to the fastest one, a feature a rung, and find those that a machine cannot do.
 
-    python benchmarks/ladder.py --out OUT --seconds 170       on a card, 30 s a rung at most (the first: 90)
+    python benchmarks/ladder.py --out OUT --seconds 170       on a card, 40 s a rung at most (the first: 120)
     python benchmarks/ladder.py --out OUT --device cpu --tiny --plant "tree=crash"     a rehearsal with a failure
 
 Each rung is a process of its own: an engine with the features of all rungs below that passed, and one more. It gives
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="two small layers: a rehearsal")
-    parser.add_argument("--limit", type=float, default=30.0, help="seconds of a rung")
+    parser.add_argument("--limit", type=float, default=40.0, help="seconds of a rung")
     parser.add_argument("--seconds", type=float, default=1e9, help="of all rungs")
     parser.add_argument("--plant", default="", help="failures to rehearse, as tree=crash,overlap=wrong (or hang)")
     parser.add_argument("--only", default="", help="a rung, and all that are on: in this process, nothing is compared")

@@ -72,6 +72,21 @@ def test_a_trace_gives_each_kernel_its_time_and_the_device_its_idle_share(script
     assert totals["kernel 0"][2:5] == ["50", "8.00", "200.0"]
 
 
+@pytest.mark.parametrize("script", ["kernel_cases"], indirect=True)
+def test_a_wrong_result_of_a_kernel_says_where(script: ModuleType) -> None:
+    expected = torch.ones(2, 3, 4)
+    actual = expected * 1.01
+    assert script.difference(actual, expected).startswith("shape [2, 3, 4]: 0 wrong, largest difference 0.01 at ")
+    actual[0, 2, 1], actual[1, 0, 3] = 1.5, torch.nan
+    assert script.difference(actual, expected) == (
+        "shape [2, 3, 4]: 2 wrong, largest difference inf at [1, 0, 3], first wrong at [0, 2, 1]: 1.5 instead of 1"
+    )
+    tokens = torch.tensor([5, 6, 7], dtype=torch.int32)
+    assert script.difference(tokens + tokens.eq(6), tokens) == (
+        "shape [3]: 1 wrong, largest difference 1 at [1], first wrong at [1]: 7 instead of 6"
+    )
+
+
 @pytest.mark.parametrize("script", ["simulate_rows"], indirect=True)
 def test_simulated_rows_keep_the_batch_full_and_read_shared_prefixes_once(script: ModuleType) -> None:
     row = script.simulate("rag", 32, 64, {})
