@@ -74,7 +74,9 @@ def figures(lines: Iterable[Line]) -> dict[str, list[tuple[float, str]]]:
         target = TARGETS.get(row.get("row", ""))
         if target is not None and target.figure in row and line.get("label") in WITH_FIGURES:
             found[row["row"]].append((row[target.figure], special(line)))
-    return found
+    return {
+        name: list(dict.fromkeys(runs)) for name, runs in found.items()
+    }  # a start is told twice: when it is half done
 
 
 WITH_FIGURES = ("rows", "again", 'tree_attention="off"', "cuda_graph=false")  # not those beside a profiler
@@ -121,8 +123,9 @@ def facts(lines: list[Line]) -> list[str]:
         shown += [] if mine else [f"{name}: not measured"]
     idle = {line["row"]["row"]: line["row"]["idle_percent"] for line in lines if "idle_percent" in line.get("row", {})}
     shown.append("idle share, %: " + (", ".join(f"{row} {value:g}" for row, value in idle.items()) or "not measured"))
-    costs = {line["label"]: line["row"] for line in lines if line.get("label") in ("no-tree", "deterministic")}
-    shown += [f"{label}: {row['row']} {row['tok_s']:g} tok/s" for label, row in ((k, r) for k, r in costs.items())]
+    for label in ("no-tree", "deterministic"):
+        rows = [line["row"] for line in lines if line.get("label") == label and "row" in line]
+        shown += [f"{label}: {row['row']} {row['tok_s']:g} tok/s" for row in rows]
     steps = {line["step"]: line for line in lines if line.get("benchmark") == "gpu-steps"}
     for name, line in steps.items():
         if line["status"] != 0:

@@ -161,6 +161,9 @@ def test_the_table_says_what_is_met(steps: ModuleType) -> None:
         {"benchmark": "start", "times": {"first token": {"new_s": 41.0}}},
         {"benchmark": "start", "times": {"first token": {"new_s": 41.0, "warm_s": 7.5}}},
         {"benchmark": "gpu-checks", "section": "soak", "ok": True, "finished": 9},
+        row("rag@50", "no-tree", {"tree_attention": "off"}, tok_s=4000.0),
+        {"benchmark": "gpu", "label": "no-tree", "rows": [], "failed": []},
+        {"benchmark": "gpu-card", "device": "a card", "facts": {"copy_tb_s": 3.0}},
         {"benchmark": "gpu-steps", "step": "fit", "status": -6, "why": "SIGABRT", "last": "KeyError: 'us'"},
     ]
     shown = {line[:14].strip(): line for line in report.table(lines).splitlines()}
@@ -179,6 +182,7 @@ def test_the_table_says_what_is_met(steps: ModuleType) -> None:
     assert "step fit: SIGABRT: KeyError: 'us'" in said
     assert "soak: ok, finished 9" in said
     assert "deterministic: not measured" in said
+    assert "no-tree: rag@50 4000 tok/s" in said
 
 
 @pytest.mark.slow
