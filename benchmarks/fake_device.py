@@ -34,6 +34,7 @@ DEVICE = torch.device("cuda", 0)
 TOTAL_BYTES = CARDS["h100"].total
 GRAPH_BYTES = 8 << 20  # the driver's part of a CUDA graph; assumed
 GRAMMARS = "ramet-grammar"  # the name of the threads that bring grammars to the device
+READ_BACK = "values that are read back"
 _CUDA, _META = 1, 14  # of c10::DeviceType
 
 
@@ -160,22 +161,11 @@ class FakeDevice:
         assert value.device == DEVICE, f"{kernel.fn.__name__}: a tensor on {value.device}"
         return Pointer(value.dtype, 512 + value.storage_offset() * value.element_size())
 
-    def key_of(self, kernel: Any, args: list[Any], options: dict[str, Any]) -> tuple[Any, ...]:
-        """What Triton compiles anew for: types, alignment, and integers that are 1 or multiples of 16."""
-        names = [parameter.name for parameter in kernel.params]
-        values = dict(zip(names, args, strict=False))
-        values |= {name: value for name, value in options.items() if name not in ("grid", "warmup")}
-        free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-        constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-        parts: list[tuple[str, Any]] = []
-        for name, value in values.items():
-            if isinstance(value, Pointer):
-                parts.append((name, (str(value.dtype), value.address % 16 == 0)))
-            elif isinstance(value, int) and not isinstance(value, bool) and name in names and name not in constant:
-                parts.append((name, "int" if name in free else "1" if value == 1 else value % 16 == 0))
-            elif not isinstance(value, float):
-                parts.append((name, value))
-        return kernel.fn.__name__, *parts
+    def key_of(self, kernel: Any, args: list[Any], options: dict[str, Any]) -> tuple[str, str, str]:
+        """What Triton itself compiles anew for: types, alignment, special integers, constants, options."""
+        bind = kernel.device_caches[0][-1]
+        _, specialization, rest = bind(*args, **{name: options[name] for name in options.keys() - {"grid", "warmup"}})
+        return kernel.fn.__name__, str(specialization), str(sorted(rest.items()))
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -274,7 +264,7 @@ def fake_device(*, compiles: bool, capability: int = 90) -> Iterator[FakeDevice]
 
     def tolist(tensor: torch.Tensor) -> Any:
         if tensor.device.type != "cpu":
-            device.note_wait("values that are read back")
+            device.note_wait(READ_BACK)
         return np.arange(tensor.numel()).reshape(tensor.shape).tolist()
 
     tensor = torch.tensor

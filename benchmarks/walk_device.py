@@ -7,7 +7,8 @@
         --set kv_cache_dtype='"fp8_e4m3"' --set mem_fraction_static=0.95 --set chunked_prefill_size=1024 \
         --set max_running_requests=64                        all layers: the memory is that of a card
 
-The engine starts, captures its graphs and serves requests of every kind on a device of fake tensors (fake_device.py).
+The engine starts, captures its graphs and serves requests of every kind, and of random mixes of kinds, on a device of
+fake tensors (fake_device.py).
 What a card would refuse ends the walk. Reported, and an error where the exit status is 1: kernels that are first met
 while requests run (a card's users would wait for the compiler) or one after the other at the start, waits of the host
 in overlapped steps, and with `--compile` variants that spill or do not fit. Not here: values, times.
@@ -20,10 +21,11 @@ import dataclasses
 import json
 import logging
 import os
+import random
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined
 
@@ -31,7 +33,7 @@ import numpy as np
 import torch
 from bench_gpu import MadeUpTokenizer
 from compile_kernels import Compiled, OfflineDriver, narrow_accesses, resources
-from fake_device import DEVICE, FakeDevice, fake_device
+from fake_device import DEVICE, READ_BACK, FakeDevice, fake_device
 from triton.runtime import driver
 
 from ramet.grammar import Bordered, CompiledGrammar, Vocabulary
@@ -40,6 +42,7 @@ from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.engine.factory import build_core, build_runner
 from ramet.runtime.engine.loading import carry_out
+from ramet.runtime.models.adapters import Adapters
 from ramet.runtime.models.build import build_decoder
 from ramet.runtime.models.config import ModelConfig, llama_3_1_8b, smollm2_135m
 from ramet.runtime.models.config_files import config_from_hf
@@ -55,7 +58,7 @@ from ramet.runtime.parallel.share import Share, check_size
 from ramet.runtime.speculation.speculation import Speculation
 from ramet.runtime.steps.cuda_graph import VERIFIED_TOKENS
 from ramet.runtime.steps.model_runner import ModelRunner
-from ramet.runtime.types import Grammar, Request, SamplingParams, Sequence
+from ramet.runtime.types import Adapter, Grammar, Pooling, Request, SamplingParams, Sequence
 
 QWEN = {
     "architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
@@ -115,6 +118,8 @@ class Walk:
         prefix: int = 0,
         grammar: Grammar | None = None,
         score_from: int | None = None,
+        pooling: Pooling | None = None,
+        adapter: Adapter | None = None,
         **sampling: Any,  # fields of SamplingParams
     ) -> None:
         self.num_requests += 1
@@ -123,15 +128,16 @@ class Walk:
         params = SamplingParams(**sampling)
         name = f"r{self.num_requests}"
         ends = frozenset[int]() if grammar is None else frozenset(self.vocabulary.eos_ids)
-        request = Request(name, prompt, params, max_tokens, ends, grammar, score_from=score_from)
-        self.sequences.append(self.core.add(request))
+        options = {"score_from": score_from, "pooling": pooling, "adapter": adapter}
+        self.sequences.append(self.core.add(Request(name, prompt, params, max_tokens, ends, grammar, **options)))
 
-    def run(self, name: str) -> None:
+    def run(self, name: str, arrive: Callable[[], bool] = lambda: False) -> None:
+        """Run until nothing is left to do. arrive: called before each step; adds requests, says whether more come."""
         device, core = self.device, self.core
         device.phase = name
         replays, counters = device.replays, core.scheduler.counters
         steps = counters.num_steps
-        while core.has_work:
+        while arrive() or core.has_work:
             core.step()
         core.scheduler.check_integrity()
         errors = [sequence.error for sequence in self.sequences if sequence.error is not None]
@@ -178,7 +184,7 @@ class Walk:
         return grammar
 
     def others(self) -> None:
-        """Steps for which it may."""
+        """Steps for which it may read what the device computed."""
         for grammar in (self.closed(), compile_constraint("json_schema", '{"type": "array"}', self.vocabulary)):
             for _ in range(3):
                 self.add(100, 5, grammar=grammar)
@@ -202,6 +208,73 @@ class Walk:
             for i in range(20):
                 self.add(10 + i, 30, prefix=3001)
             self.run("drafts")
+        self.mixed(80)
+
+    def mixed(self, num_requests: int) -> None:
+        """Requests of any mix of features, which come while others run."""
+        numbers, core = random.Random(0), self.core
+        grammars = [
+            self.closed(),
+            Bordered(self.closed(), self.vocabulary, lead=b" ", after=b" or more"),
+            compile_constraint("json_schema", '{"type": "array"}', self.vocabulary),
+        ]
+        adapters = [None] if core.runner.adapters is None else [None, add_adapter(core.runner.adapters)]
+        left = num_requests
+
+        def arrive() -> bool:
+            nonlocal left
+            for _ in range(min(left, numbers.choice((0, 0, 0, 1, 2, 30)))):
+                left -= 1
+                self.add_any(numbers, grammars, adapters)
+            if numbers.random() < 0.02:
+                core.abort(f"r{numbers.randint(1, self.num_requests)}")
+            return left > 0
+
+        self.run("mixed", arrive)
+
+    def add_any(
+        self, numbers: random.Random, grammars: list[CompiledGrammar | Bordered], adapters: list[Adapter | None]
+    ) -> None:
+        """Add a request of randomly chosen features."""
+        num_prompt = numbers.choice((1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 129, 600, 1500))
+        common = {"prefix": numbers.choice((0, 0, 17, 3001, 3008)), "adapter": numbers.choice(adapters)}
+        kind = numbers.random()
+        if kind < 0.1:
+            first = numbers.randint(1, num_prompt)
+            self.add(num_prompt, 0, score_from=first, logprobs=numbers.choice((None, 0, 3)), **common)
+            return
+        if kind < 0.2:
+            pooling = numbers.choice(get_args(Pooling))
+            self.add(num_prompt, 0, score_from=num_prompt if pooling == "last" else 1, pooling=pooling, **common)
+            return
+        sampling = {name: numbers.choice(values) for name, values in FEATURES.items() if numbers.random() < 0.2}
+        grammar = numbers.choice([None, None, *grammars])
+        self.add(num_prompt, numbers.randint(1, 20), grammar=grammar, **{"temperature": 0.5, **common, **sampling})
+
+
+# Values of sampling parameters that change what a step launches
+FEATURES: dict[str, tuple[Any, ...]] = {  # Any: a parameter's value
+    "temperature": (0.0, 1.3),
+    "top_k": (1, 40),
+    "top_p": (0.9,),
+    "min_p": (0.05,),
+    "frequency_penalty": (0.5,),
+    "repetition_penalty": (1.2,),
+    "logit_bias": ({5: 2.0}, dict.fromkeys(range(200), -1.0)),
+    "min_tokens": (3,),
+    "string_tokens": (4,),
+    "logprobs": (0, 1, 20),
+    "ignore_eos": (True,),
+}
+
+
+def add_adapter(adapters: Adapters) -> Adapter:
+    """An adapter of all matrices of the layers."""
+    shapes = {name: shape for name, shape in expected_tensors(adapters.config).items() if ".layers." in name}
+    pairs = {
+        name: (torch.zeros(4, shape[1]), torch.zeros(shape[0], 4)) for name, shape in shapes.items() if len(shape) == 2
+    }
+    return adapters.add("any", pairs)
 
 
 class AloneGroup(Group):
@@ -290,10 +363,12 @@ def walk(name: str, config: EngineConfig, device: FakeDevice, num_layers: int) -
     core.speculation = None
     names = steps.overlapped()
     core.speculation = drafts
-    found = [
-        f"{phase}: the host waits for {what}, {n} times" for (phase, what), n in device.waits.items() if phase in names
-    ]
     steps.others()
+    found = [
+        f"{phase}: the host waits for {what}, {n} times"
+        for (phase, what), n in device.waits.items()
+        if phase in names or (phase != "start" and what != READ_BACK)
+    ]
     found += [f"{phase}: compiles {name}" for phase, name in device.late_variants()]
     return found + [f"start: waits for {name} alone" for name in sorted(set(device.alone))]
 

@@ -49,9 +49,10 @@ class _MissingKernel:
 
 
 def jit_any_value(*names: str) -> Callable[[Callable[..., None]], Any]:
-    """Decorate a kernel as `jit` does, but compile one binary for all values of its integer arguments `names`.
+    """Decorate a kernel as `jit` does, but compile one binary for all values of its arguments `names`.
 
-    For arguments that change between launches: Triton otherwise compiles again for 1 and for multiples of 16.
+    For integers and addresses that change between launches: Triton otherwise compiles again for 1 and for multiples
+    of 16.
     """
     if not HAS_TRITON:
         return lambda kernel: _MissingKernel(kernel.__name__)

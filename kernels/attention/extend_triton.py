@@ -84,7 +84,7 @@ def attention_extend_triton(
     return out
 
 
-@jit_any_value("batch")
+@jit_any_value("batch", "kv_lens_ptr", "rows_ptr")  # parts of tables, behind the rows that verify drafts
 def _extend_kernel(
     q_ptr,
     k_ptr,

@@ -74,12 +74,12 @@ class EditTables:
         return self.words.shape[0] - 1
 
 
-def penalize_repetition(x: Tensor, repetition: float) -> Tensor:
+def penalize_repetition(x: Tensor, repetition: float | Tensor) -> Tensor:
     """Return the logits of tokens that are in the prompt or the output, fp32."""
     return torch.where(x > 0, x / repetition, x * repetition)
 
 
-def penalize_generated(x: Tensor, counts: Tensor, frequency: float, presence: float) -> Tensor:
+def penalize_generated(x: Tensor, counts: Tensor, frequency: float | Tensor, presence: float | Tensor) -> Tensor:
     """Return the logits of tokens that were generated `counts` times each (at least once), fp32."""
     return x - (frequency * counts + presence)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,11 +78,15 @@ class LaunchedStep:
         return [RowOutput(accepted(item, tuple(islice(sampled, item.num_samples)))) for item in items]
 
     def logprob(self, row: int, token: int) -> float:
-        """The log-probability of a token that was not sampled. `row`: an index among the sampled positions."""
+        """The log-probability of a token that was not sampled, read from the device: it waits for what is launched.
+
+        `row`: an index among the sampled positions.
+        """
         assert self.logprobs is not None
         index = self.logprobs.rows.index(row)
         logits = self.logprobs.logits[index : index + 1]
-        return float(compute_logprobs(logits, torch.tensor([token], device=logits.device), 0)[0])
+        (chosen,) = upload([np.asarray([token], dtype=np.int32)], logits.device)
+        return float(compute_logprobs(logits, chosen, 0)[0].tolist()[0])
 
     def _read_rows(self, tokens: list[int]) -> list[RowOutput]:
         logprobs = {} if self.logprobs is None else self._logprobs_by_row(self.logprobs)

@@ -8,11 +8,12 @@ It needs the sequence's tokens for that, so a step with such rows is not overlap
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ramet.kernels.sampling.logit_edits import (
@@ -30,33 +31,63 @@ NUM_EDIT_ROWS = 64  # 1.5 MB each at a vocabulary of 128k
 
 
 def apply_edits(logits: Tensor, rows: Seq[tuple[Sequence, int] | None]) -> Tensor:
-    """Return edited fp32 logits [R, V]; the input is not changed.
+    """Return edited fp32 logits [R, V]; the input is not changed. On a GPU, the host does not wait for it.
 
     rows: one for each row of logits, the sequence and the index of its next token, or None: no edits.
 
-    Computes `edit_logits_reference` for the tokens that a sequence's edits touch, never for the whole vocabulary.
+    Computes `edit_logits_reference` for the tokens that the sequences' edits touch, never for the whole vocabulary.
     """
-    edited = logits.float().clone() if logits.dtype == torch.float32 else logits.float()
-    for line, row in zip(edited, rows, strict=True):
-        if row is None:
-            continue
-        sequence, position = row
-        params = sequence.request.sampling
+    edits = _Edits()
+    for line, row in enumerate(rows):
+        if row is not None:
+            edits.add(line, *row)
+    edited = logits.to(torch.float32, copy=True)
+    biased, ending, seen, generated = upload(edits.tables(), logits.device)
+
+    def change(table: Tensor, edit: Callable[..., Tensor]) -> None:
+        if len(table):
+            where = table[:, 0].long(), table[:, 1].long()
+            edited[where] = edit(edited[where], *table[:, 2:].view(torch.float32).unbind(1))
+
+    change(biased, torch.add)
+    change(ending, lambda x: torch.full_like(x, -torch.inf))
+    change(seen, penalize_repetition)
+    change(generated, penalize_generated)
+    return edited
+
+
+class _Edits:
+    """The tokens that a step's edits touch. Each table is int32 [n, 2 + k]: a row of the logits, a token, the bits of k
+    floats, for biases, for tokens that must not end the text yet, for those seen, and for those generated.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[list[NDArray[np.int32]]] = [[np.zeros((0, 2 + count), np.int32)] for count in (1, 0, 1, 3)]
+
+    def add(self, line: int, sequence: Sequence, position: int) -> None:
+        """Note the edits of row `line`: of the sequence's token at `position`."""
+        params, stop_ids = sequence.request.sampling, sequence.request.stop_ids
         output = sequence.tokens(sequence.request.num_prompt, position)
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=line.device)
-            line[ids] += torch.tensor(list(params.logit_bias.values()), device=line.device)
-        if len(output) < params.min_tokens and sequence.request.stop_ids:
-            line[torch.tensor(sorted(sequence.request.stop_ids), device=line.device)] = -torch.inf
+            self._note(0, line, list(params.logit_bias), list(params.logit_bias.values()))
+        if len(output) < params.min_tokens and stop_ids:
+            self._note(1, line, sorted(stop_ids))
         if params.repetition_penalty != 1.0:
-            seen = torch.from_numpy(np.unique(sequence.tokens(0, position)).astype(np.int64)).to(line.device)
-            line[seen] = penalize_repetition(line[seen], params.repetition_penalty)
+            self._note(2, line, np.unique(sequence.tokens(0, position)), params.repetition_penalty)
         if (params.frequency_penalty or params.presence_penalty) and len(output):
-            ids_np, counts_np = np.unique(output.astype(np.int64), return_counts=True)
-            ids = torch.from_numpy(ids_np).to(line.device)
-            counts = torch.from_numpy(counts_np.astype(np.float32)).to(line.device)
-            line[ids] = penalize_generated(line[ids], counts, params.frequency_penalty, params.presence_penalty)
-    return edited
+            ids, counts = np.unique(output, return_counts=True)
+            self._note(3, line, ids, counts, params.frequency_penalty, params.presence_penalty)
+
+    def _note(self, table: int, line: int, ids: ArrayLike, *values: ArrayLike) -> None:
+        ids = np.asarray(ids, dtype=np.int32)
+        block = np.empty((len(ids), 2 + len(values)), dtype=np.int32)
+        block[:, 0], block[:, 1] = line, ids
+        for column, value in enumerate(values, 2):
+            block[:, column] = np.asarray(value, dtype=np.float32).view(np.int32)
+        self._tables[table].append(block)
+
+    def tables(self) -> list[NDArray[np.int32]]:
+        return [np.concatenate(blocks) for blocks in self._tables]
 
 
 class LogitEdits:

@@ -329,9 +329,8 @@ class ModelRunner:
         self.kv_cache.copy_pages(none, none, none)
         if self.arena is not None:
             self.arena.warm_up()
-            return
-        for num_rows in (1, self.slots.num_slots):  # masks of the host come to the sampler
-            self._sampler.warm_up_masks(num_rows, self.slots.dummy)
+        for num_rows in (1, self.slots.num_slots):
+            self._sampler.warm_up(num_rows, self.slots.dummy)
 
     def computes_run(self, num_tokens: int, num_rows: int, kv_len: int) -> bool:
         """Return True if a row's known tokens should be computed in one step instead of one decode step per token.

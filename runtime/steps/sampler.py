@@ -136,13 +136,17 @@ class Sampler:
         values, top_values, top_ids = (torch.cat(column) for column in zip(*parts, strict=True))
         return Scores(values, top_ids, top_values)
 
-    def warm_up_masks(self, num_rows: int, dummy_slot: int) -> None:
-        """Compile the kernels that sample with the host's masks: no graph contains them."""
+    def warm_up(self, num_rows: int, dummy_slot: int) -> None:
+        """Launch all variants of the sampling kernels: those of logits that the host has edited or masks, too."""
         device, vocab_size = self._decoder.device, self._decoder.config.vocab_size
         slots = torch.full((num_rows,), dummy_slot, dtype=torch.int32, device=device)
-        logits = torch.zeros((num_rows, vocab_size), dtype=self._decoder.dtype, device=device)
-        mask = torch.full((num_rows, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
-        self._decoder.ops.sample(logits, self._sampling, slots, torch.zeros_like(slots), mask, None)
+        masks = [None]
+        if self._arena is None:  # otherwise its rows hold the host's masks
+            masks.append(torch.full((num_rows, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device))
+        for dtype in dict.fromkeys((self._decoder.dtype, torch.float32)):
+            logits = torch.zeros((num_rows, vocab_size), dtype=dtype, device=device)
+            for mask in masks:
+                self._decoder.ops.sample(logits, self._sampling, slots, torch.zeros_like(slots), mask, None)
 
     def _commit(self, slots: Tensor, tokens: Tensor, positions: Tensor) -> None:
         """Advance the slots' automata, which may replace a token to close a text, then store and count the tokens."""
