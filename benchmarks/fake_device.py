@@ -30,7 +30,7 @@ from triton.runtime import jit
 from ramet.runtime.engine import core
 from ramet.runtime.engine.sizing import ASSUMED_BYTES, CARDS
 
-DEVICE = torch.device("cuda", 0)
+DEVICE = torch.device("cuda", 1)  # not the one that is current at first
 TOTAL_BYTES = CARDS["h100"].total
 GRAPH_BYTES = 8 << 20  # the driver's part of a CUDA graph; assumed
 GRAMMARS = "ramet-grammar"  # the name of the threads that bring grammars to the device
@@ -125,6 +125,7 @@ class FakeDevice:
     waits: dict[tuple[str, str], int] = field(default_factory=dict)  # (phase, what the host waits for)
     kernels: dict[str, Any] = field(default_factory=dict)  # compiled, by hash
     memory: Memory = field(default_factory=lambda: Memory())
+    current: threading.local = field(default_factory=threading.local)  # index: of this thread's current device
 
     def note_wait(self, what: str) -> None:
         assert not self.is_capturing, f"{what} inside a capture"
@@ -133,12 +134,23 @@ class FakeDevice:
         key = self.phase, what
         self.waits[key] = self.waits.get(key, 0) + 1
 
+    def current_device(self) -> int:
+        return getattr(self.current, "index", 0)
+
+    @contextlib.contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        """Use a stream of the device, and with it the device, in this thread."""
+        before, self.current.index = self.current_device(), DEVICE.index
+        yield
+        self.current.index = before
+
     def late_variants(self) -> list[tuple[str, str]]:
         """Phases and kernels that were first launched after the start: they compile while requests wait."""
         return sorted({(phase, key[0]) for key, phase in self.variants.items() if phase != "start"})
 
     def launch(self, run: Callable[..., Any], kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         self.launches[self.phase] = self.launches.get(self.phase, 0) + 1
+        assert self.current_device() == DEVICE.index, f"{kernel.fn.__name__}: launched on another device"
         assert all(size > 0 for size in options["grid"]), f"{kernel.fn.__name__}: an empty grid"
         assert all(size < 65_536 for size in options["grid"][1:]), f"{kernel.fn.__name__}: a grid too large"
         replaced = [self.pointer(kernel, value) for value in args]
@@ -209,6 +221,7 @@ class Graph:
 
     def capture_begin(self, **options: Any) -> None:
         assert not self.device.is_capturing
+        assert self.device.phase == "start", "a capture while requests run"
         self.device.is_capturing = True
         self.device.memory.begin_capture()
 
@@ -276,13 +289,13 @@ def fake_device(*, compiles: bool, capability: int = 90) -> Iterator[FakeDevice]
     stream = SimpleNamespace(synchronize=lambda: device.note_wait("a stream"), wait_stream=nothing, cuda_stream=0)
     cuda = {
         "is_available": lambda: True,
-        "set_device": nothing,
-        "current_device": lambda: 0,
+        "set_device": lambda chosen: setattr(device.current, "index", torch.device(chosen).index),
+        "current_device": device.current_device,
         "synchronize": lambda *args: device.note_wait("the device"),
         "Stream": lambda *args, **options: stream,
         "current_stream": lambda *args: stream,
         "default_stream": lambda *args: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
+        "stream": device.stream,
         "Event": Event,
         "CUDAGraph": graph,
         "graph_pool_handle": lambda: (0, 0),

@@ -10,14 +10,16 @@
 The engine starts, captures its graphs and serves requests of every kind, and of random mixes of kinds, on a device of
 fake tensors (fake_device.py).
 What a card would refuse ends the walk. Reported, and an error where the exit status is 1: kernels that are first met
-while requests run (a card's users would wait for the compiler) or one after the other at the start, waits of the host
-in overlapped steps, and with `--compile` variants that spill or do not fit. Not here: values, times.
+while requests run (a card's users would wait for the compiler) or one after the other at the start, garbage that holds
+memory of the device, waits of the host in overlapped steps, and with `--compile` variants that spill or do not fit. Not
+here: values, times.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -353,7 +355,12 @@ def walk(name: str, config: EngineConfig, device: FakeDevice, num_layers: int) -
         other = build_runner(decoder_of(1, shapes, weights, config), config, AloneGroup(1, config.tp))
         parts = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
         model = SharedModel(**parts, peers=OtherRankHere(other), group=AloneGroup(0, config.tp))
+    gc.disable()
     core = build_core(model, config)
+    before = device.memory.allocated
+    gc.enable()
+    gc.collect()
+    garbage = (before - device.memory.allocated) / 2**20
     tokens = (core.runner.kv_cache.num_pages - 1) * core.runner.kv_cache.page_size
     print(f"    start      {device.launches['start']:5d} launches, {tokens:,} tokens of KV, {device.memory}")
     vocabulary = Vocabulary(
@@ -370,6 +377,8 @@ def walk(name: str, config: EngineConfig, device: FakeDevice, num_layers: int) -
         if phase in names or (phase != "start" and what != READ_BACK)
     ]
     found += [f"{phase}: compiles {name}" for phase, name in device.late_variants()]
+    if garbage > 1:
+        found.append(f"start: {garbage:.0f} MiB of the device are garbage")
     return found + [f"start: waits for {name} alone" for name in sorted(set(device.alone))]
 
 

@@ -12,7 +12,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any  # kernels are compiled by Triton, which has no types of its own
 
-__all__ = ["HAS_TRITON", "cdiv", "compiling", "jit", "jit_any_value", "next_power_of_two", "tl", "wait_for_previous"]
+import torch
+
+__all__ = [
+    "HAS_TRITON",
+    "cdiv",
+    "compiling",
+    "jit",
+    "jit_any_value",
+    "next_power_of_two",
+    "tl",
+    "use_device",
+    "wait_for_previous",
+]
 
 _is_compiling: ContextVar[bool] = ContextVar("ramet_is_compiling", default=False)
 
@@ -81,6 +93,12 @@ def compiling(num_threads: int) -> Iterator[None]:
             yield
         finally:
             _is_compiling.reset(before)
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU the current device of this thread: Triton launches on the current one, wherever its tensors are."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def next_power_of_two(value: int) -> int:

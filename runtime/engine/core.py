@@ -17,9 +17,10 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict
 
+import torch
 from torch import Tensor
 
-from ramet.errors import InvalidRequest
+from ramet.errors import InvalidRequest, OutOfMemory
 from ramet.runtime.cache.probe import pages_of
 from ramet.runtime.cache.radix_cache import PrefixMatch
 from ramet.runtime.constraints.states import GrammarStates
@@ -294,6 +295,12 @@ class EngineCore:
         self._launched_s.clear()
         self.runner.check_device()
         self._has_failed = self._num_held > 0
+        if isinstance(error, torch.OutOfMemoryError):
+            told = OutOfMemory(
+                f"a step did not fit in the memory of {self.runner.device}; lower --mem-fraction-static, "
+                f"--chunked-prefill-size or --max-running-requests: {error}"
+            )
+            told.__cause__, error = error, told
         logger.error("a step failed; what ran in it ends, the engine goes on", exc_info=error)
         return [(s, RowOutput()) for s in self.scheduler.fail_running(error)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from ramet.kernels.grammar.arena import GrammarArena, arena_sizes
 from ramet.kernels.grammar.mask import TokenTable
 from ramet.kernels.layers.kv_fp8 import FP8
 from ramet.kernels.sampling.logit_edits import EditTables
+from ramet.kernels.triton_support import use_device
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.constraints.device_grammars import DeviceGrammars
@@ -153,12 +155,6 @@ def load_draft_model(model: LoadedModel, config: EngineConfig, context_length: i
     small: dict[str, object] = {"context_length": min(context_length, longest), "num_kv_tokens": DRAFT_KV_TOKENS}
     none: dict[str, object] = {"lora": (), "max_loras": None}  # adapters belong to the larger model
     return DraftModel(build_runner(draft.decoder, config.changed(small | none)))
-
-
-def use_device(device: torch.device) -> None:
-    """Make a GPU the current device of this thread: kernels are launched on the current device."""
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
 
 
 def build_runner(
@@ -376,6 +372,7 @@ def measure_steps(
             f"{max(num_tokens // 4, 256):,}, or --max-running-requests from {config.max_running_requests}"
         ) from error
     del runner, kv_cache, slots
+    gc.collect()  # graphs and their steps refer to each other, and hold memory that KV pages should get
     torch.cuda.empty_cache()
     return peak + logits_bytes(config.max_running_requests, decoder.config.vocab_size), graphs
 

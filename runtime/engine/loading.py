@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ramet.errors import ConfigError
+from ramet.errors import ConfigError, OutOfMemory
 from ramet.grammar.machine import walker
 from ramet.kernels.cpu.functions import load_functions
 from ramet.loops import are_compiled
@@ -111,6 +111,16 @@ def load(
         return model_in_memory(model, tokenizer, config.quantization)
     if tokenizer is not None:
         raise ConfigError("a tokenizer can be given only with a model in memory; others have their own")
+    try:
+        return _load_named(model, config, on_stage)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the weights of {model} do not fit on {config.device}; free its memory, take "
+            f"--quantization fp8, --tp or a smaller model (`ramet size` says what fits): {error}"
+        ) from error
+
+
+def _load_named(model: str | None, config: EngineConfig, on_stage: OnStage | None) -> LoadedModel:
     if config.tp > 1:
         return _load_parts(model, config)
     if model == TINY_MODEL:

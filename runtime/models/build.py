@@ -14,6 +14,7 @@ from ramet.errors import ConfigError
 from ramet.kernels.cpu.ops import cpu_ops
 from ramet.kernels.cpu.program import KernelStream
 from ramet.kernels.ops import REFERENCE, TRITON, Ops
+from ramet.kernels.triton_support import use_device
 from ramet.runtime.models.config import Experts, ModelConfig, Rope
 from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.layers import (
@@ -48,6 +49,7 @@ def build_decoder(
     Raises: ConfigError.
     """
     device = torch.device(device)
+    use_device(device)  # a kernel rounds weights to FP8
     if not isinstance(weights, Weights):
         weights = Weights.from_tensors(weights)
     if device.type == "cpu":

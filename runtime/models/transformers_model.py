@@ -28,6 +28,7 @@ from ramet.kernels.cpu.ops import cpu_ops
 from ramet.kernels.cpu.program import KernelStream
 from ramet.kernels.layers.rope import write_kv_reference
 from ramet.kernels.ops import TRITON, Ops
+from ramet.kernels.triton_support import use_device
 from ramet.runtime.models.config import ModelConfig, Rope, token_ids
 from ramet.runtime.models.decoder import Decoder, ForwardContext
 from ramet.runtime.models.layers import attend_over_cache
@@ -147,6 +148,7 @@ def transformers_decoder(model: Any) -> TransformersDecoder:  # Any: a PreTraine
     Raises: UnsupportedArchitecture naming what the engine cannot run.
     """
     import_transformers()
+    use_device(model.device)
     model.eval()
     model.set_attn_implementation("eager")  # also of a model that an engine had before
     _check_kind(model)
@@ -160,6 +162,8 @@ def transformers_decoder(model: Any) -> TransformersDecoder:  # Any: a PreTraine
         try:
             decoder = make(model, head, text, ids)
             difference = _difference(decoder, ids, expected)
+        except torch.OutOfMemoryError:  # which is a RuntimeError, and says nothing of the architecture
+            raise
         except (_OtherAttentionError, TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
             reasons.append(f"{type(error).__name__}: {error}")
             continue

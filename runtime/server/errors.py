@@ -15,6 +15,7 @@ from ramet.errors import (
     GrammarError,
     InvalidProgram,
     InvalidRequest,
+    OutOfMemory,
     Overloaded,
     RametError,
     RequestCancelled,
@@ -109,7 +110,7 @@ class HttpError(Exception):
             return cls(400, message, param="graph", code="invalid_program", error_class=name)
         if isinstance(error, RequestCancelled):
             return cls(499, message, kind="cancelled", code="cancelled", error_class=name)
-        if isinstance(error, EngineStopped):
+        if isinstance(error, EngineStopped | OutOfMemory):  # of a step: the request is not to blame
             return cls(
                 503, message, kind="server_error", code="engine_unavailable", retry_after_s=2.0, error_class=name
             )

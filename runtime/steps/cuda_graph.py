@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,8 +65,11 @@ def cuda_capture(device: torch.device) -> GraphCapture:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 body()
-            finally:
-                graph.capture_end()
+            except BaseException:  # of a capture that has failed, the end fails too, for no reason worth telling
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         torch.cuda.synchronize(device)
         return graph.replay
 

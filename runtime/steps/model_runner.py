@@ -24,10 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ramet.errors import EngineStopped
 from ramet.kernels.attention.plan import AttentionTiles
 from ramet.kernels.grammar.arena import FREE_STATE, GrammarArena
 from ramet.kernels.slots.tables import COLUMNS, scatter_rows, upload
-from ramet.kernels.triton_support import compiling
+from ramet.kernels.triton_support import compiling, use_device
 from ramet.runtime.constraints.states import HostMasks
 from ramet.runtime.models.adapters import Adapters
 from ramet.runtime.models.decoder import Decoder
@@ -264,19 +265,25 @@ class ModelRunner:
         self.kv_cache.copy_pages(source, target, num_tokens)
 
     def use_device(self) -> None:
-        """Make the device current in this thread: Triton launches on the current device."""
-        if self.device.type == "cuda" and self.device.index is not None:
-            torch.cuda.set_device(self.device)
+        """Make the device current in this thread."""
+        use_device(self.device)
 
     def check_device(self) -> None:
-        """Wait for the device. Raises if it is lost: after an illegal access every later CUDA call fails.
+        """Wait for the device. Raises EngineStopped if it is lost: after an illegal access every later CUDA call fails.
 
-        Also raises if another rank is lost, or if this one failed within a step that the others ran.
+        Also raises it if another rank is lost, or if this one failed within a step that the others ran.
         """
         if self.peers is not None:
             self.peers.check()
-        if self.device.type == "cuda":
+        if self.device.type != "cuda":
+            return
+        try:
             torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            raise EngineStopped(
+                f"nothing runs on {self.device} in this process any more ({str(error).splitlines()[0]}): start a new "
+                "process, as a server does by itself; with CUDA_LAUNCH_BLOCKING=1 its log names the kernel that failed"
+            ) from error
 
     def make_graphs(
         self, max_extend: int = 0, capture: GraphCapture | None = None, decoder: Decoder | None = None

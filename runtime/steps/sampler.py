@@ -140,7 +140,7 @@ class Sampler:
         """Launch all variants of the sampling kernels: those of logits that the host has edited or masks, too."""
         device, vocab_size = self._decoder.device, self._decoder.config.vocab_size
         slots = torch.full((num_rows,), dummy_slot, dtype=torch.int32, device=device)
-        masks = [None]
+        masks: list[Tensor | None] = [None]
         if self._arena is None:  # otherwise its rows hold the host's masks
             masks.append(torch.full((num_rows, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device))
         for dtype in dict.fromkeys((self._decoder.dtype, torch.float32)):

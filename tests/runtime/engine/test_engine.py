@@ -24,8 +24,10 @@ from ramet.errors import (
     ContextOverflow,
     EngineStopped,
     InvalidRequest,
+    OutOfMemory,
     RequestCancelled,
 )
+from ramet.runtime.engine import loading
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.testing.bare_cache import BareCache
@@ -397,6 +399,43 @@ def test_a_step_that_fails_ends_what_ran_in_it_and_the_engine_goes_on(
         engine.generate("x", GREEDY)
     assert engine.generate("alive", GREEDY).text
     assert "a step failed" in caplog.text
+
+
+def test_a_step_that_does_not_fit_names_the_way_out(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = engine._core.runner
+    launch = runner.launch
+
+    def full(*args: object, **options: object) -> object:
+        monkeypatch.setattr(runner, "launch", launch)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(runner, "launch", full)
+    with pytest.raises(OutOfMemory, match=r"lower --mem-fraction-static.*Tried to allocate 2 GiB"):
+        engine.generate("x", GREEDY)
+    assert engine.generate("alive", GREEDY).text
+
+
+def test_weights_that_do_not_fit_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> LoadedModel:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(loading, "load_model", full)
+    with pytest.raises(OutOfMemory, match=r"the weights of any do not fit.*ramet size.*Tried to allocate 2 GiB"):
+        Engine("any", device="cpu")
+
+
+def test_a_lost_device_names_the_way_out(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nFor debugging consider ...")
+
+    with Engine(tiny_model, num_kv_tokens=4096) as engine:
+        runner = engine._core.runner
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    runner.device = torch.device("cuda", 0)
+    with pytest.raises(
+        EngineStopped, match=r"cuda:0 .* \(CUDA error: an illegal .* encountered\): start a new process"
+    ):
+        runner.check_device()
 
 
 def test_a_lost_device_ends_the_engine_and_tells_everybody(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
+from ramet.errors import OutOfMemory
 from ramet.runtime.server.errors import HttpError
 from ramet.runtime.server.native.bodies import GenerateBody
 from ramet.runtime.server.openai.bodies import ChatBody, CompletionBody
@@ -111,3 +112,8 @@ def test_integers_with_a_fraction_of_zero_are_taken_wherever_they_stand() -> Non
     many = json.dumps({"text": "a", "sampling_params": [{"n": 2.0}] * 40}).encode()
     with pytest.raises(HttpError, match="write 16, not"):
         parsed(GenerateBody, many, 10_000)
+
+
+def test_memory_that_ends_in_a_step_is_no_fault_of_the_request() -> None:
+    error = HttpError.of(OutOfMemory("a step did not fit"))
+    assert (error.status, error.retry_after_s, str(error)) == (503, 2.0, "a step did not fit")

@@ -223,22 +223,28 @@ def test_only_a_numbered_device_is_made_current(tiny_model: LoadedModel, monkeyp
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_collected_during_a_capture(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+def test_nothing_is_collected_during_a_capture_whose_error_is_told(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
     collects: list[bool] = []
+
+    def capture_end() -> None:
+        if fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     def body() -> None:
         collects.append(gc.isenabled())
         if fails and len(collects) == 2:
-            raise RuntimeError("the body fails while it is captured")
+            raise torch.OutOfMemoryError("the body fails while it is captured")
 
-    nothing = SimpleNamespace(capture_begin=lambda **options: None, capture_end=lambda: None, replay=lambda: None)
+    nothing = SimpleNamespace(capture_begin=lambda **options: None, capture_end=capture_end, replay=lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: nothing)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     capture = cuda_capture(torch.device("cuda"))
-    with pytest.raises(RuntimeError) if fails else nullcontext():
+    with pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
         capture(body)
     assert collects == [False, False]
     assert gc.isenabled()
