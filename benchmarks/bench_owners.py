@@ -2,11 +2,16 @@
 
     python benchmarks/bench_owners.py [--times 10] [--edits] [--seconds 60] [--out benchmarks/results/owners.jsonl]
 
+    python benchmarks/bench_owners.py --branches 20000 [--out benchmarks/results/owners.jsonl]
+
 SmolLM2-135M-Instruct in this process. Each client asks one request after another, of 20 to 120 new tokens of prompt and
 of answer. The small key has one client, the other one `--times` as many. At its share: the small key is alone, and the
 engine rests after each step as long as the step took, so that it has half of the machine's time. The target is a p95
 beside of at most 1.3 times the p95 at its share. Gap: the longest time between two tokens of the small key. `--edits`:
 the other one asks for log-probabilities, penalties and biases, which a CPU's host applies (`--times 128`: the worst).
+`--branches`: instead, a server without keys, a program of so many branches, and beside it small chats of another
+client, one after the other for two thirds of `--seconds`: milliseconds to their first token, and the tokens that the
+server wrote in a second before and meanwhile. A chat that has no token by the end counts as that long.
 """
 
 from __future__ import annotations
@@ -20,13 +25,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import httpx
 import msgspec
 import numpy as np
 import torch
+from bench_ttft import SYSTEM, first_token_ms, served
 from json_line import commit, print_record
 from rich.console import Console
 from rich.table import Table
 
+from ramet import Remote, State, function, gen
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.types import SamplingParams
@@ -92,6 +100,51 @@ def half_a_step(core: EngineCore) -> list[Any]:  # Any: updates
     return updates
 
 
+@function
+def many(s: State, count: int) -> None:
+    """A prefix of about 512 tokens, and branches that all go on from it."""
+    s += SYSTEM
+    branches = s.fork(count)
+    branches += lambda i: f"Question {i}: "
+    branches += gen("answer", max_tokens=64, ignore_eos=True)
+
+
+def written_tokens(http: httpx.Client) -> float:
+    """Tokens that the server has decoded since its start."""
+    lines = http.get("/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith("ramet_decoded_tokens_total"))
+
+
+def beside_branches(url: str, branches: int, seconds: float) -> dict[str, Any]:  # Any: JSON
+    """Run the program, and after a third of the time small chats beside it."""
+    waits, last_s = list[float](), 0.0
+    with httpx.Client(base_url=url, timeout=httpx.Timeout(seconds), trust_env=False) as http:
+        model = http.get("/v1/models").json()["data"][0]["id"]
+        first_token_ms(http, model, "Numbers only. " * 40, "Begin.")
+        thread = threading.Thread(target=lambda: many.run(branches, backend=Remote(url)).error(), daemon=True)
+        thread.start()
+        while written_tokens(http) < 500:
+            time.sleep(0.1)
+        start_s, tokens = time.monotonic(), written_tokens(http)
+        time.sleep(seconds / 3)
+        alone = (written_tokens(http) - tokens) / (time.monotonic() - start_s)
+        start_s, tokens, last_s = time.monotonic(), written_tokens(http), time.monotonic() + seconds * 2 / 3
+        while (left_s := last_s - time.monotonic()) > 1:
+            http.timeout = httpx.Timeout(left_s)
+            try:
+                waits.append(first_token_ms(http, model, "Short.", f"Say {len(waits)}.")[0])
+            except httpx.TimeoutException:
+                waits.append(1000 * left_s)
+        beside = (written_tokens(http) - tokens) / (time.monotonic() - start_s)
+    return {
+        "chats": len(waits),
+        "p50_ms": round(float(np.percentile(waits, 50))),
+        "most_ms": round(max(waits)),
+        "alone_tok_s": round(alone, 1),
+        "beside_tok_s": round(beside, 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -99,7 +152,23 @@ def main() -> None:
     parser.add_argument("--edits", action="store_true")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--branches", type=int, default=0)
     args = parser.parse_args()
+    if args.branches:
+        with served(None, args.model) as url:
+            found = beside_branches(url, args.branches, args.seconds)
+        print_record(
+            {
+                "benchmark": "branches",
+                "commit": commit(),
+                "device": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "branches": args.branches,
+                **found,
+            },
+            args.out,
+        )
+        return
     with Engine(args.model) as engine:
         both = {"small": 1, "big": args.times}
         measure(engine, both, min(args.seconds, 10.0), args.edits, seed=0)  # warm-up; steps are measured

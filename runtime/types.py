@@ -65,18 +65,21 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Options of a request, besides prompt and sampling. A wrong value raises InvalidRequest naming the field.
 
     `cache_salt`: requests share cached prefixes only with requests of the same salt. `program_id`: the program that the
-    request belongs to. `owner`: whose request it is; owners share the engine's time fairly. Of one owner's requests,
-    lower `priority` values run first. `deadline_s`: seconds from submission until the request is aborted. `score_from`:
-    generate nothing, and return the log-probabilities of `prompt_ids[score_from:]`, with the `logprobs` most likely
-    tokens of each position, if the sampling parameters ask for some. `draft`: text that the answer is expected to be
-    like, such as a file that it changes a little; only its speed depends on it (EngineConfig.speculative). `adapter`:
-    the name of a loaded adapter; empty: the model alone. `pooling`: generate nothing, and return one vector of the
-    prompt; "model": as the model's files say.
+    request belongs to. `owner`: whose request it is; owners share the engine's time fairly. `task`: what the owner
+    asked for at once, and the request is part of; the tasks of one owner share its time. Empty: the request alone is
+    one. Of one task's requests, lower `priority` values run first, and of one owner's tasks the requests of lower ones.
+    `deadline_s`: seconds from submission until the request is aborted. `score_from`: generate nothing, and return the
+    log-probabilities of `prompt_ids[score_from:]`, with the `logprobs` most likely tokens of each position, if the
+    sampling parameters ask for some. `draft`: text that the answer is expected to be like, such as a file that it
+    changes a little; only its speed depends on it (EngineConfig.speculative). `adapter`: the name of a loaded adapter;
+    empty: the model alone. `pooling`: generate nothing, and return one vector of the prompt; "model": as the model's
+    files say.
     """
 
     cache_salt: str = ""
     program_id: str | None = None
     owner: str = ""
+    task: str = ""
     priority: int = 0
     deadline_s: float | None = None
     score_from: int | None = None
@@ -100,6 +103,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise wrong_option("program_id", self.program_id, "text, or None")
         if not isinstance(self.owner, str):
             raise wrong_option("owner", self.owner, "text")
+        if not isinstance(self.task, str):
+            raise wrong_option("task", self.task, "text")
         if type(self.priority) is not int or abs(self.priority) > MAX_INT32:
             raise wrong_option("priority", self.priority, f"an integer up to {MAX_INT32}")
         if self.deadline_s is not None and not _is_seconds(self.deadline_s):
@@ -145,7 +150,7 @@ class Request:
     the `sampling.logprobs` most likely tokens of each position. `expected_ids`: the draft that the
     client gave; only the answer's speed depends on it. `adapter`: its cached prefixes are its own.
     `pooling`: with `score_from`, before which prefixes may come from the cache; hidden states are pooled, not scored.
-    `deadline_s`: of time.monotonic(). `owner`, `priority`: as in RequestOptions.
+    `deadline_s`: of time.monotonic(). `owner`, `task`, `priority`: as in RequestOptions.
     `num_prompt + max_tokens` never exceeds the context: `engine/validation.py`, which makes requests, checks it.
     """
 
@@ -158,6 +163,7 @@ class Request:
     cache_salt: str = ""
     program_id: str | None = None
     owner: str = ""
+    task: str = ""
     priority: int = 0
     deadline_s: float | None = None
     score_from: int | None = None

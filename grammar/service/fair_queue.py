@@ -26,7 +26,7 @@ _FADE = 0.9
 _FORGOTTEN_S = 1e-3
 
 Client: TypeAlias = tuple[str, ...]
-"""Who asks, from the widest circle to the narrowest: (key, connection). An empty name stands for nobody."""
+"""Who asks, from the widest circle to the narrowest: (key, connection, request). An empty name stands for nobody."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

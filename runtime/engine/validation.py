@@ -126,6 +126,7 @@ class RequestBorder:
             cache_salt=options.cache_salt if adapter is None else adapter.namespace + options.cache_salt,
             program_id=options.program_id,
             owner=options.owner,
+            task=options.task,
             priority=options.priority,
             deadline_s=None if options.deadline_s is None else time.monotonic() + options.deadline_s,
             score_from=score_from,

@@ -377,6 +377,7 @@ class ProgramExecutor:
                 cache_salt=self._options.cache_salt,
                 program_id=self._program_id,
                 owner=self._client[0],
+                task="/".join(self._client[1:]),
                 priority=self._options.priority,
                 deadline_s=left_s,
                 score_from=request.score_from,

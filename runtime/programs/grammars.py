@@ -59,7 +59,7 @@ class ProgramGrammars:
     def get(self, constraint: Constraint, client: tuple[str, ...] = ()) -> Future[CompiledGrammar]:
         """Return the grammar's future at once. It raises GrammarError and its subclasses, and Overloaded.
 
-        `client`: who asks, for fairness: (key, connection).
+        `client`: who asks, for fairness: (key, connection, request).
         """
         with self._lock:
             service = self._service or self._start_service()

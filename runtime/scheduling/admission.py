@@ -11,11 +11,11 @@ Not here: pages and slots (`scheduler`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, KeysView
+from collections.abc import Callable, Iterator
 
 from ramet.runtime.cache.node import RadixNode
 from ramet.runtime.cache.radix_cache import PrefixMatch
-from ramet.runtime.scheduling.priority import OwnerService, ProgramService, Waiting, WaitingQueue
+from ramet.runtime.scheduling.priority import Flows, Waiting, WaitingQueue
 from ramet.runtime.scheduling.sequence_pages import matchable
 from ramet.runtime.types import Sequence
 
@@ -25,8 +25,8 @@ _Frontier = tuple[RadixNode, bytes]
 class AdmissionQueue:
     """All waiting requests, queued or parked. Owner: the scheduler."""
 
-    def __init__(self, service: ProgramService, owners: OwnerService, page_size: int) -> None:
-        self._queue = WaitingQueue(service, owners)
+    def __init__(self, flows: Flows, page_size: int) -> None:
+        self._queue = WaitingQueue(flows)
         self._waiting: dict[Sequence, Waiting] = {}
         self._page_size = page_size
         self._num_added = 0
@@ -52,13 +52,17 @@ class AdmissionQueue:
         return True
 
     @property
-    def owners(self) -> KeysView[str]:
+    def owners(self) -> set[str]:
         """The owners of queued requests; perhaps also of some whose last one has been removed."""
         return self._queue.owners
 
     def pop(self) -> Waiting | None:
         """Take the first queued request. It counts as waiting until `remove`. Parked requests are not in the queue."""
         return self._queue.pop()
+
+    def firsts(self) -> Iterator[Waiting]:
+        """Yield the first queued request of each owner. They stay in the queue."""
+        return self._queue.firsts()
 
     def put_back(self, waiting: Waiting) -> None:
         self._queue.push(waiting)

@@ -38,7 +38,7 @@ from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import PrefixMatch, RadixCache
 from ramet.runtime.scheduling.admission import AdmissionQueue, Admits, reservation
 from ramet.runtime.scheduling.config import SchedulerConfig, SchedulerCounters
-from ramet.runtime.scheduling.priority import OwnerService, ProgramService, Waiting, equal_parts
+from ramet.runtime.scheduling.priority import DECODE_WEIGHT, Flow, Flows, Waiting, equal_parts
 from ramet.runtime.scheduling.sequence_pages import SequencePages, known_end, matchable
 from ramet.runtime.scheduling.step_costs import StepBudget, StepCosts
 from ramet.runtime.types import (
@@ -54,8 +54,8 @@ from ramet.runtime.types import (
 
 logger = logging.getLogger(__name__)
 
-_DECODE_WEIGHT = 2  # an owner's service of a decoded token, in tokens of prompts; as in the source of `priority`
 NO_DRAFTS: Mapping[Sequence, Seq[int]] = MappingProxyType({})
+_LOOK_EVERY = 4  # steps, at requests that did not fit, where tasks share pages
 _LEAST_SHARE = 0.25  # time of prompts in a step, as a part of the time of its decode rows
 
 
@@ -76,9 +76,10 @@ class Scheduler:
         self._clock = clock
         self._page_size = pool.page_size
         self.pages = SequencePages(pool, cache, reservation_ratio=config.reservation_ratio, share=config.prefix_cache)
-        self._service = ProgramService()
-        self._owners = OwnerService()
-        self._waiting = AdmissionQueue(self._service, self._owners, pool.page_size)
+        token_s = config.max_step_s / config.first_mixed_tokens
+        self._flows = Flows(clock, token_s) if token_s else Flows(clock)
+        self._task_of: dict[Sequence, Flow] = {}
+        self._waiting = AdmissionQueue(self._flows, pool.page_size)
         self._sequences: dict[str, Sequence] = {}  # waiting and running, by request id
         self._queued_s: dict[Sequence, float] = {}
         self._running: dict[Sequence, None] = {}  # in order of admission
@@ -141,7 +142,7 @@ class Scheduler:
         if self.num_waiting >= self.config.max_waiting:
             retry_s = min(60.0, max(1.0, 0.1 * self.num_waiting * self._finish_interval_s))
             raise Overloaded(f"{self.num_waiting:,} requests wait already; retry in {retry_s:.0f} s", retry_s)
-        self._owners.enter(request.owner)
+        self._task_of[sequence] = self._flows.enter(request)
         self._sequences[request.request_id] = sequence
         self._queued_s[sequence] = self._clock()
         if request.deadline_s is not None:
@@ -194,8 +195,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
         sequence.finish_reason, sequence.error = reason, error
         self.held.discard(sequence)
-        self._service.add(sequence.request.program_id, len(sequence.output_ids))
-        self._owners.leave(sequence.request.owner)
+        self._flows.leave(self._task_of.pop(sequence))
         self._finish_interval_s += 0.05 * (self._clock() - self._last_finish_s - self._finish_interval_s)
         self._last_finish_s = self._clock()
         del self._sequences[sequence.request.request_id]
@@ -236,17 +236,19 @@ class Scheduler:
         """
         self._copies = []
         self._grow_decoding()
-        has_several = self._owners.num_owners > 1
-        has_given = has_several and self._may_admit and self._share_room()
+        has_several = self._flows.num_tasks > 1
+        if has_several and self.num_waiting and self.counters.num_steps % _LOOK_EVERY == 0:
+            self._may_admit = True  # perhaps another task is due first now, which may get pages of others
+        heir = self._share_room() if has_several and self._may_admit else None
         decoding = self._decoding
         if drafts:
             drafts = {sequence: tokens for sequence, tokens in drafts.items() if sequence in decoding}
         extends: list[ScheduledSequence] = []
         room = (self.config.max_num_tokens_per_step - len(decoding)) // 2 if drafts else 0
         if self._prefilling or self._may_admit:
-            self._plan_extends(extends, self._budget(min(room, sum(map(len, drafts.values())))))
-        self._may_admit |= has_given  # perhaps more is given in the next step
-        if has_several and self.config.max_step_s:
+            self._plan_extends(extends, self._budget(min(room, sum(map(len, drafts.values())))), heir)
+        self._may_admit |= heir is not None  # perhaps more is given in the next step
+        if self.config.max_step_s and self._flows.num_owners > 1:
             decoding = self._within_shares(extends)
             drafts = {sequence: tokens for sequence, tokens in drafts.items() if sequence in decoding}
         verified = self._plan_drafts(drafts, room) if drafts else {}
@@ -268,9 +270,8 @@ class Scheduler:
             item.sequence.num_computed = item.start + item.num_tokens
             item.sequence.num_in_flight += 1
         items += verified.values()
-        if has_several:
-            for item in items:
-                self._owners.add(item.sequence.request.owner, _DECODE_WEIGHT)
+        if self.num_waiting:
+            self._count_decoded(items)
         num_extend = 0
         for item in extends:
             num_extend += item.num_tokens
@@ -284,6 +285,13 @@ class Scheduler:
         counters.num_computed_tokens += num_extend
         return Batch(counters.num_steps, tuple(items), num_decode, num_tokens + num_extend, tuple(self._copies))
 
+    def _count_decoded(self, items: Iterable[ScheduledSequence]) -> None:
+        """Count the service of rows that decode. It is the same for each, however many tokens it verifies."""
+        task_of = self._task_of
+        rows = Counter(task_of[item[0]] for item in items)
+        for task, count in rows.items():
+            self._flows.add(task, DECODE_WEIGHT * count)
+
     def decoding(self) -> list[Sequence]:
         """Return the sequences that decode in the next step, if the host need not know more of their tokens."""
         return [s for s, limit in self._decoding.items() if s.num_computed < limit]
@@ -294,6 +302,7 @@ class Scheduler:
 
     def note_time(self, batch: Batch, seconds: float) -> None:
         """Learn from a step that took so long: to its end from its launch, or from the end of the step before."""
+        self._flows.note_time(batch, seconds)
         if self.config.max_step_s:
             self._costs.note(batch, seconds)
 
@@ -375,7 +384,7 @@ class Scheduler:
         seconds = math.inf
         if target_s and num_decode:
             decode_s = self._costs.decode_s(num_decode)
-            if self._owners.num_owners > 1 and self._decoding:
+            if self._flows.num_owners > 1 and self._decoding:
                 target_s, decode_s = self._shared(target_s, decode_s)
             seconds = max(target_s - decode_s, _LEAST_SHARE * decode_s)
         return StepBudget(self._step_tokens() - num_decode, seconds, self._costs, num_decode)
@@ -415,7 +424,7 @@ class Scheduler:
             owner, seconds = item.sequence.request.owner, costs.extend_s(item.sequence, item.start, item.num_tokens)
             own_s[owner] = own_s.get(owner, costs.decode_s(0)) + seconds
             prompts_s += seconds
-        most = costs.rows_within(self._owners.num_served * min(own_s.values(), default=0.0) - prompts_s)
+        most = costs.rows_within(self._flows.num_served * min(own_s.values(), default=0.0) - prompts_s)
         if most >= len(ready):
             return ready
         parts = equal_parts(num_rows, most)
@@ -470,52 +479,81 @@ class Scheduler:
                 rows[sequence] = ScheduledSequence(sequence, start, count + 1, count + 1)
         return rows
 
-    def _plan_extends(self, extends: list[ScheduledSequence], budget: StepBudget) -> None:
-        """Plan chunks of running sequences first, then of newly admitted ones, but those of less served owners before.
+    def _plan_extends(self, extends: list[ScheduledSequence], budget: StepBudget, heir: Waiting | None) -> None:
+        """Plan chunks of running sequences first, then of newly admitted ones, but those of tasks that are due before.
 
-        Sequences that have generated tokens go before prompts, because their chunks are short.
+        Sequences that have generated tokens go before prompts, because their chunks are short. heir: for whom
+        `_share_room` has made room.
         """
         planned: set[Sequence] = set()
-        if self._may_admit and self._owners.num_owners > 1:
-            attained = [self._owners.attained(sequence.request.owner) for sequence in self._prefilling]
-            if attained:
-                self._plan_admissions(extends, budget, planned, below=min(attained))
-        for sequence in sorted(self._prefilling, key=self._prefill_rank):
+        if heir is not None and budget.has_room and self._try_admit(heir, [], None):
+            self._plan_extend(heir.sequence, budget, planned, extends)
+        prefilling = list(self._prefilling)
+        if self._flows.num_tasks > 1 and prefilling:
+            now_s = self._clock()
+            ranks = {sequence: self._flows.rank(self._task_of[sequence], now_s) for sequence in prefilling}
+            if self._may_admit:
+                self._plan_admissions(extends, budget, planned, before=min(ranks.values()))
+            prefilling.sort(key=lambda sequence: (not sequence.output_ids, ranks[sequence]))
+        else:
+            prefilling.sort(key=lambda sequence: not sequence.output_ids)
+        for sequence in prefilling:
             if budget.has_room and sequence in self._prefilling and sequence not in planned:
                 self._plan_extend(sequence, budget, planned, extends)
         if self._may_admit:
             self._plan_admissions(extends, budget, planned)
 
-    def _prefill_rank(self, sequence: Sequence) -> tuple[bool, int]:
-        return not sequence.output_ids, self._owners.attained(sequence.request.owner)
-
-    def _share_room(self) -> bool:
-        """Where slots or pages are taken, free some for an owner that waits and has less than an equal share of them.
+    def _share_room(self) -> Waiting | None:
+        """Where slots or pages are taken, free some for an owner that waits and has less than an equal share of them,
+        or for one of its tasks that has less than an equal share of the owner's.
 
         Who has most of them gives what is beyond its own share: its newest request waits again. So nothing is taken
-        from somebody who could take it back. Returns True if a request has to wait again.
+        from somebody who could take it back. Returns for whom a request has to wait again; it still is in the queue.
         """
-        waiting = self._waiting.pop()
-        if waiting is None:
-            return False
-        self._waiting.put_back(waiting)
-        sequence, owner = waiting.sequence, waiting.sequence.request.owner
         size: Callable[[Sequence], int] = self.pages.size
-        total = self.pool.num_usable
-        if not self._free_slots:
+        total, is_full = self.pool.num_usable, not self._free_slots
+        if is_full:
             size, total = (lambda _: 1), self.config.max_running
-        elif self.pages.fits(sequence):
-            return False
-        held = Counter[str]()
-        for running in self._running:
-            held[running.request.owner] += size(running)
-        share = total // self._owners.num_owners
-        most = max(held, key=held.__getitem__, default=owner)
-        victim = self._victim((), most) if held[owner] + size(sequence) <= share else None
-        if victim is None or held[most] - size(victim) < share:
-            return False
-        self._preempt(victim)
-        return True
+        held = Counter[Flow | None]()
+        for waiting in self._waiting.firsts():
+            if not is_full and self.pages.fits(waiting.sequence):
+                return None
+            if not held:
+                for running in reversed(self._running):
+                    flow, num = self._task_of[running], size(running)
+                    held[flow] += num
+                    held[flow.parent] += num
+            task, wanted = self._task_of[waiting.sequence], size(waiting.sequence)
+            victim = self._beyond_share(task.parent, total, held, size, wanted)
+            if victim is None:
+                victim = self._beyond_share(task, held[task.parent], held, size, wanted)
+            if victim is not None:
+                self._preempt(victim)
+                return waiting
+        return None
+
+    def _beyond_share(
+        self,
+        flow: Flow | None,
+        total: int,
+        held: Mapping[Flow | None, int],
+        size: Callable[[Sequence], int],
+        num_wanted: int,
+    ) -> Sequence | None:
+        """Return whose slot or pages a flow beside `flow` gives, if `flow` has a right to so many more of `total`.
+
+        held: by owner and task, of which `size` says what a running request has.
+        """
+        assert flow is not None
+        assert flow.parent is not None
+        share = max(total // flow.parent.num_members, 1)
+        if held[flow] + num_wanted > share:
+            return None
+        beside = (one for one in held if one is not None and one.parent is flow.parent)
+        most = max(beside, key=held.__getitem__, default=flow)
+        tasks = (one for one in held if one is not None and one.parent is most)
+        victim = self._victim((), max(tasks, key=held.__getitem__, default=most))  # of an owner, its largest task
+        return None if victim is None or held[most] - size(victim) < share else victim
 
     def _plan_admissions(
         self,
@@ -523,11 +561,11 @@ class Scheduler:
         budget: StepBudget,
         planned: set[Sequence],
         *,
-        below: int | None = None,
+        before: tuple[float, float] | None = None,
     ) -> None:
         """Admit waiting requests that fit, in order, and plan their first chunks.
 
-        below: only those of owners who have attained at most so much.
+        before: only those of tasks that are due before, see `Flows.rank`.
         """
         blocked: list[Waiting] = []
         admits: Admits | None = None
@@ -538,7 +576,7 @@ class Scheduler:
             if waiting is None:
                 self._may_admit = False
                 break
-            if below is not None and self._owners.attained(waiting.sequence.request.owner) > below:
+            if before is not None and self._flows.rank(self._task_of[waiting.sequence], self._clock()) >= before:
                 self._waiting.put_back(waiting)
                 break
             if self._try_admit(waiting, blocked, admits):
@@ -549,9 +587,9 @@ class Scheduler:
                 admits = self._reserve(blocked[0].sequence)
         for waiting in blocked:
             self._waiting.put_back(waiting)
-        if below is not None:
+        if before is not None:
             return
-        is_full = not self._free_slots and self._owners.num_owners == 1  # else slots may have to change their owner
+        is_full = not self._free_slots and self._flows.num_tasks == 1  # else slots may have to change their task
         if is_full or (blocked and budget.has_room and num_parked == self.counters.num_parked):
             self._may_admit = False  # examine the queue again only after something has changed
 
@@ -575,14 +613,13 @@ class Scheduler:
         samples = stop == end and sequence.request.score_from is None
         extends.append(ScheduledSequence(sequence, start, stop - start, int(samples)))
         budget.spend(sequence, start, stop - start)
-        self._owners.add(sequence.request.owner, stop - start)
+        self._flows.add(self._task_of[sequence], stop - start)
 
     def _launch_extend(self, item: ScheduledSequence) -> None:
         """Count a planned chunk as computed and share its pages: later steps may read the KV that this step writes."""
         sequence = item.sequence
         sequence.num_computed = item.start + item.num_tokens
         is_complete = sequence.num_computed == known_end(sequence)
-        self._service.add(sequence.request.program_id, item.num_tokens)
         node = self.pages.share(sequence, is_complete=is_complete)
         if is_complete:
             del self._prefilling[sequence]
@@ -653,7 +690,7 @@ class Scheduler:
         if copy is not None:
             self._copies.append(copy)
         sequence.num_cached = sequence.num_computed
-        self._owners.num_running[sequence.request.owner] += 1
+        self._flows.run(self._task_of[sequence], 1)
         self._running[sequence] = None
         self._prefilling[sequence] = None
         self.counters.num_admitted += 1
@@ -674,14 +711,14 @@ class Scheduler:
                 return False
         return True
 
-    def _victim(self, planned: Iterable[Sequence], owner: str | None = None) -> Sequence | None:
+    def _victim(self, planned: Iterable[Sequence], task: Flow | None = None) -> Sequence | None:
         """Choose the sequence to preempt: the newest of the lowest priority that is not in `planned`.
 
-        `owner`: only of this one.
+        `task`: only of this one.
         """
         candidates = [s for s in reversed(self._running) if s.request.score_from is None and s not in planned]
-        if owner is not None:
-            candidates = [s for s in candidates if s.request.owner == owner]
+        if task is not None:
+            candidates = [s for s in candidates if self._task_of[s] is task]
         return max(candidates, key=lambda s: s.request.priority, default=None)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -699,7 +736,7 @@ class Scheduler:
         self.pages.release(sequence, keep=keep)
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.slot = None
-        self._owners.num_running[sequence.request.owner] -= 1
+        self._flows.run(self._task_of[sequence], -1)
         del self._running[sequence]
         self._prefilling.pop(sequence, None)
         self._decoding.pop(sequence, None)

@@ -47,7 +47,7 @@ ADMIN_PATHS = frozenset(
 
 
 class HttpLimits:
-    """The middleware. It puts the key's name and the connection into `scope["state"]["client"]`."""
+    """The middleware. It puts the key's name, the connection and the request's id into `scope["state"]["client"]`."""
 
     def __init__(
         self, app: ASGIApp, config: ServerConfig, tenants: Tenants, tracing: TracerProvider | None = None
@@ -89,7 +89,7 @@ class HttpLimits:
         limited = _LimitedBody(
             receive, self._config.max_body_bytes, self._tenants.bytes, keeps_text=self._config.log_prompts
         )
-        client = scope.setdefault("state", {})["client"] = ("", _connection(scope) or request_id)
+        client = scope.setdefault("state", {})["client"] = ("", _connection(scope) or request_id, request_id)
         try:
             refusal = self.refusal(scope)
             if refusal is not None:
@@ -145,7 +145,7 @@ class HttpLimits:
             return True
         entry = self._tenants.find(key)
         if entry is not None:
-            scope["state"]["client"] = (entry.name, scope["state"]["client"][1])
+            scope["state"]["client"] = (entry.name, *scope["state"]["client"][1:])
         return entry is not None
 
 

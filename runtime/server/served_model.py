@@ -122,9 +122,9 @@ class ServedModel:
         return f"{key}/{asked}" if key else asked
 
 
-def client_of(request: Request) -> tuple[str, str]:
-    """The sender of a request: its key's name, and its connection. Empty texts without the middleware (`limits`)."""
-    client: tuple[str, str] = request.scope.get("state", {}).get("client", ("", ""))
+def client_of(request: Request) -> tuple[str, ...]:
+    """The sender of a request: its key's name, its connection, and its id. Empty texts without the middleware."""
+    client: tuple[str, ...] = request.scope.get("state", {}).get("client", ("", ""))
     return client
 
 

@@ -262,7 +262,9 @@ class EngineServer:
         self, command: Submit, grammar: CompiledGrammar | None, grammar_s: float | None = None
     ) -> None:
         options, constraint = command.options, command.constraint
-        changes: dict[str, Any] = {"owner": command.client[0]} if command.client else {}  # Any: fields of the options
+        changes: dict[str, Any] = {}  # Any: fields of the options
+        if command.client:
+            changes |= {"owner": command.client[0], "task": "/".join(command.client[1:])}
         if grammar_s is not None and options.deadline_s is not None:
             changes["deadline_s"] = max(options.deadline_s - grammar_s, 0.0)
         request = EngineRequest(command.prompt_ids, command.sampling)

@@ -1,7 +1,7 @@
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.scheduling.admission import AdmissionQueue, reservation
-from ramet.runtime.scheduling.priority import OwnerService, ProgramService
+from ramet.runtime.scheduling.priority import Flows
 from ramet.runtime.scheduling.sequence_pages import matchable
 from ramet.runtime.testing.simulation import make_request
 from ramet.runtime.types import Sequence
@@ -37,7 +37,7 @@ class Parking:
 
     def __init__(self) -> None:
         self.cache = RadixCache(PagePool(20, 4))
-        self.queue = AdmissionQueue(ProgramService(), OwnerService(), 4)
+        self.queue = AdmissionQueue(Flows(lambda: 0.0), 4)
         self.owner = Sequence(make_request("owner", range(16)))
         self.queue.set_frontier(self.owner, self.cache.root(), 16)
 

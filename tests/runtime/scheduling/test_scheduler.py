@@ -528,10 +528,11 @@ def test_hot_traffic_overtakes_a_cold_request_for_no_longer_than_its_credit() ->
 
 def test_the_program_that_had_least_service_goes_first() -> None:
     engine = make_simulation(max_running=1)
-    run_all(engine, [make_request("before", range(100, 130), 4, program_id="big")])
+    engine.step_s = lambda batch: 0.1
+    run_all(engine, [make_request("before", range(100, 130), 4, task="big")])
     sequences = [
-        engine.scheduler.add(make_request("big", [1], 2, program_id="big")),
-        engine.scheduler.add(make_request("small", [2], 2, program_id="small")),
+        engine.scheduler.add(make_request("big", [1], 2, task="big")),
+        engine.scheduler.add(make_request("small", [2], 2, task="small")),
     ]
     assert admissions(engine, sequences) == ["small", "big"]
 
