@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -55,7 +56,8 @@ class SharedRequests:
                 shared = self._known[key] = _Shared()
             reader = _Reader(shared, on_output, is_first=is_first)
             with shared.lock:
-                shared.readers.append(reader)
+                shared.readers[reader] = None
+                shared.behind.append(reader)
         if is_first:
             try:
                 handle = send(shared.push)
@@ -65,7 +67,7 @@ class SharedRequests:
                 raise
             shared.began(handle)
         else:
-            reader.catch_up()
+            shared.deliver()
         return reader
 
 
@@ -80,11 +82,19 @@ def request_key(
 
 @dataclass(slots=True, eq=False)
 class _Shared:
-    """One request of the engine and its readers. Owner: SharedRequests; the lock guards the fields."""
+    """One request of the engine and its readers. Owner: SharedRequests; the lock guards the fields.
+
+    Every output reaches the readers in the order in which they joined, on whatever threads they do: what a reader
+    starts when it has its last output is then asked for in the same order as without other threads. `readers`: those
+    that have not left, nor had their last output. `num_told`: outputs that all of them have, but for those `behind`.
+    """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     outputs: list[RequestOutput] = field(default_factory=list)
-    readers: list[_Reader] = field(default_factory=list)
+    readers: dict[_Reader, None] = field(default_factory=dict)
+    behind: deque[_Reader] = field(default_factory=deque)
+    num_told: int = 0
+    is_busy: bool = False
     handle: Handle | None = None
     is_lost: bool = False  # it failed, or its last reader left: no other reader may join
 
@@ -93,11 +103,7 @@ class _Shared:
             self.outputs.append(output)
             if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
                 self.is_lost = True
-            readers = list(self.readers)
-            if output.finish_reason is not None:
-                self.readers.clear()
-        for reader in readers:
-            reader.catch_up()
+        self.deliver()
 
     def began(self, handle: Handle) -> None:
         with self.lock:
@@ -106,48 +112,71 @@ class _Shared:
         if is_unwanted:
             handle.cancel()
 
+    @property
+    def _is_over(self) -> bool:
+        return bool(self.outputs) and self.outputs[-1].finish_reason is not None
+
     def leave(self, reader: _Reader) -> None:
         with self.lock:
             if reader not in self.readers:
                 return
-            self.readers.remove(reader)
-            is_over = bool(self.outputs) and self.outputs[-1].finish_reason is not None
-            if self.readers or is_over:
+            del self.readers[reader]
+            if self.readers or self._is_over:
                 return
             self.is_lost = True
             handle = self.handle
         if handle is not None:
             handle.cancel()
 
+    def deliver(self) -> None:
+        """Deliver what readers do not have yet, on one thread at a time and not under the lock."""
+        with self.lock:
+            if self.is_busy:
+                return  # that thread delivers it
+            self.is_busy = True
+        while True:
+            with self.lock:
+                readers, outputs = self._next()
+                if not readers:
+                    self.is_busy = False
+                    return
+            try:
+                for reader in readers:
+                    for output in outputs:
+                        if reader in self.readers:
+                            reader.take(output)
+            except BaseException:
+                self.is_busy = False
+                raise
+            if outputs[-1].finish_reason is not None:
+                with self.lock:
+                    for reader in readers:
+                        self.readers.pop(reader, None)
+
+    def _next(self) -> tuple[list[_Reader], list[RequestOutput]]:
+        """Return whom to tell what next: first those that are behind, then all of them one more output."""
+        if self.behind and self.num_told:
+            return [self.behind.popleft()], self.outputs[: self.num_told]
+        if self.num_told == len(self.outputs):
+            return [], []
+        self.behind.clear()
+        self.num_told += 1
+        return list(self.readers), [self.outputs[self.num_told - 1]]
+
 
 class _Reader:
     """A reader of a shared request. `cancel` leaves it; the request ends with its last reader."""
 
-    __slots__ = ("_is_busy", "_is_first", "_next", "_on_output", "_shared")
+    __slots__ = ("_is_first", "_on_output", "_shared")
 
     def __init__(self, shared: _Shared, on_output: OnOutput, *, is_first: bool) -> None:
         self._shared, self._on_output, self._is_first = shared, on_output, is_first
-        self._next = 0
-        self._is_busy = False
 
     def cancel(self) -> None:
         self._shared.leave(self)
 
-    def catch_up(self) -> None:
-        """Deliver available outputs in order, on one thread at a time and not under the lock."""
-        shared = self._shared
-        while True:
-            with shared.lock:
-                if self._is_busy or self._next == len(shared.outputs):
-                    return
-                self._is_busy = True
-                output = shared.outputs[self._next]
-                self._next += 1
-            try:
-                self._on_output(output if self._is_first else _for_free(output))
-            finally:
-                with shared.lock:
-                    self._is_busy = False
+    def take(self, output: RequestOutput) -> None:
+        self._on_output(output if self._is_first else _for_free(output))
 
 
 def _for_free(output: RequestOutput) -> RequestOutput:

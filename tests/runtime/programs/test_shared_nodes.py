@@ -181,6 +181,53 @@ def test_outputs_arrive_in_order_from_several_threads() -> None:
     assert got == [[str(i) for i in range(40)]] * 8
 
 
+class SlowAfterLast:
+    """A lock whose release by the engine's thread takes so long that another thread gets in between."""
+
+    def __init__(self, is_last: Callable[[], bool]) -> None:
+        self._lock, self._is_last = threading.Lock(), is_last
+        self.others_turn, self.other_is_done = threading.Event(), threading.Event()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+        if threading.current_thread() is threading.main_thread() and self._is_last() and not self.others_turn.is_set():
+            self.others_turn.set()
+            self.other_is_done.wait(10)
+
+
+def test_the_last_output_reaches_readers_in_the_order_in_which_they_asked() -> None:
+    """A reader that is still catching up on another thread must not have it first: what it asks next would go first."""
+    engine = StubEngine()
+    requests = SharedRequests(cast(Any, engine))
+    told: list[tuple[str, str]] = []
+    requests.submit([1, 2], GREEDY, PLAIN, on_output=lambda o: told.append(("first", o.text)))
+    engine.requests[0](output("a"))
+    (shared,) = requests._known.values()
+    lock = SlowAfterLast(lambda: len(shared.outputs) == 2)
+    shared.lock = cast(Any, lock)
+
+    def second(found: RequestOutput) -> None:
+        told.append(("second", found.text))
+        if found.text == "a":
+            is_catching_up.set()
+            lock.others_turn.wait(10)
+
+    def join() -> None:
+        requests.submit([1, 2], GREEDY, PLAIN, on_output=second)
+        lock.other_is_done.set()
+
+    is_catching_up = threading.Event()
+    thread = threading.Thread(target=join)
+    thread.start()
+    assert is_catching_up.wait(10)
+    engine.requests[0](output("b", FinishReason.STOP))
+    thread.join(10)
+    assert told == [("first", "a"), ("second", "a"), ("first", "b"), ("second", "b")]
+
+
 def test_keys_tell_requests_apart_that_may_write_different_text() -> None:
     def key(**values: Any) -> object:
         return request_key([1, 2], SamplingParams(**values), None, None)
