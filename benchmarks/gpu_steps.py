@@ -370,7 +370,7 @@ def cut(log: Path, offset: int) -> list[str]:
 def telling(said: list[str]) -> str:
     """The line that tells most of a failure: the first wrong result, or the last error, or the last line."""
     wrong = [line for line in said if "FAILED" in line or "WRONG" in line]
-    errors = [line for line in said if "Error" in line]
+    errors = [line for line in said if "Error" in line] or [line for line in said if line.startswith("Fatal")]
     return (wrong[:1] or errors[-1:] or said[-1:] or [""])[0].strip()
 
 

@@ -214,7 +214,7 @@ class Ladder:
             return [], f"no end within {limit_s:.0f} s"
         if process.exitcode:
             said = log.read_bytes()[begin:].decode(errors="replace").splitlines()
-            errors = [line for line in said if "Error" in line] or said
+            errors = [line for line in said if "Error" in line or line.startswith("Fatal")] or said
             return [], f"exit status {process.exitcode}: {errors[-1][:200]}"
         last = (self.out / "ladder.jsonl").read_text().splitlines()[-1]
         return [tuple(text) for text in json.loads(last)["tokens"]], ""
