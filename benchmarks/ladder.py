@@ -195,9 +195,9 @@ class Ladder:
     ) -> tuple[Tokens, str]:
         """Run a rung in a forked process, which has all imports and has not spoken to a card. Returns its tokens, or
         none and the reason."""
-        limit_s = min(limit_s, self.left_s())
-        if limit_s < _LEAST_S:
+        if self.left_s() < _LEAST_S:
             return [], "not run: no time left"
+        limit_s = min(limit_s, self.left_s())
         (self.tables / TABLE).write_text(table_of(on, self.shapes).to_json())
         log = self.out / "ladder.log"
         begin = log.stat().st_size if log.exists() else 0
@@ -222,14 +222,13 @@ class Ladder:
     def find_out(self, name: str, on: list[str], limit_s: float) -> None:
         """Run a rung that failed again, so that its message names the kernel."""
         self.run_rung(name, on, 2 * limit_s, "", {"CUDA_LAUNCH_BLOCKING": "1"})
-        limit_s = min(3 * limit_s, self.left_s())
-        if limit_s < _LEAST_S:
+        if self.left_s() < _LEAST_S:
             return
         (self.tables / TABLE).write_text(table_of(on, self.shapes).to_json())
         command = ["compute-sanitizer", "--tool", "memcheck", sys.executable, __file__, "--out", str(self.out)]
         command += ["--device", self.setting.device, "--only", ",".join([name, *on]), "--tables", str(self.tables)]
         with (self.out / "ladder.log").open("a") as log, suppress(FileNotFoundError, subprocess.TimeoutExpired):
-            subprocess.run(command, stdout=log, stderr=log, timeout=limit_s, check=False)
+            subprocess.run(command, stdout=log, stderr=log, timeout=min(3 * limit_s, self.left_s()), check=False)
 
 
 def shares(tokens: Tokens, expected: Tokens) -> dict[str, float]:
