@@ -130,7 +130,7 @@ def steady(batch: int, num_tokens: int = 300) -> Workload:
 
 def measure(name: str, workload: Workload, concurrency: int) -> dict[str, Any]:
     with make_engine() as engine:
-        run_row(engine, MAKERS["unique"](4, seed=9, high=3000), 4, None)  # first uses
+        run_row(engine, MAKERS["unique"](4, seed=9, high=3000), 4, None, limit_s=600)  # first uses
         gc.collect()
         gc.freeze()  # as bench_gpu.py and a server's engine do
         clock = Clock()

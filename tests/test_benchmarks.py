@@ -72,6 +72,13 @@ def test_a_trace_gives_each_kernel_its_time_and_the_device_its_idle_share(script
     assert totals["kernel 0"][2:5] == ["50", "8.00", "200.0"]
 
 
+@pytest.mark.parametrize("script", ["bench_host"], indirect=True)
+def test_the_host_s_part_of_a_step_is_measured(script: ModuleType) -> None:
+    record = script.measure("decode@2", script.steady(2, 8), 2)
+    assert record["decode"]["steps"] >= 7
+    assert {"schedule", "launch", "tree plans", "collect", "rest"} < record["mean"].keys()
+
+
 @pytest.mark.parametrize("script", ["kernel_cases"], indirect=True)
 def test_a_wrong_result_of_a_kernel_says_where(script: ModuleType) -> None:
     expected = torch.ones(2, 3, 4)

@@ -6,6 +6,7 @@ Not here: how a model is divided (`runtime/parallel/`), memory and steps (`facto
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -65,9 +66,17 @@ def choose_device(name: str, rank: int = 0, size: int = 1) -> torch.device:
         return device
     if not torch.cuda.is_available():
         raise ConfigError(f"device is {name!r} but torch sees no CUDA device; use --device cpu, or run `ramet doctor`")
+    count = torch.cuda.device_count()
     if size == 1:
-        return device
-    first, count = device.index or 0, torch.cuda.device_count()
+        # With its number: which device is current is each thread's own matter.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= count:
+            raise ConfigError(
+                f"device is {name!r} but torch sees {count} CUDA devices, cuda:0 to cuda:{count - 1}; "
+                "CUDA_VISIBLE_DEVICES may hide some"
+            )
+        return torch.device("cuda", index)
+    first = device.index or 0
     if first + size > count:
         raise ConfigError(
             f"tp is {size} from device cuda:{first} on, but torch sees {count} CUDA devices; lower --tp to "
@@ -103,6 +112,8 @@ def load(
 
     A LoadedModel is returned unchanged. With tp > 1 this also starts the other ranks' processes, which the engine ends.
     """
+    if torch.cuda.is_initialized():
+        gc.collect()  # graphs of an engine that has ended refer to their steps, and hold all of its memory
     if isinstance(model, LoadedModel):
         return model
     if isinstance(model, os.PathLike):

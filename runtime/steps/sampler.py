@@ -17,7 +17,9 @@ from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.steps.inputs import ExtendInputs, Step
 from ramet.runtime.steps.logit_edits import LogitEdits, apply_edits
 
-_SCORE_ROWS = 512  # logits rows of one part of a scoring chunk: bounds the [rows, V] fp32 workspace
+# Logits rows of one part of a scoring chunk, at most and at least. Between, it has as many as there are slots: a step's
+# workspace has room for the logits of all of them (`memory.logits_bytes`).
+_SCORE_ROWS, _LEAST_SCORE_ROWS = 512, 64
 
 
 @dataclass(slots=True)
@@ -59,6 +61,7 @@ class Sampler:
         self._tables = tables
         self._arena = arena
         self._share = share
+        self._score_rows = min(max(tables.num_slots, _LEAST_SCORE_ROWS), _SCORE_ROWS)
         self._sampling = tables.sampling(
             None if arena is None else arena.mask_index,
             None if arena is None else arena.mask_rows,
@@ -129,8 +132,8 @@ class Sampler:
         if not index.numel():
             return None
         parts = []
-        for low in range(0, index.numel(), _SCORE_ROWS):
-            part = slice(low, low + _SCORE_ROWS)
+        for low in range(0, index.numel(), self._score_rows):
+            part = slice(low, low + self._score_rows)
             logits = self._decoder.logits(hidden.index_select(0, index[part]))
             parts.append(compute_logprobs(logits, targets[part], num_tops))
         values, top_values, top_ids = (torch.cat(column) for column in zip(*parts, strict=True))

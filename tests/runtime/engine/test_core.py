@@ -325,10 +325,11 @@ def test_a_score_comes_with_the_likeliest_tokens_that_were_asked_for(decoder: De
             assert dict(top).get(ids[place], score) == score <= top[0][1]
 
 
+@pytest.mark.parametrize(("most", "largest"), [(16, 16), (512, 64)])
 def test_scoring_a_long_prompt_never_holds_logits_for_all_of_it(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, most: int, largest: int
 ) -> None:
-    monkeypatch.setattr("ramet.runtime.steps.sampler._SCORE_ROWS", 16)
+    monkeypatch.setattr("ramet.runtime.steps.sampler._SCORE_ROWS", most)
     core = make_core(decoder, chunk=200)
     logits, rows = Decoder.logits, []
 
@@ -342,7 +343,7 @@ def test_scoring_a_long_prompt_never_holds_logits_for_all_of_it(
     while core.has_work:
         core.step()
     assert sum(rows) >= 99
-    assert max(rows) == 16
+    assert max(rows) == largest
 
 
 def test_penalties_bias_and_log_probabilities_take_the_slow_path_and_end_with_it(decoder: Decoder) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from ramet import Engine
 from ramet.errors import BrokenModelFile, ConfigError, EngineStopped, OutOfMemory
 from ramet.runtime.engine.config import EngineConfig
-from ramet.runtime.engine.loading import choose_device, run_rank
+from ramet.runtime.engine.loading import choose_device, load, run_rank
 from ramet.runtime.models.catalog import TINY_MODEL
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.parallel.ranks import FirstRank
@@ -146,6 +148,35 @@ def test_more_ranks_than_gpus_are_refused(no_start: None, monkeypatch: pytest.Mo
     with pytest.raises(ConfigError, match=r"from device cuda:1 on.*lower --tp to 1"):
         choose_device("cuda:1", 0, 2)
     assert [choose_device("cuda", rank, 2) for rank in (0, 1)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+def test_a_device_has_a_number_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    found = [choose_device(name) for name in ("auto", "cuda", "cuda:0")]
+    assert found == [torch.device("cuda", 1), torch.device("cuda", 1), torch.device("cuda", 0)]
+    with pytest.raises(ConfigError, match=r"'cuda:2' but torch sees 2 CUDA devices.*CUDA_VISIBLE_DEVICES"):
+        choose_device("cuda:2")
+
+
+def test_an_engine_that_has_ended_leaves_a_gpu_before_the_next_one_loads(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Graph:
+        """What refers to itself, as a graph and its steps do."""
+
+        def __init__(self) -> None:
+            self.steps = self
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    gc.disable()
+    try:
+        left = weakref.ref(Graph())
+        load(tiny_model, EngineConfig())
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["", "x", "CPU", " cpu", "cpu:3", "meta", "mps", "cuda:-1", "cuda:x"])
