@@ -112,7 +112,7 @@ def load(
 
     A LoadedModel is returned unchanged. With tp > 1 this also starts the other ranks' processes, which the engine ends.
     """
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         gc.collect()  # graphs of an engine that has ended refer to their steps, and hold all of its memory
     if isinstance(model, LoadedModel):
         return model

@@ -336,7 +336,7 @@ class ModelRunner:
         self.kv_cache.copy_pages(none, none, none)
         if self.arena is not None:
             self.arena.warm_up()
-        for num_rows in (1, self.slots.num_slots):
+        for num_rows in (1, min(self.slots.num_slots, 32)):  # few rows and many are scanned in other chunks
             self._sampler.warm_up(num_rows, self.slots.dummy)
 
     def computes_run(self, num_tokens: int, num_rows: int, kv_len: int) -> bool:
