@@ -37,6 +37,7 @@ from triton.runtime import driver, jit
 from ramet.kernels.card_table import load_card_table
 
 SHARED_LIMIT = 227 << 10  # bytes a block may have on an H100
+REGISTERS, SHARED, WARPS, BLOCKS = 65_536, 228 << 10, 64, 32  # of a processor; each block takes 1 KiB more than its own
 
 
 @dataclass(slots=True)
@@ -51,6 +52,7 @@ class Compiled:
     warps: int
     narrow: int  # loads and stores of global memory of one or two bytes a thread: what could not be made wider
     in_use: bool
+    blocks: int = 0  # that a processor holds at once
     error: str = ""
     instructions: dict[str, int] = field(default_factory=dict)  # how many there are of those that speed and order need
     before_wait: int | None = None  # accesses of global memory before it waits for the kernel before it, if it does
@@ -91,15 +93,24 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return max(map(int, registers)), max(map(int, stack))
 
 
+def blocks_at_once(registers: int, shared_bytes: int, warps: int) -> int:
+    """Blocks that a processor of an H100 holds at once. Registers are given out by 8 a thread."""
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    return min(by_registers, SHARED // (shared_bytes + 1024), WARPS // warps, BLOCKS)
+
+
 def narrow_accesses(ptx: str) -> int:
     """Loads and stores of global memory that move one or two bytes a thread."""
     return len(re.findall(r"\b(?:ld|st)\.global(?:\.\w+)*\.b(?:8|16) ", ptx))
 
 
 def instructions(ptx: str) -> dict[str, int]:
-    """Counts of matrix products, copies to shared memory, loads of global memory, and atomic operations."""
-    names = r"\b(wgmma\.mma_async|mma\.sync|cp\.async\.cg|ld\.global\.(?:nc|cg)|atom\.global\.gpu\.acq_rel)\b"
-    return dict(Counter(re.findall(names, ptx)))
+    """Counts of matrix products, copies to shared memory, loads of global memory, atomic operations, and conversions of
+    which a processor does few at a time. Copies narrower than 16 bytes have their width behind them.
+    """
+    names = r"wgmma\.mma_async|mma\.sync|cp\.async\.cg|ld\.global\.(?:nc|cg)|atom\.global\.gpu\.acq_rel|cvt\.bf16\.f16"
+    narrow = re.findall(r"\bcp\.async\.ca\.shared\.global [^;]*?\], (?:0x)?([48]),", ptx)
+    return dict(Counter([*re.findall(rf"\b(?:{names})\b", ptx), *(f"cp.async {width}" for width in narrow)]))
 
 
 def accesses_before_wait(ptx: str) -> int | None:
@@ -146,6 +157,7 @@ def compile_launches(launches: list[Launch], capability: int, show: Callable[[Co
                 metadata.num_warps,
                 narrow_accesses(kernel.asm["ptx"]),
                 case.in_use,
+                blocks_at_once(registers, metadata.shared, metadata.num_warps),
                 instructions=instructions(kernel.asm["ptx"]),
                 before_wait=accesses_before_wait(kernel.asm["ptx"]),
             )
@@ -161,7 +173,7 @@ def compile_launches(launches: list[Launch], capability: int, show: Callable[[Co
                 launch.run()
             except Exception as error:  # the report is of all kernels, also of those that do not compile
                 text = f"{type(error).__name__}: {error}".strip().splitlines()
-                record = Compiled(launch.name, "", 0, 0, 0, 0, 0, launch.in_use, " ".join(text)[:300])
+                record = Compiled(launch.name, "", 0, 0, 0, 0, 0, launch.in_use, error=" ".join(text)[:300])
                 found.append(record)
                 show(record)
     finally:
@@ -191,13 +203,13 @@ def main() -> None:
         if (args.candidates or launch.in_use) and (not parts or any(part in launch.name for part in parts))
     ]
     index, count = map(int, args.share.split("/"))
-    columns = "kernel, registers, spilled bytes, shared KiB, warps, narrow accesses"
+    columns = "kernel, registers, spilled bytes, shared KiB, warps, blocks a processor, narrow accesses"
     print(f"Triton {triton.__version__}, sm_{args.capability}: {columns}")
 
     def show(record: Compiled) -> None:
         mark = "BAD " if record.is_bad(args.max_spill) else ""
         numbers = f"{record.registers:4d} {record.spill_bytes:6d} {record.shared_bytes / 1024:7.1f} {record.warps:3d}"
-        numbers += f" {record.narrow:4d}"
+        numbers += f" {record.blocks:3d} {record.narrow:4d}"
         print(f"{mark}{record.case:60s} {record.kernel:16s} {record.error or numbers}", flush=True)
 
     found = compile_launches(launches[index::count], args.capability, show)

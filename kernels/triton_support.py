@@ -16,6 +16,7 @@ import torch
 
 __all__ = [
     "HAS_TRITON",
+    "IS_INTERPRETED",
     "cdiv",
     "compiling",
     "jit",
@@ -33,6 +34,7 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
+    IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpreter has no assembler
 
     class _Kernel(triton.JITFunction):  # type: ignore[misc]  # Triton has no types
         """A kernel that is launched, or within `compiling` only compiled."""
@@ -42,7 +44,7 @@ try:
 
 except ImportError:  # not Linux, or a CPU-only installation
     HAS_TRITON = False
-    tl = None
+    tl = IS_INTERPRETED = None
 
 
 def jit(kernel: Callable[..., None]) -> Any:

@@ -2,13 +2,14 @@
 """The inner loop of all attention kernels: rows of queries attend to a run of paged keys and values.
 
 One call processes key positions [low, high) in tiles of BLOCK_N (online softmax). For M query rows it keeps the running
-maximum and sum of the softmax (base 2, scale folded in) and the weighted sum of values, all in fp32.
+maximum and sum of the softmax (base 2, scale folded in) and the weighted sum of values, all in fp32. Matrix products of
+an FP8 cache are in fp16, to which its values convert exactly; the maximum is then that of weights times scales.
 Source: FlashAttention-2, Dao 2023 (arXiv:2307.08691), section 3.1.
 """
 
 from __future__ import annotations
 
-from ramet.kernels.layers.kv_fp8 import load_scales
+from ramet.kernels.layers.kv_fp8 import exponents_of, load_scale_bytes, scales_of_bytes, values_from
 from ramet.kernels.triton_support import jit, tl
 
 
@@ -36,6 +37,8 @@ def attend_range(
     PRECISION: tl.constexpr,
     IS_FP8: tl.constexpr,  # the cache is bytes of FP8 with scales; they multiply scores and weights
 ):
+    if IS_FP8 and q.dtype.primitive_bitwidth == 16:
+        q = q.to(tl.float16)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     in_head = offs_d[None, :] < HEAD_DIM
@@ -59,17 +62,24 @@ def attend_range(
         else:
             k = tl.load(k_ptr + offsets)
         if IS_FP8:
-            scale_offsets = pages.to(tl.int64) * stride_page + PAGE_SIZE * HEAD_DIM + positions % PAGE_SIZE
-            k = k.to(tl.float8e4nv, bitcast=True).to(q.dtype)
+            scale_offsets = pages.to(tl.int64) * stride_page + PAGE_SIZE * HEAD_DIM + positions % PAGE_SIZE // 4 * 4
+            scale_mask = in_range if MASKED else None
+            k_scale = load_scale_bytes(k_ptr, scale_offsets, positions, scale_mask)
+            v_scale = load_scale_bytes(v_ptr, scale_offsets, positions, scale_mask)
+            k = values_from(k, q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if IS_FP8:
-            scores = scores * load_scales(k_ptr, scale_offsets, in_range)[None, :]
+            scores = scores * scales_of_bytes(k_scale)[None, :]
         if MASKED:
             visible = (positions[None, :] <= last_visible[:, None]) & in_range[None, :]
             if HAS_WINDOW:
                 visible = visible & (positions[None, :] > last_visible[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+        if IS_FP8:
+            # The weights times the values' scales become fp16: they, and not the weights, are at most about 1.
+            new_max = tl.maximum(row_max, tl.max(scores * scale_log2 + exponents_of(v_scale)[None, :], 1))
+        else:
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         if MASKED:
             # A row that has seen nothing yet keeps -inf; subtracting 0 instead makes its weights exp2(-inf) = 0.
             offset = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -87,7 +97,7 @@ def attend_range(
         else:
             v = tl.load(v_ptr + offsets)
         if IS_FP8:
-            v = v.to(tl.float8e4nv, bitcast=True).to(q.dtype)
-            weights = weights * load_scales(v_ptr, scale_offsets, in_range)[None, :]
+            v = values_from(v, q.dtype)
+            weights = weights * scales_of_bytes(v_scale)[None, :]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max, row_sum

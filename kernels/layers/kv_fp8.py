@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ramet.kernels.layers.quantize_fp8 import FP8 as FP8
-from ramet.kernels.triton_support import jit, tl
+from ramet.kernels.triton_support import IS_INTERPRETED, jit, tl
 
 _LARGEST = 448.0  # of e4m3
 _STEPS = 8  # scales in an octave
@@ -93,10 +93,35 @@ def for_kernel(cache: Tensor) -> Tensor:
 
 
 @jit
-def load_scales(pages_ptr, offsets, mask):
-    """Scales, in fp32, from their bytes at `offsets` of a cache that is passed as uint8."""
-    byte = tl.load(pages_ptr + offsets, mask=mask, other=0).to(tl.int32)
-    return _scales_from(byte)
+def load_scale_bytes(pages_ptr, offsets, positions, mask):
+    """Bytes of scales, int32. `offsets`: of the words of four that hold them, since Triton copies no bytes ahead."""
+    words_ptr = (pages_ptr + offsets).to(tl.pointer_type(tl.int32), bitcast=True)
+    words = tl.load(words_ptr) if mask is None else tl.load(words_ptr, mask=mask, other=0)
+    return (words >> (positions % 4 * 8)) & 0xFF
+
+
+@jit
+def exponents_of(byte):
+    """The powers of two in scales, fp32: a scale is at least 2^exponent, and below twice that."""
+    return ((byte >> 3) - 20).to(tl.float32)
+
+
+@jit
+def values_from(byte, dtype: tl.constexpr):
+    """Values of bytes of FP8, exactly: in fp16 for a dtype of 16 bits, else in `dtype`.
+
+    Hopper converts FP8 to fp16 two by two, and has no quick way on to bfloat16. The assembler is what keeps Triton from
+    moving the conversion behind the layout change of a matrix operand, which would read shared memory byte by byte.
+    """
+    if dtype.primitive_bitwidth == 16:
+        if IS_INTERPRETED:
+            return byte.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
+            " cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
+            "=r,=r,r", [byte], dtype=tl.float16, is_pure=False, pack=4,
+        )  # fmt: skip
+    return byte.to(tl.float8e4nv, bitcast=True).to(dtype)
 
 
 @jit
@@ -108,20 +133,21 @@ def round_halves(first, second):
     best = tl.full(smallest.shape, float("inf"), tl.float32)
     chosen = smallest
     for step in range(8):
-        scale = _scales_from(smallest + step)[:, None]
+        scale = scales_of_bytes(smallest + step)[:, None]
         first_error = _round_e4m3(tl.div_rn(first, scale)) * scale - first
         second_error = _round_e4m3(tl.div_rn(second, scale)) * scale - second
         error = tl.sum(first_error * first_error + second_error * second_error, axis=1)
         chosen = tl.where(error < best, smallest + step, chosen)
         best = tl.minimum(error, best)
-    scale = _scales_from(chosen)[:, None]
+    scale = scales_of_bytes(chosen)[:, None]
     first = _round_e4m3(tl.div_rn(first, scale)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     second = _round_e4m3(tl.div_rn(second, scale)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     return first, second, chosen.to(tl.uint8)
 
 
 @jit
-def _scales_from(byte):
+def scales_of_bytes(byte):
+    """Scales, fp32, of their bytes, int32."""
     return ((byte << 20) + 0x35800000).to(tl.float32, bitcast=True)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ramet.kernels.attention.plan import PROGRAMS_PER_SM
 from ramet.kernels.triton_support import HAS_TRITON
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compile_kernels.py"
@@ -108,10 +109,27 @@ def test_attention_uses_the_matrix_units_and_merges_in_order() -> None:
         if variant["kernel"] == "_extend_kernel":
             assert counts["wgmma.mma_async"] > 0, variant
             assert "mma.sync" not in counts, variant
-        elif "by another kernel" not in variant["case"]:
+        elif variant["kernel"] == "_decode_kernel":
+            assert variant["blocks"] >= PROGRAMS_PER_SM, variant
+        if variant["kernel"] == "_decode_kernel" and "by another kernel" not in variant["case"]:
             assert counts["atom.global.gpu.acq_rel"] == 1, variant
             assert counts["ld.global.cg"] > 0, variant
     assert {variant["kernel"] for variant in found} == {"_extend_kernel", "_decode_kernel", "_merge_kernel"}
+
+
+def test_attention_reads_a_cache_in_fp8_as_wide_as_any_other() -> None:
+    """Values 16 bytes at a time, scales and page ids in words, all ahead; and no conversion takes two steps."""
+    cases = "llama-8b extend 64x64 w4 s5 window None fp8,llama-8b decode B=16 window None fp8,llama-8b tree fp8"
+    done = compile_kernels("--only", cases, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["variants"]
+    assert {variant["kernel"] for variant in found} == {"_extend_kernel", "_decode_kernel", "_tree_kernel"}
+    for variant in found:
+        counts = variant["instructions"]
+        assert counts["cp.async.cg"] > 0, variant
+        assert counts["cp.async 4"] > 0, variant
+        assert not {"cp.async 8", "cvt.bf16.f16"} & set(counts), variant
+        assert variant["narrow"] == 0, variant
 
 
 def test_kernels_that_are_launched_early_wait_before_they_read_what_others_write() -> None:

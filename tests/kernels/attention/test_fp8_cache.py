@@ -141,6 +141,22 @@ def test_decode_and_extend_attend_to_the_stored_numbers(
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 3e3])
+def test_values_of_any_size_are_weighed_in_16_bits(cases: Any, size: float) -> None:
+    """Weights are multiplied by the values' scales: small products must not vanish, nor large ones overflow."""
+    lens = [3, 50, 0, 100]
+    k, v, page_table, rows = cases.paged_cache(lens, 2, 32)
+    v *= size * torch.logspace(-2, 0, v.shape[2])[:, None]
+    k_cache, v_cache = in_fp8(k), in_fp8(v)
+    q = torch.randn(len(lens), 4, 32, device=DEVICE)
+    kv_lens, rows, page_table = (x.to(DEVICE) for x in (torch.tensor(lens, dtype=torch.int32), rows, page_table))
+    for num_parts in (1, 3):
+        meta = DecodeMetadata(kv_lens, rows, page_table, num_parts)
+        expected = attention_decode_reference(q, exact(k_cache), exact(v_cache), meta, 0.3) / size
+        found = attention_decode_triton(q.half(), k_cache, v_cache, meta, 0.3).float() / size
+        torch.testing.assert_close(found, expected, rtol=3e-3, atol=1e-3)
+
+
 def test_tree_attention_attends_to_the_stored_numbers(cases: Any) -> None:
     lens, page_size, num_shared = [70, 66, 90], 16, 4
     k, v, page_table, rows = cases.paged_cache(lens, 2, 32)
