@@ -9,7 +9,8 @@ one number, and the result does not depend on timing. A program iterates over K 
 
 Two kernels. "sum" (B = 1): products in registers, one fp32 sum per thread and element, reduced once at the end. "dot":
 x padded to 16 rows, on the tensor cores; its order of summation does not depend on B. Accumulation in fp32. The folded
-operations round to the model dtype at the same points as the separate operations.
+operations round to the model dtype at the same points as the separate operations, but for the norm of "sum": its scale
+multiplies the sum, so that no weight waits for the whole row to be read, and nothing of it is rounded.
 """
 
 from __future__ import annotations
@@ -160,17 +161,11 @@ def _sum_kernel(
     column = tl.arange(0, BLOCK_K)
     if EARLY:
         start_early(weight_ptr, output, num_outputs, depth, IS_GATED, 2048)
-    scale = 1.0
-    if HAS_NORM:
-        squares = tl.zeros((BLOCK_K,), tl.float32)
-        for start in tl.range(0, depth, BLOCK_K, num_stages=1):
-            part = tl.load(x_ptr + start + column, mask=start + column < depth, other=0.0).to(tl.float32)
-            squares += part * part
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / depth + eps)
     row_ptr = weight_ptr + output.to(tl.int64)[:, None] * depth + column[None, :]
     up_ptr = row_ptr + num_outputs.to(tl.int64) * depth
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up_total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
     for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
         if EVEN:
             weight = tl.load(row_ptr + start, eviction_policy="evict_first")
@@ -179,10 +174,11 @@ def _sum_kernel(
             inside = (output < num_outputs)[:, None] & (start + column < depth)[None, :]
             weight = tl.load(row_ptr + start, mask=inside, other=0.0, eviction_policy="evict_first")
             part = tl.load(x_ptr + start + column, mask=start + column < depth, other=0.0)
+        part = part.to(tl.float32)
         if HAS_NORM:
-            gain = tl.load(norm_ptr + start + column, mask=start + column < depth, other=0.0)
-            part = (part.to(tl.float32) * scale * gain.to(tl.float32)).to(part.dtype)
-        part = part.to(tl.float32)[None, :]
+            squares += part * part
+            part *= tl.load(norm_ptr + start + column, mask=start + column < depth, other=0.0).to(tl.float32)
+        part = part[None, :]
         total += weight.to(tl.float32) * part
         if IS_GATED:
             if EVEN:
@@ -190,9 +186,12 @@ def _sum_kernel(
             else:
                 weight = tl.load(up_ptr + start, mask=inside, other=0.0, eviction_policy="evict_first")
             up_total += weight.to(tl.float32) * part
-    y = tl.sum(total, axis=1)
+    scale = 1.0
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / depth + eps)
+    y = tl.sum(total, axis=1) * scale
     if IS_GATED:
-        y = gated(y, tl.sum(up_total, axis=1), out_ptr.dtype.element_ty)
+        y = gated(y, tl.sum(up_total, axis=1) * scale, out_ptr.dtype.element_ty)
     inside = output < num_outputs
     if HAS_BIAS:
         y += tl.load(bias_ptr + output, mask=inside, other=0.0).to(tl.float32)
