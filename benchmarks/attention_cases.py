@@ -29,6 +29,14 @@ from ramet.kernels.attention.tree_triton import attention_tree_triton
 BANDWIDTH = 3.04e12  # bytes/s read, measured
 PEAK = 798e12  # flop/s, bf16 product of 8192 x 8192 x 8192, measured
 
+# Tiles that are tried beside the default ones (rows, keys, warps, stages), of which compile_kernels.py compiles all.
+# Rows of decode are the heads of a group. Not here: 128 keys for 64 rows, which four warps cannot hold in registers;
+# 32 keys for 128 rows, twice the barriers for no more programs on a processor; decode with 7 stages, fewer programs.
+SHORT_EXTEND_TILES = [(64, 32, 4, 5), (64, 64, 4, 3), (64, 64, 4, 5)]  # a table adopts none with fewer rows
+EXTEND_TILES = [*SHORT_EXTEND_TILES, (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3)]
+DECODE_TILES = [(32, 2, 5), (32, 4, 5), (64, 2, 5), (64, 4, 3), (64, 4, 5), (64, 8, 5), (128, 4, 3), (128, 8, 3)]
+TREE_TILES = [(64, 32, 4, 5), (64, 64, 4, 3), (64, 64, 4, 5), (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3)]
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -95,6 +103,11 @@ class Pool:
         return [self._free.pop() for _ in range(-(-num_tokens // self._page))]
 
 
+def is_tuned(shape: Shape, window: int | None) -> bool:
+    """Whether tiles are compared; a table has none for other shapes, whose default is checked and timed."""
+    return shape is LLAMA and window is None
+
+
 def page_table(lists: list[list[int]], device: str) -> Tensor:
     width = -(-(max(map(len, lists)) + 1) // 64) * 64
     table = torch.zeros(len(lists), width, dtype=torch.int32)
@@ -144,15 +157,10 @@ def extend_case(args: Options, shape: Shape, lens: list[tuple[int, int]], window
     rows_of_tile = max(q_lens) * group
     if args.dry_run:
         tiles = [(16, 16, 4, 3), (32, 32, 4, 2)]
-    elif shape.head_dim > 128:
-        tiles = [(64, 32, 4, 3), (64, 32, 8, 3), (64, 32, 8, 5), (128, 32, 8, 3), (128, 64, 8, 3)]
-    elif rows_of_tile <= 64:
-        tiles = [(16, 64, 4, 3), (16, 64, 4, 5), (16, 128, 4, 3), (32, 64, 4, 5), (64, 64, 4, 3), (64, 64, 4, 5)]
+    elif is_tuned(shape, window):
+        tiles = SHORT_EXTEND_TILES if rows_of_tile <= 64 else EXTEND_TILES
     else:
-        tiles = [
-            (64, 32, 4, 5), (64, 64, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3), (128, 32, 8, 5),
-            (128, 32, 8, 7), (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3),
-        ]  # fmt: skip
+        tiles = []
 
     def run(config: TileConfig, i: int) -> Tensor:
         return attention_extend_triton(q, *pool.caches[i], meta, scale, window, out, config)
@@ -169,8 +177,6 @@ def extend_case(args: Options, shape: Shape, lens: list[tuple[int, int]], window
         sum(min(p + 1, window or total) for p in range(total - new, total)) for new, total in lens
     )  # (query, key) pairs of one head
     default = extend_config(shape.head_dim, q.dtype, rows_of_tile)
-    if window is not None or shape is not LLAMA:
-        tiles = tiles[1::2]
     configs = [default, *(c for c in (TileConfig(*t) for t in tiles) if c != default)]
     name = f"extend {shape.name} {len(lens)}x{q_lens[0]} over {kv_lens[0] - q_lens[0]}" + (
         f" w{window}" if window else ""
@@ -200,16 +206,9 @@ def decode_case(args: Options, shape: Shape, lens: list[int], window: int | None
     scale, out = shape.head_dim**-0.5, torch.empty_like(q)
     group = shape.num_heads // shape.num_kv_heads
     default = decode_config(shape.head_dim, q.dtype, group)
-    tiles = [
-        (32, 2, 5), (32, 2, 7), (32, 4, 5), (32, 4, 7), (64, 4, 3), (64, 4, 5), (64, 4, 7), (64, 8, 5), (128, 4, 3),
-        (128, 8, 3),
-    ]  # fmt: skip
-    if shape.head_dim > 128:
-        tiles = [(32, 4, 3), (32, 4, 5), (64, 4, 3), (64, 8, 3), (32, 8, 5)]
+    tiles = DECODE_TILES if is_tuned(shape, window) else []
     if args.dry_run:
         tiles = [(16, 4, 3)]
-    if window is not None or shape is not LLAMA:
-        tiles = tiles[1::2]
     configs = [default, *(c for c in (TileConfig(default.block_m, *t) for t in tiles) if c != default)]
     auto = choose_num_parts(shape.num_kv_heads, args.num_sms)
 
@@ -218,8 +217,8 @@ def decode_case(args: Options, shape: Shape, lens: list[int], window: int | None
         return attention_decode_triton(q, *pool.caches[i], meta, scale, window, out, config)
 
     variants = [(c, auto, True) for c in configs]
-    for num_parts in (1, max(1, auto // 2), auto, auto * 2, auto * 3):
-        variants += [(default, num_parts, fused) for fused in ((True, False) if num_parts > 1 else (True,))]
+    variants += [(default, num_parts, True) for num_parts in (1, max(1, auto // 2), auto * 2, auto * 3)]
+    variants.append((default, auto, False))
     variants = list(dict.fromkeys(variants))
 
     def reference() -> Tensor:
@@ -280,10 +279,7 @@ def tree_case(args: Options, name: str, shape: Shape, groups: list[Group], lens:
     suffix = sum(lens) - sum((s.end - s.start) * len(s.member_rows) for s in segments)
     num_parts = choose_num_parts(shape.num_kv_heads, args.num_sms)
     default = tree_config(shape.head_dim, q.dtype, group_size)
-    tiles = [
-        (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3), (128, 32, 8, 7), (64, 64, 4, 3), (64, 64, 4, 5),
-        (64, 128, 4, 3), (64, 32, 4, 5),
-    ]  # fmt: skip
+    tiles = TREE_TILES
     if args.dry_run:
         tiles = [(16, 16, 4, 3)]
     configs = [default, *(c for c in (TileConfig(*t) for t in tiles) if c != default)]

@@ -155,8 +155,9 @@ def main() -> None:
         return
     if arguments.workers and not arguments.dry_run:
         compile_in_workers(arguments, len(cases))
-        options.num_sms = torch.cuda.get_device_properties(0).multi_processor_count
         print(f"compiled after {time.perf_counter() - begin:.0f} s on {torch.cuda.get_device_name(0)}")
+    if not arguments.dry_run:
+        options.num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     records: list[dict[str, object]] = []
     device = "cpu" if arguments.dry_run else torch.cuda.get_device_name(0)
     broken: list[str] = []

@@ -247,16 +247,15 @@ def main() -> None:
         timed = [r for r in timed if "early" not in r["name"]]
     gated = {} if args.no_gate else fit_gated(timed)
     products, folded, folded_rows = fit_products(timed)
-    extend, decode, tree = (
-        fit_tile(found["attention"], kind) for kind in ("extend llama-8b", "decode llama-8b", "tree")
-    )
+    pages = json.loads(args.pages.read_text())["records"] if args.pages and args.pages.is_file() else []
+    page_size = fit_page_size(found["attention"], pages)
+    extend, tree = (fit_tile(found["attention"], kind) for kind in ("extend llama-8b", "tree"))
+    of_pages = pages if page_size else found["attention"]  # the tile is the one for the pages that are taken
+    decode, splits = fit_tile(of_pages, "decode llama-8b"), fit_parts(of_pages)
     tile, cut = tree or (DEFAULT_TREE, f" x{TREE_PROGRAMS_PER_SM}")
-    splits = fit_parts(found["attention"])
     tiles = AttentionTiles(extend and extend[0], decode and decode[0], tile, int(cut[2:]), splits)
     cases = tree_cases(found["attention"], tile, cut)
     costs = fit_costs(cases, tile)
-    pages = json.loads(args.pages.read_text())["records"] if args.pages and args.pages.is_file() else []
-    page_size = fit_page_size(found["attention"], pages)
     early = fit_early(timed)
     table = CardTable(card, products, folded, frozenset(folded_rows), costs, tiles, early, gated, page_size)
     args.out.write_text(table.to_json())

@@ -21,6 +21,7 @@ from ramet.kernels.card_table import CardTable
 from ramet.kernels.grammar.mask import Budgets, ResidentAutomata, TokenTable
 from ramet.kernels.grammar.mask_triton import advance_states_triton, build_masks_triton
 from ramet.kernels.layers import activation, adapters, gemv, kv_fp8, norm, quantize_fp8, rope
+from ramet.kernels.layers.gemv import GemvConfig
 from ramet.kernels.layers.matmul_invariant import gated_product_triton, matmul_invariant_triton
 from ramet.kernels.ops import EARLY_TRITON
 from ramet.kernels.sampling.logit_edits import EditTables, count_tokens_triton, edit_logits_triton
@@ -79,12 +80,12 @@ def ints(*shape: int) -> Tensor:
     return tensor(*shape, dtype=torch.int32)
 
 
-def caches(model: Model, *, is_fp8: bool = False) -> tuple[Tensor, Tensor]:
-    shape = (20_000, model.num_kv_heads, PAGE, model.head_dim)
+def caches(model: Model, *, is_fp8: bool = False, page: int = PAGE) -> tuple[Tensor, Tensor]:
+    shape = (20_000, model.num_kv_heads, page, model.head_dim)
     if not is_fp8:
         return tensor(*shape), tensor(*shape)
-    size = PAGE * kv_fp8.cell_bytes(model.head_dim, kv_fp8.FP8)
-    k, v = (kv_fp8.values_of(tensor(*shape[:2], size, dtype=torch.uint8), PAGE) for _ in range(2))
+    size = page * kv_fp8.cell_bytes(model.head_dim, kv_fp8.FP8)
+    k, v = (kv_fp8.values_of(tensor(*shape[:2], size, dtype=torch.uint8), page) for _ in range(2))
     return k, v
 
 
@@ -204,12 +205,13 @@ def run_decode(
     *,
     is_fp8: bool = False,
     early_launch: bool = False,
+    page: int = PAGE,
 ) -> object:
     q = tensor(batch, model.num_heads, model.head_dim)
     counters = None if kind == " by another kernel" else ints(batch * model.num_kv_heads)
-    lens = ints(batch)
-    meta = DecodeMetadata(lens, lens, page_table(), PARTS, kind == " fixed", merge_counters=counters)
-    held, scale = caches(model, is_fp8=is_fp8), model.head_dim**-0.5
+    lens, parts = ints(batch), 1 if kind == " in one part" else PARTS
+    meta = DecodeMetadata(lens, lens, page_table(), parts, kind == " fixed", merge_counters=counters)
+    held, scale = caches(model, is_fp8=is_fp8, page=page), model.head_dim**-0.5
     return attention_decode_triton(q, *held, meta, scale, window, None, config, early_launch=early_launch)
 
 
@@ -228,12 +230,17 @@ def run_tree(
     *,
     is_fp8: bool = False,
     early_launch: bool = False,
+    batch: int = 64,
+    kind: str = "",
 ) -> object:
-    q = tensor(64, model.num_heads, model.head_dim)
-    plan = TreePlan(64, config, torch.device("meta"))
-    counters = ints(64 * model.num_kv_heads)
-    meta = DecodeMetadata(ints(64), ints(64), page_table(), PARTS, False, plan, merge_counters=counters)
+    q = tensor(batch, model.num_heads, model.head_dim)
+    plan = TreePlan(batch, config, torch.device("meta"))
+    counters, lens, parts = ints(batch * model.num_kv_heads), ints(batch), 1 if kind == " in one part" else PARTS
+    meta = DecodeMetadata(lens, lens, page_table(), parts, False, plan, merge_counters=counters)
     held, scale = caches(model, is_fp8=is_fp8), model.head_dim**-0.5
+    if kind == " beside":
+        shared = tensor(4096, *q.shape[1:], dtype=torch.float32), tensor(4096, q.shape[1], dtype=torch.float32)
+        return attention_decode_triton(q, *held, meta, scale, None, None, suffix, plan, shared, lambda: None)
     return attention_tree_triton(q, *held, meta, plan, scale, None, suffix, early_launch)
 
 
@@ -373,34 +380,59 @@ def grammars() -> list[Launch]:
 
 
 def candidates() -> list[Launch]:
-    """What bench_attention.py and bench_kernels.py try for Llama-3.1-8B's shapes."""
+    """What the timing scripts and their checks launch for Llama-3.1-8B's shapes beside what is in use: on a card, a
+    minute that compiles is a minute less of measurements.
+    """
+    from attention_cases import DECODE_TILES, EXTEND_TILES, TREE_TILES
     from kernel_cases import DOT_CONFIGS, SUM_CONFIGS, TILE_CONFIGS, name_of
 
     model = MODELS[0]
-    launches = []
-    for tile in [
-        (64, 32, 4, 5), (64, 64, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3), (128, 32, 8, 5), (128, 32, 8, 7),
-        (128, 64, 8, 3), (128, 128, 8, 3),
-    ]:  # fmt: skip
-        config = TileConfig(*tile)
-        launches.append(Launch(f"try extend {label(config)}", partial(run_extend, model, config, None), False))
-    for tile in [(32, 2, 5), (32, 4, 7), (64, 4, 3), (64, 4, 7), (64, 8, 5), (128, 4, 3), (128, 8, 3)]:
-        config = TileConfig(16, *tile)
-        launches.append(Launch(f"try decode {label(config)}", partial(run_decode, model, config), False))
-    for tile in [(128, 64, 8, 3), (128, 128, 8, 3), (128, 32, 8, 7), (64, 64, 4, 5), (64, 128, 4, 3), (64, 32, 4, 5)]:
-        config = TileConfig(*tile)
-        launches.append(Launch(f"try tree {label(config)}", partial(run_tree, model, config), False))
+    run: dict[str, Callable[[], object]] = {}
+    for config in (TileConfig(*tile) for tile in EXTEND_TILES):
+        run[f"extend {label(config)}"] = partial(run_extend, model, config, None)
+    for config in (TileConfig(*tile) for tile in TREE_TILES):
+        run[f"tree {label(config)}"] = partial(run_tree, model, config)
+    plan = tree_config(model.head_dim, DTYPE, model.group)
+    for batch, kind in ((16, ""), (16, " in one part"), (64, " in one part"), (64, " beside")):
+        run[f"tree B={batch}{kind}"] = partial(run_tree, model, plan, batch=batch, kind=kind)
+    default = decode_config(model.head_dim, DTYPE, model.group)
+    for page in (PAGE, 64):
+        for batch in (1, 16, 64):
+            for config in (default, *(TileConfig(default.block_m, *tile) for tile in DECODE_TILES)):
+                name = f"decode {label(config)} B={batch} page {page}"
+                run[name] = partial(run_decode, model, config, batch, page=page)
+            for kind in (" in one part", " by another kernel"):
+                run[f"decode B={batch}{kind} page {page}"] = partial(run_decode, model, default, batch, kind, page=page)
     for cut in SUM_CONFIGS + DOT_CONFIGS:
-        rows = 1 if cut.kernel == "sum" else 4
-        run = partial(gemv.gemv_triton, tensor(rows, 4096), tensor(4096, 4096), config=cut)
-        launches.append(Launch(f"try gemv {name_of(cut)}", run, False))
+        for rows in (1,) if cut.kernel == "sum" else (1, 4, 16):
+            run |= {f"gemv {name} B={rows}": launch for name, launch in folds(cut, rows).items()}
     for cut in TILE_CONFIGS:
-        run = partial(gated_product_triton, tensor(512, 4096), tensor(28_672, 4096), cut)
-        launches.append(Launch(f"try gate {name_of(cut)}", run, False))
-    soon = dataclasses.replace(DOT_CONFIGS[0], early_launch=True)
-    run = partial(gemv.gemv_triton, tensor(4, 4096), tensor(4096, 4096), config=soon)
-    launches.append(Launch("early gemv", run, False))
-    return launches
+        for rows in (64, 512):
+            launch = partial(gated_product_triton, tensor(rows, 4096), tensor(28_672, 4096), cut)
+            run[f"gate {name_of(cut)} T={rows}"] = launch
+    return [Launch(f"try {name}", launch, False) for name, launch in run.items()]
+
+
+def folds(cut: GemvConfig, rows: int) -> dict[str, Callable[[], object]]:
+    """A product alone and with all that is folded into it, late and early."""
+    from kernel_cases import name_of
+    from kernel_checks import fits_gated
+
+    x, weight, gain = tensor(rows, 4096), tensor(4096, 4096), tensor(4096)
+    found: dict[str, Callable[[], object]] = {}
+    for config in (cut, dataclasses.replace(cut, early_launch=True)):
+        name = name_of(config)
+        run = partial(gemv.gemv_triton, x, weight, None, config=config)
+        found |= {
+            name: run,
+            f"{name} normed": partial(run, norm_weight=gain),
+            f"{name} residual": partial(run, residual=x),
+            f"{name} normed, residual": partial(run, norm_weight=gain, residual=x),
+        }
+        if fits_gated(config):
+            gated = partial(gemv.gemv_silu_and_mul_triton, x, weight, config=config)
+            found |= {f"{name} gated": gated, f"{name} normed, gated": partial(gated, norm_weight=gain)}
+    return found
 
 
 def label(config: TileConfig) -> str:

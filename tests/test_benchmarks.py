@@ -172,6 +172,29 @@ def test_what_a_table_switches_on_was_measured_to_be_faster(script: ModuleType) 
     assert script.fit_page_size(cases, []) is None
 
 
+@pytest.mark.parametrize("script", ["fit_table"], indirect=True)
+def test_the_tile_of_decode_is_the_one_for_the_pages_that_are_taken(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def write(name: str, default: float, narrow: float, wide: float) -> str:
+        runs = {"16x64 w4 s5 parts 4 fused *": default, "16x32 w2 s5 parts 4 fused": narrow}
+        runs["16x128 w4 s3 parts 4 fused"] = wide
+        records = [{"case": "decode llama-8b 8x100", "run": run, "us": us} for run, us in runs.items()]
+        (tmp_path / name).write_text(json.dumps({"device": "a card", "records": records}))
+        return str(tmp_path / name)
+
+    def fitted(pages: str) -> tuple[int | None, int]:
+        out = str(tmp_path / "table.json")
+        arguments = ["--attention", write("16.json", 50.0, 40.0, 60.0), "--pages", pages, "--out", out]
+        monkeypatch.setattr(sys, "argv", ["fit_table.py", *arguments])
+        script.main()
+        table = json.loads(Path(out).read_text())
+        return table["page_size"], table["tiles"]["decode"]["block_n"]
+
+    assert fitted(write("64.json", 45.0, 44.0, 35.0)) == (64, 128)
+    assert fitted(write("64.json", 50.0, 44.0, 35.0)) == (None, 32)
+
+
 @pytest.mark.parametrize("script", ["sim_cluster"], indirect=True)
 def test_the_simulated_cluster_serves_all_and_its_router_computes_least(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -134,7 +134,7 @@ def test_attention_reads_a_cache_in_fp8_as_wide_as_any_other() -> None:
 
 def test_kernels_that_are_launched_early_wait_before_they_read_what_others_write() -> None:
     """A norm reads its weight before, which nobody writes: 4,096 values in two loads of eight for each thread."""
-    done = compile_kernels("--candidates", "--only", "early llama-8b,early gemv", "--json")
+    done = compile_kernels("--candidates", "--only", "early llama-8b,try gemv dot 16x256 s4 w4 early", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])["variants"]
     before = {(variant["kernel"], variant["before_wait"]) for variant in found}
