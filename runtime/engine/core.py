@@ -1,10 +1,12 @@
-"""The engine loop: `schedule -> launch -> collect`, and two orders of these three calls.
+"""The engine loop: `schedule -> launch -> collect`, and three orders of these three calls.
 
-`step_sync` collects a step before the next one is scheduled. `step_overlap` schedules and launches step t + 1 while
-step t runs on the device, and only then collects step t. If the host must see a sequence's token before its next step,
-the sequence takes part only in every second step. If it must for all of them, no step overlaps: every second one would
-be empty. Both orders give the same tokens. A draft continues tokens that the host knows, so steps that verify drafts do
-not overlap, either: where drafts pay, the step in flight is collected first. Not here: grammars
+    step_sync        schedule t        launch t        collect t
+    step_overlap     schedule t + 1    launch t + 1    collect t         the device has work at every moment
+    step_informed    collect t         schedule t + 1  launch t + 1      while the text of step t is delivered, it has
+
+All give the same tokens. With overlap, if the host must see a sequence's token before its next step, the sequence takes
+part only in every second step; if it must for all of them, every second step would be empty, so step t is collected
+first. A draft continues tokens that the host knows: where drafts pay, step t is collected first, too. Not here: grammars
 (constraints/states.py), threads, text and callers (engine.py).
 """
 
@@ -126,13 +128,12 @@ class EngineCore:
         try:
             self._begin_works()
             self._planned_s, self._worked_s = time.monotonic(), time.thread_time()
-            scheduler, drafts = self.scheduler, self._draft()
-            if self.overlap and not drafts and (not scheduler.held or len(scheduler.held) < scheduler.num_running):
-                updates += self.step_overlap()
-            elif self._in_flight is not None:
-                updates += self.drain()  # and nothing else: an update says whether its sequence is finished now
+            if not self.overlap:
+                updates += self.step_sync()
+            elif self._needs_results():
+                self.step_informed(updates)
             else:
-                updates += self.step_sync(drafts)
+                updates += self.step_overlap()
             updates += self._finish_works()
             self.watch.lap("grammars")
         except Exception as error:
@@ -143,8 +144,8 @@ class EngineCore:
                 self._release(sequence)
         return updates
 
-    def step_sync(self, drafts: Mapping[Sequence, Seq[int]] = NO_DRAFTS) -> list[Update]:
-        batch = self._schedule(drafts)
+    def step_sync(self) -> list[Update]:
+        batch = self._schedule(self._draft())
         return [] if batch is None else self.collect(self.launch(batch))
 
     def step_overlap(self) -> list[Update]:
@@ -154,12 +155,26 @@ class EngineCore:
         self._in_flight = launched
         return updates
 
+    def step_informed(self, updates: list[Update]) -> None:
+        """Append the updates of the step in flight, then launch the next one, which may raise."""
+        updates += self.drain()
+        batch = self._schedule(self._draft())
+        self._in_flight = None if batch is None else self.launch(batch)
+
+    def _needs_results(self) -> bool:
+        """Whether the step in flight is collected before the next one is scheduled."""
+        scheduler, speculation, in_flight = self.scheduler, self.speculation, self._in_flight
+        if scheduler.held and len(scheduler.held) >= scheduler.num_running:
+            return True
+        if speculation is None:
+            return False
+        # How many tokens a row with drafts yields is not known.
+        return in_flight is None or in_flight.verifies or speculation.pays(scheduler.decoding())
+
     def _draft(self) -> dict[Sequence, list[int]]:
-        """Draft tokens that pay. While a step is in flight, they are only reckoned with the tokens that are known."""
+        """Draft tokens that pay. No step is in flight."""
         if self.speculation is None:
             return {}
-        if self._in_flight is not None:
-            return self.speculation.propose(self.scheduler.decoding())
         drafts = self.speculation.propose(self.scheduler.draftable())
         for sequence, tokens in drafts.items():
             if sequence.request.grammar is not None:

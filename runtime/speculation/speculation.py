@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import itemgetter
 from statistics import median
@@ -147,10 +147,12 @@ class Speculation:
         cache: RadixCache | None = None,
         model: DraftModel | DraftHead | None = None,
         most_drafted: int = MOST_DRAFTED,
+        clock: Callable[[], float] = time.thread_time,
     ) -> None:
         """times: None begins to measure. cache: what others wrote after the same prompts; None: nothing. most_drafted:
-        tokens of a draft.
+        tokens of a draft. clock: seconds by which the model's drafts are timed.
         """
+        self._clock = clock
         self._most_drafted = most_drafted
         self._cache = cache
         self._model = model
@@ -166,31 +168,49 @@ class Speculation:
         self._live: dict[Sequence, _Drafted] = {}
 
     def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
-        """Draft tokens for some of the sequences that decode in the next step.
-
-        The drafts can be verified if the tokens so far are all known; if not, they say whether drafts pay.
-        """
-        gains: list[tuple[float, int, Sequence]] = []
+        """Draft tokens for some of the sequences that decode in the next step, whose tokens so far are all known."""
         rows = list(sequences)
-        num_rows, num_known = len(rows), 0
-        self._num_idle += num_rows < _MOST_IN_STEP
+        kv_len = self._look(rows)
+        if kv_len is None:
+            return {}
+        if self._model is not None:
+            self._ask(self._model, rows, kv_len)
+        return self._chosen(rows, kv_len)
+
+    def pays(self, sequences: Iterable[Sequence]) -> bool:
+        """Whether drafts probably pay, by the known tokens of the sequences that decode in the next step.
+
+        A model drafts nothing for that: on a GPU it would wait for the step in flight.
+        """
+        rows = list(sequences)
+        kv_len = self._look(rows)
+        if kv_len is None:
+            return False
+        return bool(self._model is not None and self._asked(rows, kv_len)[1]) or bool(self._chosen(rows, kv_len))
+
+    def _look(self, rows: list[Sequence]) -> float | None:
+        """Look for drafts in the texts, and return the mean length of these; None: nothing is looked for in this step.
+
+        Later, a sequence is followed from where it was left.
+        """
+        self._num_idle += len(rows) < _MOST_IN_STEP
         is_skipped = self._model is None and self._num_idle > _IDLE and self._num_idle % _LOOK_IDLE
-        if num_rows >= _MOST_IN_STEP or is_skipped:
-            return {}  # nothing is looked for; later, a sequence is followed from where it was left
+        if len(rows) >= _MOST_IN_STEP or is_skipped or not rows:
+            return None
         for sequence in rows:
-            num_known += sequence.num_tokens
             found = self._live.get(sequence)
             if found is None:
                 text = TextDrafts(sequence, self._runs, self._cache, self._share_right)
                 found = self._live[sequence] = _Drafted(text, len(sequence.output_ids))
             self._read(sequence, found)
             draft = found.draft = found.text.propose(self._most_drafted)
-            if draft is None:
-                continue
-            found.success = self._success(found, draft)
-        kv_len = num_known / max(num_rows, 1)
-        if self._model is not None and rows:
-            self._ask(self._model, rows, kv_len)
+            if draft is not None:
+                found.success = self._success(found, draft)
+        return sum(sequence.num_tokens for sequence in rows) / len(rows)
+
+    def _chosen(self, rows: list[Sequence], kv_len: float) -> dict[Sequence, list[int]]:
+        """The drafts that pay, of those that were found."""
+        gains: list[tuple[float, int, Sequence]] = []
         for sequence in rows:
             found = self._live[sequence]
             if found.draft is None:
@@ -201,7 +221,7 @@ class Speculation:
                     break
                 gains.append((gain, -place, sequence))
                 gain *= found.success
-        chosen = self._choose(gains, num_rows, kv_len)
+        chosen = self._choose(gains, len(rows), kv_len)
         if chosen:
             self._num_idle = 0
         return chosen
@@ -235,21 +255,32 @@ class Speculation:
             for what, counts in (("drafted", self.drafted), ("accepted", self.accepted))
         }
 
-    def _ask(self, model: DraftModel | DraftHead, rows: list[Sequence], kv_len: float) -> None:
-        """Let the model draft for the rows for which that is likelier to be right than the drafts that they have."""
+    def _asked(self, rows: list[Sequence], kv_len: float) -> tuple[list[Sequence], int]:
+        """The rows for which the model's draft is likelier to be right than the one that they have; and its length.
+
+        It is 0 where the model's drafts do not pay, and 1 where this is to be tried.
+        """
         success = min(self._share_right(_MODEL, 0), _MOST_SUCCESS)
         asking = [s for s in rows if self._live[s].draft is None or self._live[s].success < success]
-        count = self._num_by_model(success, len(rows), len(asking), kv_len) if asking else 0
+        if not asking:
+            return asking, 0
+        count = self._num_by_model(success, len(rows), len(asking), kv_len)
+        return asking, count or int(self._num_unasked >= _TRY_MODEL)
+
+    def _ask(self, model: DraftModel | DraftHead, rows: list[Sequence], kv_len: float) -> None:
+        """Let the model draft, where that pays."""
         self._num_unasked += 1
-        if not count and self._num_unasked < _TRY_MODEL:
+        asking, count = self._asked(rows, kv_len)
+        if not count:
             return
         self._num_unasked = 0
-        begin = time.thread_time()
-        drafts = model.draft(asking, max(count, 1))
-        seconds = time.thread_time() - begin
+        begin = self._clock()
+        drafts = model.draft(asking, count)
+        seconds = self._clock() - begin
         self.model_s += seconds
         if len(drafts) == len(asking):  # no prompts were computed
-            self._model_times.note(len(asking), kv_len, seconds / max(count, 1))
+            self._model_times.note(len(asking), kv_len, seconds / count)
+        success = min(self._share_right(_MODEL, 0), _MOST_SUCCESS)
         for sequence, tokens in drafts.items():
             found = self._live[sequence]
             ends = sequence.request.stop_ids

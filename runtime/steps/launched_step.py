@@ -64,6 +64,11 @@ class LaunchedStep:
             event.record()
         return cls(batch, *on_host, event)
 
+    @property
+    def verifies(self) -> bool:
+        """True if some rows verify drafts."""
+        return any(item.num_samples > 1 for item in self.batch.items[self.batch.num_decode :])
+
     def read(self) -> list[RowOutput]:
         """Wait for the step, and return one output for each item of the batch."""
         if self.event is not None:

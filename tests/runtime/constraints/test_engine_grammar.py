@@ -176,22 +176,21 @@ def test_a_waiting_request_that_the_host_will_mask_costs_the_running_ones_nothin
         core = engine._core
         core.overlap = True
         running: list[str] = []  # when a step was not overlapped
-        step_sync, launch = core.step_sync, core.launch
+        step_informed, launch = core.step_informed, core.launch
         is_sync = False
 
-        def note(*drafts: Any) -> list[Update]:
+        def note(updates: list[Update]) -> None:
             nonlocal is_sync
             is_sync = True
-            updates = step_sync(*drafts)
+            step_informed(updates)
             is_sync = False
-            return updates
 
         def note_batch(batch: Batch) -> LaunchedStep:
             if is_sync:
                 running.extend(item.sequence.request.request_id for item in batch.items)
             return launch(batch)
 
-        monkeypatch.setattr(core, "step_sync", note)
+        monkeypatch.setattr(core, "step_informed", note)
         monkeypatch.setattr(core, "launch", note_batch)
         params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
         first = engine.submit("x", params, request_id="free")

@@ -238,19 +238,19 @@ def test_edited_logits_and_log_probabilities_give_the_tokens_of_the_host(
     """Without enough rows on the device the host edits those that are left."""
     with make_engine(triton_model, graphs=True, num_edits=num_edits) as engine:
         core = engine._core
-        synchronous: list[int] = []
-        step_sync = core.step_sync
+        informed: list[int] = []
+        step_informed = core.step_informed
 
-        def note(*drafts: Any) -> list[Update]:
-            synchronous.append(core.scheduler.counters.num_steps)
-            return step_sync(*drafts)
+        def note(updates: list[Update]) -> None:
+            informed.append(core.scheduler.counters.num_steps)
+            step_informed(updates)
 
-        monkeypatch.setattr(core, "step_sync", note)
+        monkeypatch.setattr(core, "step_informed", note)
         actual = run_edited(engine)
         engine.check_integrity()
         assert core.runner.edits is not None
         assert core.runner.edits.num_free == num_edits
-    assert bool(synchronous) == (num_edits < 2), "two run at once, so with two rows nothing waits for the host"
+    assert bool(informed) == (num_edits < 2), "two run at once, so with two rows nothing waits for the host"
     monkeypatch.undo()
     with make_engine(tiny_model, graphs=False) as engine:
         expected = run_edited(engine)
@@ -312,6 +312,9 @@ class Drafts(Speculation):
         super().__init__()
         self.answers, self.rng = answers, random.Random(seed)
         self.num_drafted = 0
+
+    def pays(self, sequences: Iterable[Sequence]) -> bool:
+        return self.rng.random() < 0.7
 
     def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
         if self.rng.random() < 0.3:
