@@ -5,6 +5,7 @@
     python benchmarks/bench_speculation.py --clock cpu --threads 1      tokens a second of CPU time, on a busy machine
     python benchmarks/bench_speculation.py --draft smollm2-135m         with a draft model, asked as if it took no time
     python benchmarks/bench_speculation.py --sources      the drafts alone: time and memory with a large cache
+    python benchmarks/bench_speculation.py --stale        reckoned: drafts on a GPU that are made one step before
 
 One engine runs each round twice, with its drafts (auto) and without (off), on the same prompts, which are cached before
 the clock starts: of two engines in a process, the second is slower by a few percent. Every round has other documents,
@@ -28,7 +29,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,15 @@ from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.speculation.speculation import Speculation, StepTimes
+from ramet.runtime.steps.cuda_graph import VERIFIED_DRAFTS
 from ramet.runtime.types import FinishReason, Grammar, Request, SamplingParams, Sequence, Status
 
 Job = dict[str, Any]  # Any: the arguments of Engine.submit
+Answer = tuple[Request, list[int]]  # and its tokens
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+GPU_STEP_S = 0.0058  # assumed: an 8B model's step at batch 1 on an H100
+MOST_VERIFIED = VERIFIED_DRAFTS[-1]
 
 NAMES = ["Ada Lovelace", "Alan Turing", "Grace Hopper", "Edsger Dijkstra", "Barbara Liskov", "Donald Knuth"]
 CITIES = ["Lisbon", "Oslo", "Kyoto", "Nairobi", "Quito", "Riga", "Perth", "Dublin", "Tunis", "Hanoi"]
@@ -240,6 +246,116 @@ def measure_sources(num_sequences: int, num_cached: int) -> dict[str, float]:
     }
 
 
+class GpuTimes(StepTimes):
+    """Assumed seconds of a GPU's steps: a hundredth more for each further token, and the host's part with drafts."""
+
+    def __init__(self, host_s: float) -> None:
+        super().__init__()
+        self.host_s = host_s
+
+    def knows(self, num_tokens: int, kv_len: float) -> bool:
+        return True
+
+    def seconds(self, num_tokens: int, kv_len: float) -> float:
+        return GPU_STEP_S * (1 + 0.01 * (num_tokens - 1)) + self.host_s * (num_tokens > 1)
+
+
+class Recorded(Speculation):
+    """Drafts nothing, and keeps the requests and their answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[Answer] = []
+
+    def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
+        return {}
+
+    def release(self, sequence: Sequence) -> None:
+        if sequence.request.max_tokens > 1 and sequence.output_ids:
+            self.answers.append((sequence.request, list(sequence.output_ids)))
+
+
+class StaleDrafts(Speculation):
+    """Drafts behind the tokens that the step in flight will yield if its own draft is right."""
+
+    def propose_behind(self, sequence: Sequence, num_running: int) -> list[int]:
+        """Those tokens, of which there are `num_running`, and the draft; empty where no draft pays."""
+        self._look([sequence])
+        found = self._live[sequence]
+        draft = found.text.propose(num_running + MOST_VERIFIED)
+        if draft is None:
+            return []
+        found.draft, found.success = draft, self._success(found, draft)
+        places = range(1, len(draft.tokens) - num_running + 1)
+        gains = [(found.success ** (num_running + place - 1), -place, sequence) for place in places]
+        count = len(self._choose(gains, 1, 0.0).get(sequence, ()))
+        return draft.tokens[: num_running + count] if count else []
+
+
+def num_right(draft: list[int], text: list[int]) -> int:
+    pairs = enumerate(zip(draft, text, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(draft), max(len(text) - 1, 0)))
+
+
+def reckon(answers: list[Answer], host_s: float, *, is_stale: bool) -> dict[str, float]:
+    """The rate of answers at batch 1, one after another, over that of steps without drafts, and tokens a step.
+
+    Drafts of known tokens: the host's part follows each step before one with a draft, and each step with one. Stale
+    ones: all steps overlap; the device verifies what is behind the tokens of the step before, if they were foreseen.
+    """
+    times = GpuTimes(0.0 if is_stale else host_s)
+    speculation = StaleDrafts(times) if is_stale else Speculation(times, most_drafted=MOST_VERIFIED)
+    seconds, num_tokens, num_steps = 0.0, 0, 0
+    for request, answer in answers:
+        sequence = Sequence(request, output_ids=answer[:1], status=Status.RUNNING, slot=0)
+        known, num_drafted = 1, 0  # known: to the device
+        while known < len(answer):
+            new = answer[len(sequence.output_ids) : known]
+            if isinstance(speculation, StaleDrafts):
+                ahead = speculation.propose_behind(sequence, num_drafted + 1) if new else []
+                size = max(len(ahead) - num_drafted - 1, 0)
+                draft = ahead[len(new) :][:size] if ahead[: len(new)] == new else []
+                seconds += max(times.seconds(1 + size, 0.0), host_s)
+            else:
+                draft = speculation.propose([sequence]).get(sequence, [])
+                size = len(draft)
+                seconds += times.seconds(1 + size, 0.0) + host_s * (num_drafted > 0 and not size)
+            right = num_right(draft, answer[known:])
+            sequence.output_ids += new if is_stale else answer[known : known + right + 1]
+            known = min(known + right + 1, len(answer))
+            num_steps, num_drafted = num_steps + 1, size
+        num_tokens += len(answer) - 1
+        sequence.output_ids, sequence.finish_reason = list(answer), FinishReason.LENGTH
+        speculation.release(sequence)
+    return {
+        "times_plain": round(num_tokens * GPU_STEP_S / seconds, 2),
+        "tokens_a_step": round(num_tokens / num_steps, 2),
+    }
+
+
+def measure_stale(engine: Engine, work: Work, kinds: list[str], num_rounds: int, num_runs: int) -> list[dict[str, Any]]:
+    """Both kinds of drafts of the same answers, for several times of the host's part."""
+    rows = []
+    for kind in kinds:
+        recorded = engine._core.speculation = Recorded()
+        for round_ in range(1, num_rounds + 1):
+            engine.flush_cache()
+            run_kind(engine, work, kind, 1, 100 * round_ + 1, num_runs)
+        for host_ms in (0.3, 0.5, 1.0, 2.0):
+            found = [reckon(recorded.answers, host_ms / 1000, is_stale=is_stale) for is_stale in (False, True)]
+            rows.append({"work": kind, "host_ms": host_ms, "known": found[0], "stale": found[1]})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def run_kind(engine: Engine, work: Work, kind: str, batch: int, seed: int, num_runs: int) -> tuple[float, list[Any]]:
+    if kind == "agent":
+        return run_agent(engine, work, batch, seed, num_runs)
+    if kind == "chat":
+        return run_chat(engine, work, batch, seed)
+    return run_one_turn(engine, work, kind, batch, seed)
+
+
 class NoTime(StepTimes):
     """The times of a draft model that costs nothing: it is always asked, whatever it costs."""
 
@@ -287,6 +403,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--draft", help="a model that drafts, too")
     parser.add_argument("--sources", action="store_true", help="measure the drafts alone")
+    parser.add_argument("--stale", action="store_true", help="reckon with drafts that are made one step before")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -311,6 +428,12 @@ def main() -> None:
         run_one_turn(engine, work, "edits", 1, 0)
     if arguments.draft:
         speculation._model_times = NoTime()
+    if arguments.stale:
+        shape = arguments.kinds.split(","), arguments.rounds, arguments.runs
+        rows = measure_stale(engine, works["off"], *shape)
+        engine.shutdown()
+        print_record({**record, "configuration": configuration, "stale": rows}, arguments.out)
+        return
     names = "work", "batch", "off tok/s", "auto tok/s", "auto / off", "tokens a step", "drafting", "same", "accepted"
     table = Table(*names)
     rows = []
@@ -327,12 +450,7 @@ def main() -> None:
                     engine.flush_cache()
                     core.speculation = speculation if mode == "auto" else None
                     steps = engine.stats()["num_steps"]
-                    if kind == "agent":
-                        seconds, results = run_agent(engine, work, batch, seed, arguments.runs)
-                    elif kind == "chat":
-                        seconds, results = run_chat(engine, work, batch, seed)
-                    else:
-                        seconds, results = run_one_turn(engine, work, kind, batch, seed)
+                    seconds, results = run_kind(engine, work, kind, batch, seed, arguments.runs)
                     count = sum(len(result.token_ids) for result in results)
                     rates[mode].append(count / seconds)
                     texts[mode] = [result.text for result in results]

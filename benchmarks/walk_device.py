@@ -3,6 +3,7 @@
     python benchmarks/walk_device.py                         Llama-3.1-8B and others; kernels are noted, not compiled
     python benchmarks/walk_device.py --compile               each variant that the engine launches is compiled for sm_90
     python benchmarks/walk_device.py --models gemma3-4b --set deterministic=true
+    python benchmarks/walk_device.py --models llama-8b --set speculative_draft='"smollm2"'      a model drafts; or eagle, mtp
     python benchmarks/walk_device.py --models llama-70b --layers 80 --set quantization='"fp8"' \
         --set kv_cache_dtype='"fp8_e4m3"' --set mem_fraction_static=0.95 --set chunked_prefill_size=1024 \
         --set max_running_requests=64                        all layers: the memory is that of a card
@@ -28,6 +29,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, get_args
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined
 
@@ -40,6 +42,7 @@ from triton.runtime import driver
 
 from ramet.grammar import Bordered, CompiledGrammar, Vocabulary
 from ramet.grammar.service.sources import compile_constraint
+from ramet.runtime.engine import factory
 from ramet.runtime.engine.config import EngineConfig
 from ramet.runtime.engine.core import EngineCore
 from ramet.runtime.engine.factory import build_core, build_runner
@@ -57,6 +60,7 @@ from ramet.runtime.parallel.messages import RankMessage, decoder, encoder
 from ramet.runtime.parallel.ranks import FirstRank
 from ramet.runtime.parallel.sharded import SharedModel, apply_tensor_parallel
 from ramet.runtime.parallel.share import Share, check_size
+from ramet.runtime.speculation.heads import Head, head_shapes, make_head
 from ramet.runtime.speculation.speculation import Speculation
 from ramet.runtime.steps.cuda_graph import VERIFIED_TOKENS
 from ramet.runtime.steps.model_runner import ModelRunner
@@ -92,13 +96,19 @@ WALKED = "llama-8b,smollm2,qwen3-8b,gemma3-4b,llama-8b-blocks"
 
 
 class AnyDrafts(Speculation):
-    """Up to eight tokens for each of some rows, in three of four steps."""
+    """Up to eight tokens for each of some rows, in three of four steps. A model computes its part for nothing."""
 
     num_steps = 0
+
+    def pays(self, sequences: Iterable[Sequence]) -> bool:
+        self.num_steps += 1
+        return self.num_steps % 3 > 0
 
     def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
         self.num_steps += 1
         rows = list(sequences)
+        if self._model is not None:
+            self._model.draft(rows, 1 + self.num_steps % 8)
         num_drafted = max((VERIFIED_TOKENS[-1] - len(rows)) // 4, 0) if self.num_steps % 4 else 0
         return {sequence: [7] * min(num_drafted, 1 + (self.num_steps + i) % 8) for i, sequence in enumerate(rows[:4])}
 
@@ -198,7 +208,7 @@ class Walk:
         self.add(100, 1, score_from=20)
         self.run("scored")
         if self.core.speculation is not None:
-            self.core.speculation = AnyDrafts()
+            self.core.speculation = AnyDrafts(model=self.core.speculation._model)
             for grammar in (
                 None,
                 self.closed(),
@@ -338,25 +348,50 @@ def empty_blocks(num_rows: int, num_columns: int) -> tuple[torch.Tensor, torch.T
     return torch.empty((num_rows, num_columns), device=DEVICE, dtype=torch.float8_e4m3fn), scale
 
 
-def walk(name: str, config: EngineConfig, device: FakeDevice, num_layers: int) -> list[str]:
-    """Start an engine and serve; returns what a card's users would notice."""
+def shapes_of(name: str, num_layers: int) -> ModelConfig:
     shapes = MODELS[name]()
-    shapes = dataclasses.replace(shapes, num_layers=num_layers, sliding_layers=shapes.sliding_layers[:num_layers])
+    return dataclasses.replace(shapes, num_layers=num_layers, sliding_layers=shapes.sliding_layers[:num_layers])
+
+
+def weights_of(name: str, shapes: ModelConfig) -> Weights:
     tensors = expected_tensors(shapes)
     make = {name: partial(empty, shape) for name, shape in tensors.items()}
     matrices = {name: shape for name, shape in tensors.items() if ".layers." in name and len(shape) == 2}
     blocks = {key: partial(empty_blocks, *shape) for key, shape in matrices.items()} if name in IN_BLOCKS else {}
-    weights = Weights(make, scaled=blocks)
-    tokenizer = MadeUpTokenizer(shapes.vocab_size)
+    return Weights(make, scaled=blocks)
+
+
+def load(name: str, shapes: ModelConfig, config: EngineConfig) -> LoadedModel:
+    decoder = decoder_of(0, shapes, weights_of(name, shapes), config)
+    return LoadedModel(name, decoder, MadeUpTokenizer(shapes.vocab_size), shapes, GenerationDefaults())
+
+
+def drafting(num_layers: int, model: LoadedModel, config: EngineConfig) -> LoadedModel | Head | None:
+    """What drafts for a model: one of `MODELS` with its vocabulary, or a head: eagle or mtp."""
+    name, target = config.speculative_draft, model.config
+    if name is None:
+        return None
+    if name in MODELS:
+        return load(name, dataclasses.replace(shapes_of(name, num_layers), vocab_size=target.vocab_size), config)
+    needed, _ = head_shapes(target, target, None, is_eagle=name == "eagle")
+    return make_head({name: empty(shape, None) for name, shape in needed.items()}, None, target, model.decoder)
+
+
+def walk(name: str, config: EngineConfig, device: FakeDevice, num_layers: int) -> list[str]:
+    """Start an engine and serve; returns what a card's users would notice."""
     device.phase = "start"
-    model = LoadedModel("fake", decoder_of(0, shapes, weights, config), tokenizer, shapes, GenerationDefaults())
+    shapes = shapes_of(name, num_layers)
+    model = load(name, shapes, config)
+    tokenizer = model.tokenizer
     device.alone.clear()  # one kernel rounds weights to FP8 while they are read
     if config.tp > 1:
-        other = build_runner(decoder_of(1, shapes, weights, config), config, AloneGroup(1, config.tp))
+        part = decoder_of(1, shapes, weights_of(name, shapes), config)
+        other = build_runner(part, config, AloneGroup(1, config.tp))
         parts = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
         model = SharedModel(**parts, peers=OtherRankHere(other), group=AloneGroup(0, config.tp))
     gc.disable()
-    core = build_core(model, config)
+    with mock.patch.object(factory, "load_drafting", partial(drafting, num_layers)):
+        core = build_core(model, config)
     before = device.memory.allocated
     gc.enable()
     gc.collect()

@@ -4,10 +4,10 @@
     step_overlap     schedule t + 1    launch t + 1    collect t         the device has work at every moment
     step_informed    collect t         schedule t + 1  launch t + 1      while the text of step t is delivered, it has
 
-All give the same tokens. With overlap, if the host must see a sequence's token before its next step, the sequence takes
-part only in every second step; if it must for all of them, every second step would be empty, so step t is collected
-first. A draft continues tokens that the host knows: where drafts pay, step t is collected first, too. Not here: grammars
-(constraints/states.py), threads, text and callers (engine.py).
+All give the same tokens. With overlap, if the host must see a sequence's token before its next step, the sequence
+takes part only in every second step; if it must for all of them, every second step would be empty, so step t is
+collected first. A draft continues tokens that the host knows: where drafts pay, step t is collected first, too. Not
+here: grammars (constraints/states.py), threads, text and callers (engine.py).
 """
 
 from __future__ import annotations

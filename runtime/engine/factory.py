@@ -34,9 +34,9 @@ from ramet.runtime.parallel.group import Group
 from ramet.runtime.parallel.sharded import SharedModel
 from ramet.runtime.scheduling.config import SchedulerConfig
 from ramet.runtime.scheduling.scheduler import Scheduler
-from ramet.runtime.speculation.draft_model import DRAFT_KV_TOKENS, DraftModel, check_vocabulary
-from ramet.runtime.speculation.heads import DraftHead, has_head, load_head
-from ramet.runtime.speculation.speculation import MOST_DRAFTED, Speculation
+from ramet.runtime.speculation.draft_model import DRAFT_KV_TOKENS, MOST_NEW, DraftModel, check_vocabulary
+from ramet.runtime.speculation.heads import Features, Head, HeadLayer, has_head, load_head, tapped
+from ramet.runtime.speculation.speculation import MOST_DRAFTED, MOST_IN_STEP, Speculation
 from ramet.runtime.steps.cuda_graph import VERIFIED_DRAFTS, GraphKey
 from ramet.runtime.steps.kv_cache import KVCache, bytes_per_token
 from ramet.runtime.steps.logit_edits import NUM_EDIT_ROWS, LogitEdits
@@ -67,15 +67,18 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
     device = model.decoder.device
     use_device(device)
     arena, edits = make_arena(model, config, device), make_edits(model, config, device)
-    head = make_head(model, config)
-    if ranks is None:
-        runner = build_runner(model.decoder if head is None else head.decoder, config, arena=arena, edits=edits)
-    else:
-        parts = ranks.group, ranks.peers
-        runner = build_runner(model.decoder, config, *parts, arena=arena, edits=edits)
+    drafting = load_drafting(model, config)  # before the model's KV pages, which take all memory that is left
+    head = drafting if isinstance(drafting, Head) else None
+    small = None if drafting is None else build_runner(drafting.decoder, draft_config(config, drafting.decoder))
+    parts = (None, None) if ranks is None else (ranks.group, ranks.peers)
+    held_bytes = 0 if small is None else pooled_bytes(device)
+    before = () if head is None else head.before
+    runner = build_runner(
+        model.decoder, config, *parts, arena=arena, edits=edits, held_bytes=held_bytes, noted_before=before
+    )
     kv_cache, context = runner.kv_cache, runner.max_kv_len
-    if head is not None:
-        head.make_room(kv_cache)
+    features = None if small is None or head is None else Features(kv_cache, small.kv_cache, head.combine)
+    drafter = None if small is None else DraftModel(small, features)
     pool = PagePool(kv_cache.num_pages, kv_cache.page_size)
     cache = RadixCache(pool)
     scheduler = Scheduler(scheduler_config(config, context, model.decoder), pool, cache)
@@ -97,45 +100,25 @@ def build_core(model: LoadedModel, config: EngineConfig) -> EngineCore:
         grammars,
         overlap=config.overlap and device.type == "cuda",
         context_length=context,
-        speculation=make_speculation(model, config, context, cache, head),
+        speculation=make_speculation(config, device, cache, drafter),
     )
 
 
 def make_speculation(
-    model: LoadedModel, config: EngineConfig, context_length: int, cache: RadixCache, head: DraftHead | None
+    config: EngineConfig, device: torch.device, cache: RadixCache, drafter: DraftModel | None
 ) -> Speculation | None:
-    """Make what drafts tokens; None where no drafts are verified: the one place that says so.
-
-    Several ranks were not tried, and a GPU's memory has no part for a draft model yet.
-    """
-    if config.speculative == "off":
+    """Make what drafts tokens; None where no drafts are verified."""
+    if not verifies(config):
+        if config.speculative != "off":
+            logger.info("no drafts are verified with tp > 1")
         return None
-    is_gpu = model.decoder.device.type == "cuda"
-    if config.speculative_draft is not None and (is_gpu or config.tp > 1):
-        where = "on a GPU" if is_gpu else "with tp > 1"
-        raise ConfigError(
-            f"speculative_draft is {config.speculative_draft!r} but must be None {where}, where no model drafts"
-        )
-    if config.tp > 1:
-        logger.info("no drafts are verified with tp > 1")
-        return None
-    draft: DraftModel | DraftHead | None = head
-    if draft is None and config.speculative_draft is not None:
-        draft = load_draft_model(model, config, context_length)
-    most = VERIFIED_DRAFTS[-1] if is_gpu else MOST_DRAFTED
-    return Speculation(cache=cache if config.radix_cache else None, model=draft, most_drafted=most)
-
-
-def make_head(model: LoadedModel, config: EngineConfig) -> DraftHead | None:
-    """Load the head of `speculative_draft`, if it is a folder with one. Raises: ConfigError: it cannot serve."""
-    name, decoder = config.speculative_draft, model.decoder
-    if name is None or config.tp > 1 or decoder.device.type == "cuda" or not has_head(Path(name), model.name):
-        return None
-    if config.kv_cache_dtype != "auto" or config.num_loras or isinstance(decoder, TransformersDecoder):
-        raise ConfigError(
-            f"speculative_draft is a head, {name!r}; it needs Ramet's own layers, kv_cache_dtype auto and no adapters"
-        )
-    return load_head(Path(name), decoder)
+    is_gpu = device.type == "cuda"
+    return Speculation(
+        cache=cache if config.radix_cache else None,
+        model=drafter,
+        most_drafted=VERIFIED_DRAFTS[-1] if is_gpu else MOST_DRAFTED,
+        clock=time.monotonic if is_gpu else time.thread_time,
+    )
 
 
 def verifies(config: EngineConfig) -> bool:
@@ -143,18 +126,47 @@ def verifies(config: EngineConfig) -> bool:
     return config.speculative == "auto" and config.tp == 1
 
 
-def load_draft_model(model: LoadedModel, config: EngineConfig, context_length: int) -> DraftModel:
-    """Load the model that drafts, with a small pool.
+def load_drafting(model: LoadedModel, config: EngineConfig) -> LoadedModel | Head | None:
+    """Load the head or the small model of `speculative_draft`.
 
-    Raises: the errors of `load_model`; ConfigError: its vocabulary is another one.
+    Raises: the errors of `load_model`; ConfigError: it cannot serve, and why.
     """
-    name = config.speculative_draft
-    draft = load_model(name, device=model.decoder.device)
-    check_vocabulary(draft, model)
-    longest = draft.decoder.config.max_position_embeddings
-    small: dict[str, object] = {"context_length": min(context_length, longest), "num_kv_tokens": DRAFT_KV_TOKENS}
-    none: dict[str, object] = {"lora": (), "max_loras": None}  # adapters belong to the larger model
-    return DraftModel(build_runner(draft.decoder, config.changed(small | none)))
+    name, decoder = config.speculative_draft, model.decoder
+    if name is None:
+        return None
+    if config.tp > 1:
+        raise ConfigError(f"speculative_draft is {name!r} but must be None with tp > 1, where no model drafts")
+    if not has_head(Path(name), model.name):
+        draft = load_model(name, device=decoder.device)
+        check_vocabulary(draft, model)
+        return draft
+    if config.num_loras or isinstance(decoder, TransformersDecoder):
+        raise ConfigError(f"speculative_draft is a head, {name!r}; it needs Ramet's own layers and no adapters")
+    return load_head(Path(name), decoder)
+
+
+def draft_config(config: EngineConfig, decoder: Decoder) -> EngineConfig:
+    """The configuration of the runner of what drafts: a small pool, and nothing that belongs to the larger model."""
+    longest = decoder.config.max_position_embeddings
+    small: dict[str, object] = {
+        "context_length": longest if config.context_length is None else min(config.context_length, longest),
+        "num_kv_tokens": DRAFT_KV_TOKENS[decoder.device.type],
+        "max_running_requests": min(config.max_running_requests, MOST_IN_STEP),
+        "chunked_prefill_size": MOST_NEW,
+        "cuda_graph_max_extend": min(config.cuda_graph_max_extend, MOST_NEW),
+    }
+    none: dict[str, object] = {"lora": (), "max_loras": None, "tree_attention": "off", "deterministic": False}
+    none |= {"speculative": "off", "speculative_draft": None, "kv_cache_dtype": "auto"}
+    return config.changed(small | none)
+
+
+def pooled_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that graphs hold though no tensor does."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    reading = read_cuda_memory(device)
+    return reading.reserved - reading.allocated
 
 
 def build_runner(
@@ -165,10 +177,13 @@ def build_runner(
     *,
     arena: GrammarArena | None = None,
     edits: LogitEdits | None = None,
+    held_bytes: int = 0,
+    noted_before: tuple[int, ...] = (),
 ) -> ModelRunner:
     """Make what runs steps: the KV pages that fit beside the weights, slots, graphs. Every rank of a group does so.
 
-    The ranks take as many pages as fit on each of them. peers, arena, edits: the first rank's alone.
+    The ranks take as many pages as fit on each of them. peers, arena, edits: the first rank's alone. held_bytes: what
+    graphs of another runner hold of a GPU's memory. noted_before: layers whose input is noted for a head.
     """
     device, dtype = decoder.device, decoder.dtype
     use_device(device)
@@ -180,12 +195,17 @@ def build_runner(
         )
     kv_dtype = FP8 if config.kv_cache_dtype == "fp8_e4m3" else dtype
     decoder = prepare_decoder(decoder, config, device)
+    if noted_before:
+        decoder = tapped(decoder, noted_before)
     if isinstance(decoder, TransformersDecoder):  # its layers may read the host in a step
         config = config.changed({"cuda_graph": False})
     adapters = Adapters(decoder, config.num_loras, config.max_lora_rank) if config.num_loras else None
     tree = make_tree_planner(decoder, config, device, kv_dtype)
     page_size = page_size_of(config, device)
-    page_bytes = bytes_per_token(decoder.config, kv_dtype) * page_size
+    noted = [decoder.dtype] * decoder.num_noted
+    token_bytes = bytes_per_token(decoder.config, kv_dtype)
+    token_bytes += decoder.num_noted * decoder.config.hidden_size * decoder.dtype.itemsize
+    page_bytes = token_bytes * page_size
     num_pages = None if config.num_kv_tokens is None else -(-config.num_kv_tokens // page_size) + 1
     plan: MemoryPlan | None = None
     if device.type == "cuda":
@@ -193,7 +213,7 @@ def build_runner(
         plan = plan_memory(
             read_cuda_memory(device),
             workspace=workspace,
-            graphs=graphs,
+            graphs=graphs + held_bytes,
             fraction=config.mem_fraction_static,
             page_bytes=page_bytes,
             num_pages=num_pages,
@@ -206,7 +226,7 @@ def build_runner(
         num_pages = group.smallest(num_pages)
     context = min(wanted, (num_pages - 1) * page_size)
     try:
-        kv_cache = KVCache(decoder.config, num_pages, page_size, device=device, dtype=kv_dtype)
+        kv_cache = KVCache(decoder.config, num_pages, page_size, device=device, dtype=kv_dtype, noted=noted)
         slots = RunningSlots(config.max_running_requests, -(-context // page_size), device=device)
         runner = ModelRunner(
             decoder,
@@ -338,8 +358,9 @@ def measure_steps(
     num_tokens = min(step_tokens(config, device), context_length)
     page_size = page_size_of(config, device)
     num_pages = -(-num_tokens // page_size) + 1
+    noted = [decoder.dtype] * decoder.num_noted
     try:
-        kv_cache = KVCache(decoder.config, num_pages, page_size, device=device, dtype=kv_dtype)
+        kv_cache = KVCache(decoder.config, num_pages, page_size, device=device, dtype=kv_dtype, noted=noted)
         slots = RunningSlots(config.max_running_requests, -(-context_length // page_size), device=device)
         runner = ModelRunner(
             decoder,
@@ -409,6 +430,8 @@ def prepare_decoder(decoder: Decoder, config: EngineConfig, device: torch.device
         decoder = apply_fp8_cache(decoder)
     if device.type != "cuda":
         return decoder
+    if any(isinstance(layer, HeadLayer) for layer in decoder.layers):
+        return decoder  # the passes know a model's layers
     if isinstance(decoder, TransformersDecoder):
         if config.deterministic:
             raise ConfigError("deterministic needs Ramet's own layers, but transformers computes those of this model")

@@ -7,7 +7,7 @@ over the finished object. Not here: construction from weights (`build.py`), file
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -29,7 +29,8 @@ class ForwardContext:
     Padded decode rows may overlap extend rows. Extend attention then begins at the token that `extend` names, and
     overwrites their results.
     positions, kv_slots: int32 [T]. kv_caches: (k, v) of each layer, [N, K, P, D] in the model's dtype. `decode` is None
-    exactly when `num_decode` is 0; `extend` is None exactly when there is no other token.
+    exactly when `num_decode` is 0; `extend` is None exactly when there is no other token. noted: what layers note of
+    each place in the cache, [N * P, hidden].
     """
 
     positions: Tensor
@@ -39,6 +40,7 @@ class ForwardContext:
     extend: ExtendMetadata | None
     kv_caches: list[tuple[Tensor, Tensor]]
     extend_start: int
+    noted: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
         assert (self.decode is None) == (self.num_decode == 0), "decode metadata exactly where there are decode rows"
@@ -56,7 +58,10 @@ class Layer(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Decoder:
-    """A finished model on one device. `dtype`: dtype of activations and of the KV cache."""
+    """A finished model on one device. `dtype`: dtype of activations and of the KV cache.
+
+    num_noted: hidden states that its layers note for each token, in `ForwardContext.noted`.
+    """
 
     config: ModelConfig
     ops: Ops
@@ -66,6 +71,7 @@ class Decoder:
     layers: Sequence[Layer]
     final_norm: Tensor
     output: Linear
+    num_noted: int = field(default=0, kw_only=True)
 
     def forward(self, token_ids: Tensor, context: ForwardContext) -> Tensor:
         """Run the tokens (int [T]) through all layers and write their KV. Returns [T, hidden] after the final norm."""

@@ -1,9 +1,10 @@
-"""A small model that drafts for a larger one with the same vocabulary, greedily and for all sequences at once.
+"""A small model, or a head of the larger one, that drafts for it greedily, for all sequences at once.
 
-It has pages, slots and steps of its own. For each sequence that it drafts for it keeps a sequence with the same tokens,
-whose KV it computes when the next draft is made: the tokens that are new since the last one, and then one token after
-another. What it drafted wrongly is forgotten, as the larger model forgets it. Not here: when it is worth asking
-(`speculation`), and whether the drafts are right (the scheduler and the steps).
+It has pages, slots and steps of its own, on a GPU graphs, too. For each sequence that it drafts for it keeps a sequence
+with the same tokens, whose KV it computes when the next draft is made: the tokens that are new since the last one, and
+then one token after another, which the host reads behind the last one. What it drafted wrongly is forgotten, as the
+larger model forgets it; all that a head drafted is read again, with the model's features in place of its own results.
+Not here: when it is worth asking (`speculation`), and whether the drafts are right (the scheduler and the steps).
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from collections.abc import Sequence as Seq
 from ramet.errors import ConfigError
 from ramet.runtime.cache.page_pool import PagePool
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.speculation.heads import Features
+from ramet.runtime.steps.launched_step import LaunchedStep
 from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.types import Batch, Request, SamplingParams, ScheduledSequence, Sequence, Status
 
-DRAFT_KV_TOKENS = 8192  # of all sequences for which it drafts
-_MOST_NEW = 256  # tokens that are new to the model, in one draft of all sequences: prompts are computed in such parts
+DRAFT_KV_TOKENS = {"cpu": 8192, "cuda": 65_536}  # of all sequences for which it drafts
+MOST_NEW = 256  # tokens that are new to the model, in one draft of all sequences: prompts are computed in such parts
 
 
 class DraftModel:
-    """Drafts by a model. Owner: `Speculation`."""
+    """Drafts by a model or a head. Owner: `Speculation`."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, features: Features | None = None) -> None:
+        """features: of a head, whose sequences lack the first token."""
         self._runner = runner
+        self._features = features
         self._pool = PagePool(runner.kv_cache.num_pages, runner.kv_cache.page_size)
         self._free_slots = list(range(runner.slots.num_slots))
         self._copies: dict[Sequence, Sequence] = {}
@@ -41,8 +46,9 @@ class DraftModel:
 
         Prompts are computed in parts, so a new sequence may have no draft yet.
         """
-        room, extends = _MOST_NEW, []
+        room, extends = MOST_NEW, list[ScheduledSequence]()
         ready: dict[Sequence, Sequence] = {}
+        readers: list[Sequence] = []
         for sequence in sequences:
             copy = self._read(sequence) if room else None
             if copy is None or not self._grow(sequence, copy, count):
@@ -52,16 +58,25 @@ class DraftModel:
             is_last = copy.num_computed + num_new == copy.num_tokens
             extends.append(ScheduledSequence(copy, copy.num_computed, num_new, int(is_last)))
             copy.num_computed += num_new
+            readers.append(sequence)
             if is_last:
                 ready[sequence] = copy
         if not extends:
             return {}
-        self._run(extends, 0)
-        for _ in range(count - 1 if ready else 0):
+        if self._features is not None:
+            self._features.bring(list(zip(readers, extends, strict=True)))
+        steps = [self._launch(extends, 0)]
+        for _ in range(count - 1 if ready else 0):  # the device knows the tokens that these continue
             rows = [ScheduledSequence(copy, copy.num_computed, 1, 1) for copy in ready.values()]
             for copy in ready.values():
                 copy.num_computed += 1
-            self._run(rows, len(rows))
+            steps.append(self._launch(rows, len(rows)))
+        for step in steps:
+            for item, output in zip(step.batch.items, step.read(), strict=True):
+                item.sequence.output_ids += output.token_ids
+        if self._features is not None:
+            for item in extends:
+                item.sequence.num_computed = item.start + item.num_tokens
         return {sequence: copy.output_ids[len(sequence.output_ids) :] for sequence, copy in ready.items()}
 
     def release(self, sequence: Sequence) -> None:
@@ -81,14 +96,18 @@ class DraftModel:
         assert used == sorted(self._pool.used_pages()), "pages of the draft model are lost"
 
     def _read(self, sequence: Sequence) -> Sequence | None:
-        """Give the known tokens to the sequence's copy, which forgets its wrong drafts. None: no slot is free."""
+        """Give the known tokens to the sequence's copy, which forgets its wrong drafts.
+
+        None: no slot is free, or a head has no pair of tokens in the prompt.
+        """
         copy = self._copies.get(sequence)
         if copy is None:
-            if not self._free_slots:
-                return None
             request = sequence.request
+            prompt_ids = request.prompt_ids if self._features is None else request.prompt_ids[1:]
+            if not self._free_slots or not len(prompt_ids):
+                return None
             values = SamplingParams(temperature=0.0)
-            same = Request(request.request_id, request.prompt_ids, values, request.max_tokens)
+            same = Request(request.request_id, prompt_ids, values, request.max_tokens)
             copy = Sequence(same, slot=self._free_slots.pop(), status=Status.RUNNING)
             self._copies[sequence], self._num_read[sequence] = copy, 0
         begin = self._num_read[sequence]
@@ -116,12 +135,10 @@ class DraftModel:
             copy.page_ids += pages
         return True
 
-    def _run(self, items: list[ScheduledSequence], num_decode: int) -> None:
-        """Run a step, and append its tokens to the copies."""
+    def _launch(self, items: list[ScheduledSequence], num_decode: int) -> LaunchedStep:
         self._num_steps += 1
         batch = Batch(self._num_steps, tuple(items), num_decode, sum(item.num_tokens for item in items))
-        for item, output in zip(items, self._runner.launch(batch).read(), strict=True):
-            item.sequence.output_ids += output.token_ids
+        return self._runner.launch(batch)
 
 
 def check_vocabulary(draft: LoadedModel, target: LoadedModel) -> None:

@@ -6,8 +6,10 @@ token t + 1, and predicts token t + 2. What it makes of a drafted token then sta
     EAGLE-3   features: a product of the hidden states after three layers; attention reads [embedding, features], normed
     MTP       features: the last hidden states, normed; the layer's input: a product of [embedding, features], normed
 
-The model's layers note their results while they run (`TappedLayer`), a row for each token's place in the KV cache; so
-its steps are not recorded programs. The head's own keys and values belong to sequences: a cached prefix is read again.
+It is a decoder of one layer that drafts as a small model does (`draft_model`), with pages, slots and steps of its own.
+Position p of its sequences has token p + 1. The model's layers note their results while they run (`TappedLayer`), a row
+for each place of the KV cache, so on a CPU the model's steps are not recorded programs. They are brought to the head's
+places (`Features`) before it reads known tokens; what it makes of a token, it writes itself to the place of the next.
 Pages that come from another engine have no features, and drafts there are poor. Not here: whether asking pays
 (`speculation`).
 
@@ -18,177 +20,149 @@ as in SpecForge's and DeepSeek's files.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import linear
 
 from ramet.errors import BrokenModelFile, ConfigError
+from ramet.kernels.ops import REFERENCE, Ops
+from ramet.kernels.slots.tables import upload
 from ramet.runtime.models.config import ModelConfig
 from ramet.runtime.models.config_files import config_from_hf
 from ramet.runtime.models.decoder import Decoder, ForwardContext, Layer
 from ramet.runtime.models.json_file import read_json
-from ramet.runtime.models.layers import RotaryTable
-from ramet.runtime.models.linear import Linear
+from ramet.runtime.models.layers import Attention, FeedForward, RotaryTable
+from ramet.runtime.models.linear import Linear, PlainLinear, embed
 from ramet.runtime.steps.kv_cache import KVCache
-from ramet.runtime.types import Sequence
+from ramet.runtime.types import ScheduledSequence, Sequence
 
 _EAGLE = "LlamaForCausalLMEagle3"
-_MOST_NEW = 256  # tokens that are new to the head, in one draft of all sequences
-_MOST_KEPT = 65_536  # tokens of all sequences whose keys and values are kept
 
 
 @dataclass(slots=True, eq=False)
 class TappedLayer:
-    """A layer that notes its results, [T, hidden], at the places of its tokens in the KV cache."""
+    """A layer that notes its results, [T, hidden], at the places of its tokens. index: of the notes in the cache."""
 
     layer: Layer
-    noted: Tensor  # [places, hidden]
+    index: int
 
     def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor | None]:
         x, residual = self.layer(x, residual, context)
-        self.noted[context.kv_slots.long()] = x if residual is None else x + residual
+        context.noted[self.index][context.kv_slots.long()] = x if residual is None else x + residual
         return x, residual
 
     def linears(self) -> tuple[Linear, ...]:
         return self.layer.linears()
 
 
-class DraftHead:
-    """Drafts by a head, greedily. Owner: `Speculation`.
+def tapped(decoder: Decoder, before: Seq[int]) -> Decoder:
+    """The decoder, with notes of the hidden states before these layers (the number of layers: at the end)."""
+    layers = list(decoder.layers)
+    for index, number in enumerate(before):
+        layers[number - 1] = TappedLayer(layers[number - 1], index)
+    return dataclasses.replace(decoder, layers=layers, num_noted=len(before))
 
-    tensors: by their names in the layer; `fc` (EAGLE-3) or `eh_proj` (MTP) says which kind it is.
+
+@dataclass(slots=True, eq=False)
+class HeadLayer:
+    """A head's layer. Its input is the embedding of the next token; the features are noted at its place.
+
+    mix: MTP's product of [embedding, features], and `input_norm` of its result; None in EAGLE-3. Norms: [hidden].
     """
 
-    def __init__(self, tensors: dict[str, Tensor], config: ModelConfig, decoder: Decoder) -> None:
-        """config: the head's attention and sizes. decoder: the model's; `self.decoder` must run in its place."""
-        self._page_size = 0
-        self._is_eagle = "fc" in tensors
-        self._tensors = {name: tensor.to(decoder.device, decoder.dtype) for name, tensor in tensors.items()}
-        self._offsets = tensors.get("d2t")  # of a drafted token to that of the model, int64
-        self._config = config
-        self._rotary = RotaryTable.build(config.rope, config.head_dim, config.max_position_embeddings, decoder.device)
-        num_layers, layers = decoder.config.num_layers, list(decoder.layers)
-        before = _layers_read(num_layers, is_eagle=self._is_eagle)
-        self._noted = [torch.zeros(0, device=decoder.device, dtype=decoder.dtype) for _ in before]
-        for number, noted in zip(before, self._noted, strict=True):
-            layers[number - 1] = TappedLayer(layers[number - 1], noted)
-        self.decoder = dataclasses.replace(decoder, layers=layers)
-        self._past: dict[Sequence, tuple[Tensor, Tensor]] = {}  # keys and values of pairs, [T, heads, D]
+    ops: Ops
+    embedding_norm: Tensor
+    features_norm: Tensor
+    mix: Linear | None
+    input_norm: Tensor | None
+    attention: Attention
+    feed_forward_norm: Tensor
+    feed_forward: FeedForward
+    eps: float
 
-    def make_room(self, cache: KVCache) -> None:
-        """Make room for the hidden states of all tokens in the model's KV cache, one (MTP) or three (EAGLE-3) for each.
-
-        Before its first step.
-        """
-        self._page_size = cache.page_size
-        shape = cache.num_pages, cache.page_size, self.decoder.config.hidden_size
-        for noted in self._noted:
-            noted.resize_(shape[0] * shape[1], shape[2]).zero_()
-            cache.beside.append(noted.view(1, 1, shape[0], 1, *shape[1:]))
-
-    @property
-    def num_sequences(self) -> int:
-        """How many sequences it keeps keys and values for."""
-        return len(self._past)
-
-    @torch.inference_mode()
-    def draft(self, sequences: Seq[Sequence], count: int) -> dict[Sequence, list[int]]:
-        """Return `count` tokens that may follow the known ones. Prompts are read in parts: some may have none yet."""
-        room, found = _MOST_NEW, dict[Sequence, list[int]]()
-        for sequence in sequences:
-            past = self._past.get(sequence)
-            start, end = 0 if past is None else len(past[0]), sequence.num_tokens - 1
-            num_new = min(end - start, room)
-            num_kept = sum(len(keys) for keys, _ in self._past.values())
-            if num_new <= 0 or end + count > len(self._rotary.cos) or num_kept + num_new > _MOST_KEPT:
-                continue
-            room -= num_new
-            features = self._features(sequence, start, start + num_new)
-            tokens = torch.from_numpy(sequence.tokens(start + 1, start + num_new + 1).copy())
-            hidden, past = self._forward(features, tokens, start, past)
-            self._past[sequence] = past
-            if start + num_new == end:
-                found[sequence] = self._go_on(hidden[-1:], end, past, count)
-        return found
-
-    def release(self, sequence: Sequence) -> None:
-        """Forget a sequence. Does nothing if it is unknown."""
-        self._past.pop(sequence, None)
-
-    def _go_on(self, hidden: Tensor, position: int, past: tuple[Tensor, Tensor], count: int) -> list[int]:
-        """Draft tokens one after another, the first from `hidden` [1, hidden]. position: of the next pair."""
-        drafted: list[int] = []
-        for number in range(count):
-            if number:
-                hidden, past = self._forward(hidden, torch.tensor(drafted[-1:]), position + number - 1, past)
-            token = int(self._logits(hidden).argmax())
-            drafted.append(token if self._offsets is None else token + int(self._offsets[token]))
-        return drafted
-
-    def _features(self, sequence: Sequence, start: int, end: int) -> Tensor:
-        """The features of tokens [start, end), [T, hidden]."""
-        positions, page_size = torch.arange(start, end), self._page_size
-        places = torch.tensor(sequence.page_ids)[positions // page_size] * page_size + positions % page_size
-        noted = torch.cat([part[places] for part in self._noted], dim=-1)
-        if self._is_eagle:
-            return linear(noted, self._tensors["fc"])
-        return self._normed(noted, self.decoder.final_norm)
-
-    def _forward(
-        self, features: Tensor, tokens: Tensor, start: int, past: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run the layer on pairs of features [T, hidden] and the tokens after them [T], from position `start` on.
-
-        Returns its results [T, hidden], and the keys and values with those of `past`.
-        """
-        of, config = self._tensors, self._config
-        embedding = of.get("embed_tokens")
-        embedded = self.decoder.embedding(tokens) if embedding is None else embedding[tokens]
-        if self._is_eagle:
-            residual = features
-            pair = self._normed(embedded, of["input_layernorm"]), self._normed(features, of["hidden_norm"])
-            x = torch.cat(pair, dim=-1)
+    def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        assert residual is None, "the only layer"
+        noted, norm = context.noted[0], self.ops.rms_norm
+        features = noted.index_select(0, context.kv_slots)
+        normed = norm(x, self.embedding_norm, self.eps, None), norm(features, self.features_norm, self.eps, None)
+        pair = torch.cat(normed, dim=-1)
+        if self.mix is None or self.input_norm is None:
+            given, residual = pair, features
         else:
-            pair = self._normed(embedded, of["enorm"]), self._normed(features, of["hnorm"])
-            residual = linear(torch.cat(pair, dim=-1), of["eh_proj"])
-            x = self._normed(residual, of["input_layernorm"])
-        parts = []
-        for name, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
-            part = linear(x, of[f"self_attn.{name}_proj"], of.get(f"self_attn.{name}_proj.bias"))
-            part = part.view(len(x), heads, config.head_dim)
-            norm = of.get(f"self_attn.{name}_norm")
-            part = part if norm is None else self._normed(part, norm)
-            parts.append(part if name == "v" else self._rotated(part, start))
-        q, k, v = parts
-        if past is not None:
-            k, v = torch.cat((past[0], k)), torch.cat((past[1], v))
-        is_seen = torch.arange(len(k)) <= torch.arange(len(k) - len(q), len(k))[:, None]
-        group = config.num_heads // config.num_kv_heads
-        q, keys, values = (part.transpose(0, 1) for part in (q, *(p.repeat_interleave(group, 1) for p in (k, v))))
-        attended = scaled_dot_product_attention(q, keys, values, attn_mask=is_seen).transpose(0, 1)
-        x = residual + linear(attended.reshape(len(x), -1), of["self_attn.o_proj"])
-        normed = self._normed(x, of["post_attention_layernorm"])
-        inner = silu(linear(normed, of["mlp.gate_proj"])) * linear(normed, of["mlp.up_proj"])
-        return x + linear(inner, of["mlp.down_proj"]), (k, v)
+            mixed = self.mix(pair)
+            given, residual = norm(mixed, self.input_norm, self.eps, None), mixed
+        attended = self.attention(given, context)
+        inner, residual = self.ops.fused_add_rms_norm(attended, residual, self.feed_forward_norm, self.eps, None)
+        x = self.feed_forward(inner)
+        _note_next(noted, x + residual, context)
+        return x, residual
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        normed, head = self._normed(hidden, self._tensors["norm"]), self._tensors.get("lm_head")
-        return self.decoder.logits(normed) if head is None else linear(normed, head)
+    def linears(self) -> tuple[Linear, ...]:
+        mix = () if self.mix is None else (self.mix,)
+        return (*mix, self.attention.qkv, self.attention.o, *self.feed_forward.linears())
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight.shape, weight, self._config.rms_norm_eps)
 
-    def _rotated(self, x: Tensor, start: int) -> Tensor:
-        """Rotate x [T, heads, D] by its positions, from `start` on."""
-        rows = slice(start, start + len(x))
-        cos, sin = (table[rows, None].to(x.dtype) for table in (self._rotary.cos, self._rotary.sin))
-        low, high = x.chunk(2, dim=-1)
-        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+def _note_next(noted: Tensor, hidden: Tensor, context: ForwardContext) -> None:
+    """Note the results of each sequence's last token, of `hidden` [T, hidden], at the place of the one behind it."""
+    page_size = context.kv_caches[0][0].shape[2]
+    decode, extend = context.decode, context.extend
+    if decode is not None:
+        places = _places(decode.rows, decode.kv_lens, decode.page_table, page_size)
+        noted[places] = hidden[: context.num_decode]
+    if extend is not None:
+        last = (context.extend_start + extend.cu_seqlens_q[1:] - 1).clamp(min=0)
+        places = _places(extend.rows, extend.kv_lens, extend.page_table, page_size)
+        noted[places] = hidden.index_select(0, last)
+
+
+def _places(rows: Tensor, positions: Tensor, page_table: Tensor, page_size: int) -> Tensor:
+    """Places int64 [n] of positions in the cache. One behind a slot's last page is not read, so any place will do."""
+    pages = (positions // page_size).clamp(max=page_table.shape[1] - 1)
+    return page_table[rows.long(), pages.long()].long() * page_size + positions % page_size
+
+
+@dataclass(slots=True, eq=False)
+class Features:
+    """Brings what a model noted of known tokens to the places of its head. combine: makes the features of the notes."""
+
+    model: KVCache
+    head: KVCache
+    combine: Callable[[Tensor], Tensor]
+
+    def bring(self, rows: Seq[tuple[Sequence, ScheduledSequence]]) -> None:
+        """rows: the model's sequences, and the head's tokens that are computed next."""
+        pairs = [(_places_of(s, item, self.model), _places_of(item.sequence, item, self.head)) for s, item in rows]
+        given = [np.concatenate(places) for places in zip(*pairs, strict=True)]
+        source, target = upload(given, self.head.storage.device)
+        noted = torch.cat([part.index_select(0, source) for part in self.model.noted], dim=-1)
+        self.head.noted[0][target.long()] = self.combine(noted)
+
+
+def _places_of(sequence: Sequence, item: ScheduledSequence, cache: KVCache) -> NDArray[np.int32]:
+    positions = np.arange(item.start, item.start + item.num_tokens, dtype=np.int32)
+    pages = np.asarray(sequence.page_ids, dtype=np.int32)
+    return pages[positions // cache.page_size] * cache.page_size + positions % cache.page_size
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """A head as its files have it. decoder: its layer. before: the model's layers before which it reads, see `tapped`.
+
+    combine: makes features [T, hidden] of the hidden states there, side by side.
+    """
+
+    decoder: Decoder
+    before: tuple[int, ...]
+    combine: Callable[[Tensor], Tensor]
 
 
 def has_head(folder: Path, model: str) -> bool:
@@ -200,7 +174,7 @@ def has_head(folder: Path, model: str) -> bool:
     return _EAGLE in (fields.get("architectures") or ()) or (is_own and bool(fields.get("num_nextn_predict_layers")))
 
 
-def load_head(folder: Path, decoder: Decoder) -> DraftHead:
+def load_head(folder: Path, decoder: Decoder) -> Head:
     """Load the head of a folder for which `has_head` is true.
 
     Raises: BrokenModelFile; ConfigError naming what does not fit the model.
@@ -218,7 +192,7 @@ def load_head(folder: Path, decoder: Decoder) -> DraftHead:
                         found[short] = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise BrokenModelFile(f"{path} cannot be read: {error}") from error
-    needed, optional = _shapes(config, target, found.get("d2t"), is_eagle=is_eagle)
+    needed, optional = head_shapes(config, target, found.get("d2t"), is_eagle=is_eagle)
     missing, shapes = sorted(needed.keys() - found.keys()), needed | optional
     problems = [f"missing {', '.join(missing[:5])}"] if missing else []
     unknown = sorted(found.keys() - shapes.keys())
@@ -241,7 +215,87 @@ def load_head(folder: Path, decoder: Decoder) -> DraftHead:
         problems.append("the model's norms have an offset")
     if problems:
         raise ConfigError(f"the head in {folder} does not fit {target.architecture}: {'; '.join(problems)}")
-    return DraftHead(found, config, decoder)
+    tensors = {name: tensor.to(decoder.device, decoder.dtype) for name, tensor in found.items() if name != "d2t"}
+    can_draft = None if offsets is None else (offsets.long() + torch.arange(len(offsets))).to(decoder.device)
+    return make_head(tensors, can_draft, config, decoder)
+
+
+def make_head(of: dict[str, Tensor], tokens: Tensor | None, config: ModelConfig, model: Decoder) -> Head:
+    """Make a head of tensors by their short names, see `head_shapes`.
+
+    tokens: those of the model that it can draft, int64; None: all. config: of its layer.
+    """
+    before = _layers_read(model.config.num_layers, is_eagle="fc" in of)
+    return Head(_head_decoder(of, tokens, config, model), before, _combining(of, model))
+
+
+def _combining(of: dict[str, Tensor], decoder: Decoder) -> Callable[[Tensor], Tensor]:
+    if "fc" in of:
+        return partial(linear, weight=of["fc"])
+    return lambda hidden: decoder.ops.rms_norm(hidden, decoder.final_norm, decoder.config.rms_norm_eps, None)
+
+
+def _head_decoder(of: dict[str, Tensor], tokens: Tensor | None, config: ModelConfig, model: Decoder) -> Decoder:
+    """The decoder of one layer. Arguments as those of `make_head`."""
+    hidden, vocab_size = model.config.hidden_size, model.config.vocab_size
+    is_eagle = "fc" in of
+    config = dataclasses.replace(
+        config, num_layers=1, vocab_size=vocab_size, sliding_layers=(), unrotated_layers=(), dense_layers=()
+    )
+    eps = config.rms_norm_eps
+    # On a CPU, its steps are no recorded programs, as those of the model are not.
+    is_same = model.device.type == "cuda" or config.head_dim == model.config.head_dim
+    ops = dataclasses.replace(model.ops if is_same else REFERENCE, make_record=None)
+
+    def product(*names: str) -> Linear:
+        weight = torch.cat([of[name] for name in names])
+        biases = [of.get(f"{name}.bias", weight.new_zeros(len(of[name]))) for name in names]
+        has_bias = any(f"{name}.bias" in of for name in names)
+        return Linear(names, PlainLinear(weight), torch.cat(biases) if has_bias else None, weight.shape[1], len(weight))
+
+    norms = [of.get(f"self_attn.{name}_norm") for name in "qk"]
+    if any(norm is not None for norm in norms):
+        norms = [torch.ones_like(of["norm"][: config.head_dim]) if norm is None else norm for norm in norms]
+    attention = Attention(
+        ops,
+        layer=0,
+        qkv=product(*(f"self_attn.{name}_proj" for name in "qkv")),
+        o=product("self_attn.o_proj"),
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rotary=RotaryTable.build(config.rope, config.head_dim, config.max_position_embeddings, model.device),
+        scale=config.head_dim**-0.5,
+        window=None,
+        softcap=None,
+        q_norm=norms[0],
+        k_norm=norms[1],
+        eps=eps,
+    )
+    layer = HeadLayer(
+        ops,
+        of["input_layernorm" if is_eagle else "enorm"],
+        of["hidden_norm" if is_eagle else "hnorm"],
+        None if is_eagle else product("eh_proj"),
+        None if is_eagle else of["input_layernorm"],
+        attention,
+        of["post_attention_layernorm"],
+        FeedForward(product("mlp.gate_proj", "mlp.up_proj"), product("mlp.down_proj"), ops.silu_and_mul),
+        eps,
+    )
+    output = dataclasses.replace(model.output)
+    if "lm_head" in of:
+        weight = of["lm_head"]
+        method = PlainLinear(weight) if tokens is None else partial(_spread, weight, tokens, vocab_size)
+        output = Linear(("lm_head",), method, None, hidden, vocab_size)
+    embedding = partial(embed, of["embed_tokens"], 1.0) if "embed_tokens" in of else model.embedding
+    return Decoder(config, ops, model.device, model.dtype, embedding, [layer], of["norm"], output, num_noted=1)
+
+
+def _spread(weight: Tensor, tokens: Tensor, vocab_size: int, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits [R, V] of a head that can draft some tokens only, int64."""
+    logits = linear(x, weight, bias)
+    return logits.new_full((len(x), vocab_size), -torch.inf).index_copy_(1, tokens, logits)
 
 
 def _layers_read(num_layers: int, *, is_eagle: bool) -> tuple[int, ...]:
@@ -249,7 +303,7 @@ def _layers_read(num_layers: int, *, is_eagle: bool) -> tuple[int, ...]:
     return (2, num_layers // 2, num_layers - 3) if is_eagle else (num_layers,)
 
 
-def _shapes(
+def head_shapes(
     config: ModelConfig, target: ModelConfig, offsets: Tensor | None, *, is_eagle: bool
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """The shapes of the tensors that a head must have, and of those that it may have."""

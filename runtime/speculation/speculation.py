@@ -27,11 +27,10 @@ from statistics import median
 from ramet.runtime.cache.radix_cache import RadixCache
 from ramet.runtime.speculation.draft_model import DraftModel
 from ramet.runtime.speculation.drafts import SOURCES, Draft, EarlierRuns, TextDrafts
-from ramet.runtime.speculation.heads import DraftHead
 from ramet.runtime.types import Batch, FinishReason, Sequence
 
 MOST_DRAFTED = 16  # tokens of a draft
-_MOST_IN_STEP = 32  # tokens of a step with drafts: larger ones are no recorded programs
+MOST_IN_STEP = 32  # tokens of a step with drafts: larger ones are no recorded programs
 _MARGIN = 1.05  # by which a step with drafts must be better, as far as is known
 _NUM_TIMES = 9  # steps of one size whose median counts
 _LEAST_TIMES = 3  # steps without drafts, before there are some
@@ -145,7 +144,7 @@ class Speculation:
         self,
         times: StepTimes | None = None,
         cache: RadixCache | None = None,
-        model: DraftModel | DraftHead | None = None,
+        model: DraftModel | None = None,
         most_drafted: int = MOST_DRAFTED,
         clock: Callable[[], float] = time.thread_time,
     ) -> None:
@@ -193,9 +192,9 @@ class Speculation:
 
         Later, a sequence is followed from where it was left.
         """
-        self._num_idle += len(rows) < _MOST_IN_STEP
+        self._num_idle += len(rows) < MOST_IN_STEP
         is_skipped = self._model is None and self._num_idle > _IDLE and self._num_idle % _LOOK_IDLE
-        if len(rows) >= _MOST_IN_STEP or is_skipped or not rows:
+        if len(rows) >= MOST_IN_STEP or is_skipped or not rows:
             return None
         for sequence in rows:
             found = self._live.get(sequence)
@@ -267,7 +266,7 @@ class Speculation:
         count = self._num_by_model(success, len(rows), len(asking), kv_len)
         return asking, count or int(self._num_unasked >= _TRY_MODEL)
 
-    def _ask(self, model: DraftModel | DraftHead, rows: list[Sequence], kv_len: float) -> None:
+    def _ask(self, model: DraftModel, rows: list[Sequence], kv_len: float) -> None:
         """Let the model draft, where that pays."""
         self._num_unasked += 1
         asking, count = self._asked(rows, kv_len)
@@ -299,7 +298,7 @@ class Speculation:
         yielded, gain = float(num_rows), 1.0
         for count in range(1, _MOST_BY_MODEL + 1):
             size = num_rows + count * num_asking
-            if size > _MOST_IN_STEP:
+            if size > MOST_IN_STEP:
                 break
             gain *= success
             yielded += gain * num_asking
@@ -352,7 +351,7 @@ class Speculation:
         if not gains or not self._times.knows(num_rows, kv_len):
             return {}
         best, best_rate, num_tokens = 0, _MARGIN * num_rows / self._times.seconds(num_rows, kv_len), float(num_rows)
-        for count, (gain, _, _) in enumerate(gains[: max(_MOST_IN_STEP - num_rows, 0)], 1):
+        for count, (gain, _, _) in enumerate(gains[: max(MOST_IN_STEP - num_rows, 0)], 1):
             num_tokens += gain
             rate = num_tokens / self._times.seconds(num_rows + count, kv_len)
             if rate > best_rate:

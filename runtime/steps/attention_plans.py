@@ -128,4 +128,5 @@ class AttentionPlans:
         """The decoder's context of a step. extend_start: index of the first extend token; None: after decode rows."""
         num_decode = 0 if decode is None else decode.rows.numel()
         start = num_decode if extend_start is None else extend_start
-        return ForwardContext(positions, kv_slots, num_decode, decode, extend, self._kv_cache.layers, start)
+        caches, noted = self._kv_cache.layers, self._kv_cache.noted
+        return ForwardContext(positions, kv_slots, num_decode, decode, extend, caches, start, noted)

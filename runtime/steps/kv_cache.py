@@ -7,6 +7,7 @@ number of pages that fit (memory).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,15 +23,21 @@ class KVCache:
     """Keys and values of every layer in one allocation `[L, 2, N, K, P, D]`; `layers[l]` is the pair of views.
 
     In FP8 the allocation is uint8 [L, 2, N, K, 1, P * (D + 1)]: the scales of a head's page follow its values.
-    `beside`: what else is kept of each position, [1, 1, N, 1, P, X] each, and copied with its page.
+    `noted`: hidden states that layers note of each position, [N * P, hidden] each, copied with its page.
     """
 
     def __init__(
-        self, config: ModelConfig, num_pages: int, page_size: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        page_size: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        noted: Sequence[torch.dtype] = (),
     ) -> None:
         self.page_size = page_size
         self.num_pages = num_pages
-        self.beside: list[Tensor] = []
         shape = (config.num_layers, 2, num_pages, config.num_kv_heads, page_size, config.head_dim)
         is_fp8 = dtype is FP8
         if is_fp8:
@@ -38,6 +45,7 @@ class KVCache:
         try:
             # Zeros, not empty: attention reads whole pages with weight 0 beyond the end, and 0 * nan is nan.
             self.storage: Tensor = _zeros(shape, device, torch.uint8 if is_fp8 else dtype)
+            self.noted = [_zeros((num_pages * page_size, config.hidden_size), device, kept) for kept in noted]
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             size = num_pages * page_size * bytes_per_token(config, dtype)
             raise OutOfMemory(
@@ -53,8 +61,8 @@ class KVCache:
         """Copy the first positions of pages in every layer, int32 [C] each; in FP8, whole pages."""
         is_whole = self.storage.shape[4] == 1
         copy_pages(self.storage, source, target, num_tokens.clamp(max=1) if is_whole else num_tokens)
-        for kept in self.beside:
-            copy_pages(kept, source, target, num_tokens)
+        for noted in self.noted:
+            copy_pages(noted.view(1, 1, self.num_pages, 1, self.page_size, -1), source, target, num_tokens)
 
     @property
     def num_bytes(self) -> int:

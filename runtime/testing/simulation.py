@@ -2,7 +2,7 @@
 
 A token is a pure function of the path before it, and pages hold hashes of paths. Every position that a step reads must
 hold the hash of the reader's own path; otherwise an assertion fails. With `overlap`, a step is collected after the next
-one is launched.
+one is launched, or before that is scheduled.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ def expected_output(request: Request) -> list[int]:
     return output
 
 
+def sequences_of(batch: Batch) -> list[Sequence]:
+    return [item.sequence for item in batch.items]
+
+
 @dataclass(slots=True)
 class Slot:
     """The device's view of a slot: its sequence, its whole path, and its page table row."""
@@ -60,7 +64,8 @@ class Slot:
 class SimulatedEngine:
     """Drives a scheduler. `burst`: number of tokens that a sampling row yields if no later step of it is launched.
 
-    draft: returns tokens that may follow a sequence's known ones.
+    draft: returns tokens that may follow a sequence's known ones. collects_first: with `overlap`, whether a step is
+    collected before the next one is scheduled, as one with drafts always is.
 
     step_s: the seconds that a step takes, which the scheduler is told; None: it is told nothing. `times`: all of them.
     """
@@ -69,6 +74,7 @@ class SimulatedEngine:
     overlap: bool = False
     burst: int = 1
     draft: Callable[[Sequence], list[int]] = lambda sequence: []
+    collects_first: Callable[[], bool] = lambda: False
     step_s: Callable[[Batch], float] | None = None
     times: list[tuple[Batch, float]] = field(default_factory=list)
     content: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -84,8 +90,11 @@ class SimulatedEngine:
 
     def step(self) -> bool:
         """Schedule, launch and collect once. Returns False if there was nothing to do."""
-        scheduler = self.scheduler
-        drafted = [s for s in scheduler.draftable() if not self.overlap or s in scheduler.held]
+        scheduler, running = self.scheduler, self.launched
+        if running is not None and (self.collects_first() or any(s.draft_ids for s in sequences_of(running[0]))):
+            self.drain()
+        is_free = self.launched is None
+        drafted = [s for s in scheduler.draftable() if is_free or s in scheduler.held]
         batch = scheduler.schedule({sequence: self.draft(sequence) for sequence in drafted})
         self.scheduler.check_integrity()
         launched = None if batch is None else (batch, self.launch(batch))
@@ -93,7 +102,7 @@ class SimulatedEngine:
             self.launched, launched = launched, self.launched
         if launched is not None:
             self.collect(*launched)
-        return batch is not None or launched is not None
+        return batch is not None or launched is not None or running is not None
 
     def drain(self) -> None:
         if self.launched is not None:

@@ -148,6 +148,7 @@ def test_every_read_finds_its_own_path_and_everything_ends(
     engine.burst = burst
     if has_drafts:
         engine.draft = lambda sequence: drafted(rng, sequence)
+        engine.collects_first = lambda: rng.random() < 0.4
     is_alone = rng.random() < 0.5
     sequences = drive(engine, rng, clock, 80, ("",) if is_alone else ("", "x", "y"))
     engine.burst = max(engine.burst, 1)

@@ -24,7 +24,7 @@ from ramet.runtime.engine import core, factory
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.handle import RequestHandle, RequestResult
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.speculation.draft_model import DraftModel
+from ramet.runtime.speculation.draft_model import DRAFT_KV_TOKENS, DraftModel
 from ramet.runtime.speculation.speculation import Speculation, StepTimes
 from ramet.runtime.types import Batch, Grammar, SamplingParams, Sequence
 
@@ -48,6 +48,10 @@ class Guesses(Speculation):
     def propose(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
         super().propose(sequences)
         return {sequence: self.guess(sequence) for sequence in sequences if self.rng.random() < 0.8}
+
+    def pays(self, sequences: Iterable[Sequence]) -> bool:
+        super().pays(sequences)
+        return self.rng.random() < 0.6
 
     def guess(self, sequence: Sequence) -> list[int]:
         request = sequence.request
@@ -177,6 +181,7 @@ def test_random_requests_have_the_answers_that_they_have_without_drafts(
     with Engine(tiny_model, **{**SETTINGS, **tight}) as engine:
         guesses = Guesses(by_prompt(expected, requests, engine), rng, num_right)
         draft_by(engine, guesses)
+        engine._core.overlap = seed % 4 > 1
         for _ in range(2):  # cold and warm
             for found, wanted, request in zip(answers_of(engine, requests), expected, requests, strict=True):
                 assert_same(found, wanted, request)
@@ -286,8 +291,9 @@ def test_the_time_of_a_step_has_that_of_its_drafts_and_their_masks(
     assert {seconds for seconds, num_samples in noted if num_samples > 1} == {7.0}
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 def test_samples_of_one_prompt_and_a_cancelled_one_leave_the_others_alone(
-    tiny_model: LoadedModel, plain: Engine, grammars: list[Grammar]
+    tiny_model: LoadedModel, plain: Engine, grammars: list[Grammar], overlap: bool
 ) -> None:
     rng = random.Random(5)
     sampling = SamplingParams(temperature=1.0, max_tokens=60, ignore_eos=True)
@@ -299,6 +305,7 @@ def test_samples_of_one_prompt_and_a_cancelled_one_leave_the_others_alone(
     expected = answers_of(plain, requests)
     with Engine(tiny_model, **SETTINGS) as engine:
         draft_by(engine, Guesses(by_prompt(expected, requests, engine), rng, 6))
+        engine._core.overlap = overlap
         handles: list[RequestHandle] = [engine.submit(**request) for request in requests]
         extra = engine.submit("to be cancelled", msgspec.structs.replace(sampling, seed=77))
         next(iter(extra))
@@ -424,7 +431,7 @@ def test_a_models_drafts_change_no_answer_and_its_pages_come_back(
     rng = random.Random(num_kv_tokens)
     requests = random_requests(rng, grammars, 24)  # most of them are not greedy, as the drafts are
     expected = answers_of(plain, requests)
-    monkeypatch.setattr(factory, "DRAFT_KV_TOKENS", num_kv_tokens)  # too small for all
+    monkeypatch.setitem(DRAFT_KV_TOKENS, "cpu", num_kv_tokens)  # too small for all
     with with_draft_model(tiny_model, num_kv_tokens=640, reservation_ratio=0.0) as engine:
         for _ in range(2):
             for found, wanted, request in zip(answers_of(engine, requests), expected, requests, strict=True):

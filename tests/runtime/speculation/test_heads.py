@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ramet.errors import BrokenModelFile, ConfigError
 from ramet.runtime.engine.engine import Engine
-from ramet.runtime.speculation.heads import DraftHead
+from ramet.runtime.speculation.draft_model import DraftModel
 from ramet.runtime.speculation.speculation import Speculation, StepTimes
 from ramet.runtime.types import SamplingParams, Sequence
 
@@ -168,10 +168,10 @@ class Free(StepTimes):
         return self.one
 
 
-def head_of(engine: Engine) -> DraftHead:
+def head_of(engine: Engine) -> DraftModel:
     speculation = engine._core.speculation
     assert speculation is not None
-    assert isinstance(speculation._model, DraftHead)
+    assert isinstance(speculation._model, DraftModel)
     return speculation._model
 
 
@@ -211,6 +211,7 @@ def test_a_head_drafts_what_the_paper_drafts_and_changes_no_answer(
         engine.check_integrity()
         assert num_copied
         assert not head.num_sequences
+        head.check_integrity()
         assert speculation.drafted["model"] > 0
     assert len(seen) > 20
     for known, tokens in seen[::2]:
@@ -260,8 +261,7 @@ def test_a_head_of_another_form_is_refused(
         Engine(str(folders["model"]), speculative="auto", speculative_draft=str(tmp_path), **SETTINGS)
 
 
-def test_a_head_needs_the_models_own_layers_and_cache(folders: dict[str, Path]) -> None:
+def test_a_head_has_no_part_for_adapters(folders: dict[str, Path]) -> None:
     head: dict[str, Any] = {"speculative": "auto", "speculative_draft": str(folders["eagle"])}
-    for more in ({"kv_cache_dtype": "fp8_e4m3"}, {"max_loras": 1}):
-        with pytest.raises(ConfigError, match="speculative_draft is a head"):
-            Engine(str(folders["model"]), **head, **SETTINGS, **more)
+    with pytest.raises(ConfigError, match="speculative_draft is a head"):
+        Engine(str(folders["model"]), **head, **SETTINGS, max_loras=1)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ramet.grammar import Vocabulary
@@ -29,15 +31,20 @@ from ramet.runtime.engine.core import Update
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.factory import make_device_grammars
 from ramet.runtime.handle import RequestResult
+from ramet.runtime.models.decoder import Decoder
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.speculation.draft_model import DraftModel
+from ramet.runtime.speculation.heads import Features, Head, load_head, tapped
 from ramet.runtime.speculation.speculation import Speculation
 from ramet.runtime.steps import cuda_graph
 from ramet.runtime.steps.cuda_graph import GraphKey, StepGraphs
+from ramet.runtime.steps.kv_cache import KVCache
 from ramet.runtime.steps.logit_edits import LogitEdits
 from ramet.runtime.steps.model_runner import ModelRunner
+from ramet.runtime.steps.slots import RunningSlots
 from ramet.runtime.steps.tree_planner import TreePlanner
 from ramet.runtime.testing.dummy import tiny_model as make_tiny_model
-from ramet.runtime.types import Batch, SamplingParams, Sequence
+from ramet.runtime.types import Batch, Request, SamplingParams, ScheduledSequence, Sequence, Status
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter"),
@@ -400,3 +407,106 @@ def test_drafts_change_no_answer_of_the_device(
         assert (ours.finish_reason, ours.incomplete) == (theirs.finish_reason, theirs.incomplete), options
         if theirs.logprobs is not None:
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4), options
+
+
+def head_of(model: LoadedModel, folder: Path) -> Head:
+    """A random layer of multi-token prediction for the model."""
+    config = model.config
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "eh_proj": (hidden, 2 * hidden),
+        "self_attn.q_proj": (heads, hidden),
+        "self_attn.k_proj": (config.num_kv_heads * config.head_dim, hidden),
+        "self_attn.v_proj": (config.num_kv_heads * config.head_dim, hidden),
+        "self_attn.o_proj": (hidden, heads),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    norms = ("enorm", "hnorm", "shared_head.norm", "input_layernorm", "post_attention_layernorm")
+    random_ = torch.Generator().manual_seed(3)
+    made = {name: torch.randn(shape, generator=random_) * 0.2 for name, shape in shapes.items()}
+    made |= {name: torch.rand(hidden, generator=random_) + 0.5 for name in norms}
+    prefix = f"model.layers.{config.num_layers}."
+    save_file({f"{prefix}{name}.weight": tensor for name, tensor in made.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"num_nextn_predict_layers": 1}')
+    return load_head(folder, model.decoder)
+
+
+class Drafting:
+    """A model and what drafts for it, each with a runner of its own, and two sequences of prompts that it has read."""
+
+    def __init__(self, model: LoadedModel, head: Head | None, capture: Record | None) -> None:
+        self.model = self.runner(model.decoder if head is None else tapped(model.decoder, head.before), capture)
+        small = self.runner(model.decoder if head is None else head.decoder, capture)
+        cache = self.model.kv_cache
+        self.drafter = DraftModel(small, None if head is None else Features(cache, small.kv_cache, head.combine))
+        self.sequences = []
+        for slot, length in enumerate((9, 5)):
+            prompt = (np.arange(length, dtype=np.int32) * 37 + 11 * slot) % 90 + 33
+            request = Request(f"r{slot}", prompt, SamplingParams(temperature=0.0), 40)
+            pages = list(range(1 + 9 * slot, 10 + 9 * slot))
+            self.sequences.append(Sequence(request, page_ids=pages, slot=slot, status=Status.RUNNING))
+        self.step([ScheduledSequence(s, 0, s.num_tokens, 1) for s in self.sequences], 0)
+
+    def runner(self, decoder: Decoder, capture: Record | None) -> ModelRunner:
+        cpu = torch.device("cpu")
+        noted = [torch.float32] * decoder.num_noted
+        cache = KVCache(decoder.config, 32, 8, device=cpu, dtype=torch.float32, noted=noted)
+        slots = RunningSlots(2, 12, device=cpu)
+        num_sms = None if capture is None else 4
+        runner = ModelRunner(decoder, cache, slots, device=cpu, max_kv_len=96, num_sms=num_sms)
+        if capture is not None:
+            runner.capture_graphs(16, capture)
+        return runner
+
+    def step(self, items: list[ScheduledSequence], num_decode: int) -> None:
+        batch = Batch(1, tuple(items), num_decode, sum(item.num_tokens for item in items))
+        for item, output in zip(items, self.model.launch(batch).read(), strict=True):
+            item.sequence.num_computed = item.start + item.num_tokens
+            item.sequence.output_ids += output.token_ids
+
+    def run(self) -> list[list[int]]:
+        """Draft, and let the model go on by several tokens, with other sequences in between."""
+        drafts = list[list[int]]()
+        for number, count in enumerate((3, 1, 5, 4)):
+            asking = self.sequences[number % 2 :] if number < 3 else self.sequences
+            drafts += self.drafter.draft(asking, count).values()
+            for _ in range(number + 1):
+                rows = [ScheduledSequence(s, s.num_computed, 1, 1) for s in self.sequences]
+                self.step(rows, len(rows))
+        self.drafter.check_integrity()
+        for sequence in self.sequences:
+            self.drafter.release(sequence)
+        assert not self.drafter.num_sequences
+        return drafts
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_model_and_a_head_draft_in_graphs_what_the_references_draft(
+    tiny_model: LoadedModel,
+    triton_model: LoadedModel,
+    device_kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    has_head: bool,
+) -> None:
+    """Pages of 8 tokens: drafts cross their borders."""
+    with monkeypatch.context() as reference:
+        reference.setattr(torch.Tensor, "is_cuda", property(lambda tensor: False))
+        expected = Drafting(tiny_model, head_of(tiny_model, tmp_path) if has_head else None, None).run()
+    replayed: list[GraphKey] = []
+    replay = StepGraphs.replay
+
+    def note(self: StepGraphs, key: GraphKey, *rest: Any) -> torch.Tensor:
+        replayed.append(key)
+        return replay(self, key, *rest)
+
+    monkeypatch.setattr(StepGraphs, "replay", note)
+    on_device = Drafting(triton_model, head_of(triton_model, tmp_path) if has_head else None, Record())
+    num_steps = len(replayed)
+    found = on_device.run()
+    assert found == expected
+    assert [len(draft) for draft in found] == [3, 3, 1, 5, 5, 4, 4]
+    assert len({token for draft in found for token in draft}) > 3
+    assert len(replayed) - num_steps == 3 + 1 + 5 + 4 + (1 + 2 + 3 + 4), "a graph for each token, and for the model's"
