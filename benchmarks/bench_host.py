@@ -1,6 +1,7 @@
 """What the host does per step of a GPU engine, with a device that does nothing: microseconds of its thread's own time.
 
-    python benchmarks/bench_host.py                        decode steps at batch 1, 50 and 256, then whole rows
+    python benchmarks/bench_host.py                        decode steps at batch 1, 50 and 256, steps with drafts at 1 and
+                                                           8, then whole rows
     python benchmarks/bench_host.py --rows rag@256 --chains 128
 
 The real engine runs: its thread, scheduler, radix cache, tree planner, step graphs and their packing, delivery to
@@ -32,12 +33,15 @@ from ramet.runtime.engine.engine import Engine
 from ramet.runtime.models.config import llama_3_1_8b
 from ramet.runtime.models.description import GenerationDefaults
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.speculation.speculation import Speculation
+from ramet.runtime.steps.cuda_graph import VERIFIED_DRAFTS
 from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.steps.tree_planner import TreePlanner
 from ramet.runtime.testing.dummy import dummy_decoder
 
 CONTEXT = 16_384
 STEADY = (1, 50, 256)
+STEADY_WITH_DRAFTS = (1, 8)
 ROWS = "unique@50,rag@50,multiturn@50,agentic@50,fork@64,rag@256,multiturn@256,agentic@256"
 
 
@@ -84,6 +88,9 @@ class Clock:
         core.scheduler.schedule = self.timed("schedule", core.scheduler.schedule)  # type: ignore[method-assign]
         core.launch = self.timed("launch", launch_noting)  # type: ignore[method-assign]
         core.collect = self.timed("collect", core.collect)  # type: ignore[method-assign]
+        if core.speculation is not None:
+            for name in ("pays", "propose"):
+                setattr(core.speculation, name, self.timed("drafts", getattr(core.speculation, name)))
         if core.runner.tree is not None:
             core.runner.tree.update = self.timed("tree plans", core.runner.tree.update)  # type: ignore[method-assign]
         engine._run_once = run_once_timed  # type: ignore[method-assign]
@@ -104,7 +111,8 @@ class Clock:
         return result
 
 
-def make_engine() -> Engine:
+def make_engine(*, has_drafts: bool = False) -> Engine:
+    """has_drafts: a text whose tokens are all 0 repeats itself, so all of its drafts are right."""
     shapes = tiny_shapes()
     decoder = dummy_decoder(shapes, "cpu", torch.float32)
     model = LoadedModel("dummy", decoder, MadeUpTokenizer(shapes.vocab_size), shapes, GenerationDefaults())
@@ -116,7 +124,9 @@ def make_engine() -> Engine:
     costs = {"mode": "auto", "num_sms": 132, "device": given.device, "dtype": torch.bfloat16}
     tree = TreePlanner(llama_3_1_8b(), core.runner.kv_cache.page_size, config.max_running_requests, **costs)  # type: ignore[arg-type]
     parts = decoder, given.kv_cache, given.slots
-    core.runner = ModelRunner(*parts, device=given.device, max_kv_len=given.max_kv_len, tree=tree)
+    sizes = {"device": given.device, "max_kv_len": given.max_kv_len}
+    core.runner = ModelRunner(*parts, **sizes, tree=tree, verifies=has_drafts)
+    core.speculation = Speculation(most_drafted=VERIFIED_DRAFTS[-1]) if has_drafts else None
     core.runner.capture_graphs(512, nothing)
     core.overlap = True
     return engine
@@ -128,8 +138,8 @@ def steady(batch: int, num_tokens: int = 300) -> Workload:
     return Workload(chains)
 
 
-def measure(name: str, workload: Workload, concurrency: int) -> dict[str, Any]:
-    with make_engine() as engine:
+def measure(name: str, workload: Workload, concurrency: int, *, has_drafts: bool = False) -> dict[str, Any]:
+    with make_engine(has_drafts=has_drafts) as engine:
         run_row(engine, MAKERS["unique"](4, seed=9, high=3000), 4, None, limit_s=600)  # first uses
         gc.collect()
         gc.freeze()  # as bench_gpu.py and a server's engine do
@@ -155,6 +165,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the JSON line here")
     args = parser.parse_args()
     records = [measure(f"decode@{batch}", steady(batch), batch) for batch in STEADY]
+    records += [measure(f"drafts@{batch}", steady(batch, 1200), batch, has_drafts=True) for batch in STEADY_WITH_DRAFTS]
     for row in filter(None, args.rows.split(",")):
         kind, concurrency = row.split("@")
         high = tiny_shapes().vocab_size - 100

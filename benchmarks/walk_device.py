@@ -3,7 +3,7 @@
     python benchmarks/walk_device.py                         Llama-3.1-8B and others; kernels are noted, not compiled
     python benchmarks/walk_device.py --compile               each variant that the engine launches is compiled for sm_90
     python benchmarks/walk_device.py --models gemma3-4b --set deterministic=true
-    python benchmarks/walk_device.py --models llama-8b --set speculative_draft='"smollm2"'      a model drafts; or eagle, mtp
+    python benchmarks/walk_device.py --models llama-8b --set speculative_draft='"smollm2"'   or a head: eagle, mtp
     python benchmarks/walk_device.py --models llama-70b --layers 80 --set quantization='"fp8"' \
         --set kv_cache_dtype='"fp8_e4m3"' --set mem_fraction_static=0.95 --set chunked_prefill_size=1024 \
         --set max_running_requests=64                        all layers: the memory is that of a card

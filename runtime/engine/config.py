@@ -82,7 +82,7 @@ class EngineConfig:
     )
     speculative_draft: str | None = _doc(
         None,
-        "what drafts, too, with speculative=auto on a CPU: the name or path of a small model with the same vocabulary, "
+        "what drafts, too, with speculative=auto: the name or path of a small model with the same vocabulary, "
         "the folder of an EAGLE-3 head, or the model's own folder, for its layer of multi-token prediction",
     )
     deterministic: bool = _doc(
