@@ -1,7 +1,6 @@
 """What the host does per step of a GPU engine, with a device that does nothing: microseconds of its thread's own time.
 
-    python benchmarks/bench_host.py                        decode steps at batch 1, 50 and 256, steps with drafts at 1 and
-                                                           8, then whole rows
+    python benchmarks/bench_host.py         decode steps at batch 1, 50 and 256, with drafts at 1 and 8, then whole rows
     python benchmarks/bench_host.py --rows rag@256 --chains 128
 
 The real engine runs: its thread, scheduler, radix cache, tree planner, step graphs and their packing, delivery to

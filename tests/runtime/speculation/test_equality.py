@@ -24,8 +24,10 @@ from ramet.runtime.engine import core, factory
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.handle import RequestHandle, RequestResult
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.models.weights import expected_tensors
 from ramet.runtime.speculation.draft_model import DRAFT_KV_TOKENS, DraftModel
 from ramet.runtime.speculation.speculation import Speculation, StepTimes
+from ramet.runtime.testing.dummy import write_dummy_adapter
 from ramet.runtime.types import Batch, Grammar, SamplingParams, Sequence
 
 SETTINGS: dict[str, Any] = {"num_kv_tokens": 4096, "context_length": 512, "max_running_requests": 6, "max_step_ms": 0}
@@ -315,6 +317,37 @@ def test_samples_of_one_prompt_and_a_cancelled_one_leave_the_others_alone(
         with pytest.raises(RequestCancelled):
             extra.result()
         engine.check_integrity()
+
+
+@pytest.mark.parametrize(("kind", "overlap"), [("adapters", False), ("adapters", True), ("fp8", True)])
+def test_beside_adapters_and_with_a_cache_in_fp8_drafts_change_no_answer(
+    tiny_model: LoadedModel, tmp_path: Path, kind: str, overlap: bool
+) -> None:
+    settings: dict[str, Any] = {**SETTINGS, "kv_cache_dtype": "fp8_e4m3"}
+    names = [""]
+    if kind == "adapters":
+        shapes = expected_tensors(tiny_model.config).items()
+        matrices = {n.removesuffix(".weight"): s for n, s in shapes if len(s) == 2 and ".layers." in n}
+        for name in ("one", "two"):
+            write_dummy_adapter(tmp_path / name, matrices, rank=3, alpha=9.0, seed=len(names))
+            names.append(name)
+        settings = {**SETTINGS, "lora": tuple(f"{name}={tmp_path / name}" for name in names[1:])}
+    values: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True}
+    requests: list[dict[str, Any]] = [
+        {"prompt": f"{i} a prompt ", "sampling": SamplingParams(temperature=i % 2, seed=i, **values), "adapter": name}
+        for i, name in enumerate(names * 3)
+    ]
+    with Engine(tiny_model, **settings) as engine:
+        expected = answers_of(engine, requests)
+    with Engine(tiny_model, **settings) as engine:
+        guesses = Guesses(by_prompt(expected, requests, engine), random.Random(3), 12)
+        draft_by(engine, guesses)
+        engine._core.overlap = overlap
+        for _ in range(2):
+            for found, wanted, request in zip(answers_of(engine, requests), expected, requests, strict=True):
+                assert_same(found, wanted, request)
+        engine.check_integrity()
+    assert guesses.num_drafted > 20
 
 
 def test_the_engines_own_drafts_change_no_answer(tiny_model: LoadedModel, plain: Engine) -> None:
