@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_gpu import MadeUpTokenizer, run_row, tiny_shapes
+from bench_speculation import GpuTimes
 from json_line import commit, print_record
 from workloads import MAKERS, Chain, Turn, Workload
 
@@ -125,7 +126,7 @@ def make_engine(*, has_drafts: bool = False) -> Engine:
     parts = decoder, given.kv_cache, given.slots
     sizes = {"device": given.device, "max_kv_len": given.max_kv_len}
     core.runner = ModelRunner(*parts, **sizes, tree=tree, verifies=has_drafts)
-    core.speculation = Speculation(most_drafted=VERIFIED_DRAFTS[-1]) if has_drafts else None
+    core.speculation = Speculation(GpuTimes(0.0), most_drafted=VERIFIED_DRAFTS[-1]) if has_drafts else None
     core.runner.capture_graphs(512, nothing)
     core.overlap = True
     return engine
