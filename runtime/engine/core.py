@@ -139,27 +139,23 @@ class EngineCore:
         except Exception as error:
             updates += self._fail_running(error)
         updates += self._fail_grammars()
-        for sequence, _ in updates:
-            if sequence.is_finished:
-                self._release(sequence)
+        self._release_finished(updates)
         return updates
 
     def step_sync(self) -> list[Update]:
-        batch = self._schedule(self._draft())
-        return [] if batch is None else self.collect(self.launch(batch))
+        launched = self._start(self._draft())
+        return [] if launched is None else self.collect(launched)
 
     def step_overlap(self) -> list[Update]:
-        batch = self._schedule()
-        launched = None if batch is None else self.launch(batch)
-        updates = self.drain()
+        launched, updates = self._start(), self.drain()
         self._in_flight = launched
         return updates
 
     def step_informed(self, updates: list[Update]) -> None:
         """Append the updates of the step in flight, then launch the next one, which may raise."""
         updates += self.drain()
-        batch = self._schedule(self._draft())
-        self._in_flight = None if batch is None else self.launch(batch)
+        self._release_finished(updates)  # the next step may need what they had, such as rows for edits
+        self._in_flight = self._start(self._draft())
 
     def _needs_results(self) -> bool:
         """Whether the step in flight is collected before the next one is scheduled."""
@@ -181,10 +177,11 @@ class EngineCore:
                 del tokens[self.grammars.look_ahead(sequence, tokens) :]
         return {sequence: tokens for sequence, tokens in drafts.items() if tokens}
 
-    def _schedule(self, drafts: Mapping[Sequence, Seq[int]] = NO_DRAFTS) -> Batch | None:
+    def _start(self, drafts: Mapping[Sequence, Seq[int]] = NO_DRAFTS) -> LaunchedStep | None:
+        """Schedule and launch the next step, if there is one."""
         batch = self.scheduler.schedule(drafts)
         self.watch.lap("schedule")
-        return batch
+        return None if batch is None else self.launch(batch)
 
     def drain(self) -> list[Update]:
         """Collect the step in flight, if there is one."""
@@ -327,6 +324,11 @@ class EngineCore:
                 self.scheduler.finish(sequence, FinishReason.ERROR, error=error)
                 updates.append((sequence, RowOutput()))
         return updates
+
+    def _release_finished(self, updates: list[Update]) -> None:
+        for sequence, _ in updates:
+            if sequence.is_finished:
+                self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Release the resources of a sequence that has ended. Calling it again does nothing."""

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from ramet.runtime.engine.engine import Engine
 from ramet.runtime.handle import RequestHandle, RequestResult
 from ramet.runtime.models.load import LoadedModel
 from ramet.runtime.models.weights import expected_tensors
+from ramet.runtime.scheduling.scheduler import NO_DRAFTS
 from ramet.runtime.speculation.draft_model import DRAFT_KV_TOKENS, DraftModel
 from ramet.runtime.speculation.speculation import Speculation, StepTimes
 from ramet.runtime.testing.dummy import write_dummy_adapter
@@ -172,7 +173,12 @@ LONG = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 42)]
 @pytest.mark.parametrize("seed", [*range(4), *LONG])
 @pytest.mark.parametrize("num_right", [0, 3, 12])
 def test_random_requests_have_the_answers_that_they_have_without_drafts(
-    tiny_model: LoadedModel, plain: Engine, grammars: list[Grammar], seed: int, num_right: int
+    tiny_model: LoadedModel,
+    plain: Engine,
+    grammars: list[Grammar],
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    num_right: int,
 ) -> None:
     rng = random.Random(seed)
     requests = random_requests(rng, grammars, 24)
@@ -183,7 +189,15 @@ def test_random_requests_have_the_answers_that_they_have_without_drafts(
     with Engine(tiny_model, **{**SETTINGS, **tight}) as engine:
         guesses = Guesses(by_prompt(expected, requests, engine), rng, num_right)
         draft_by(engine, guesses)
-        engine._core.overlap = seed % 4 > 1
+        inner, schedule = engine._core, engine._core.scheduler.schedule
+        inner.overlap = seed % 4 > 1
+
+        def checked(drafts: Mapping[Sequence, Seq[int]] = NO_DRAFTS) -> Batch | None:
+            is_free = not any(sequence.is_finished for sequence in inner._with_logprobs)
+            assert is_free, "what has ended holds nothing that those who join may need"
+            return schedule(drafts)
+
+        monkeypatch.setattr(inner.scheduler, "schedule", checked)
         for _ in range(2):  # cold and warm
             for found, wanted, request in zip(answers_of(engine, requests), expected, requests, strict=True):
                 assert_same(found, wanted, request)
