@@ -159,13 +159,12 @@ class EngineCore:
 
     def _needs_results(self) -> bool:
         """Whether the step in flight is collected before the next one is scheduled."""
-        scheduler, speculation, in_flight = self.scheduler, self.speculation, self._in_flight
-        if scheduler.held and len(scheduler.held) >= scheduler.num_running:
+        held, in_flight, speculation = self.scheduler.held, self._in_flight, self.speculation
+        if held and len(held) >= self.scheduler.num_running:
             return True
-        if speculation is None:
-            return False
-        # How many tokens a row with drafts yields is not known.
-        return in_flight is None or in_flight.verifies or speculation.pays(scheduler.decoding())
+        if speculation is None or in_flight is None or in_flight.verifies:  # a row with drafts yields any number
+            return speculation is not None
+        return speculation.pays(self.scheduler.decoding())
 
     def _draft(self) -> dict[Sequence, list[int]]:
         """Draft tokens that pay. No step is in flight."""
