@@ -280,7 +280,8 @@ class StaleDrafts(Speculation):
 
     def propose_behind(self, sequence: Sequence, num_running: int) -> list[int]:
         """Those tokens, of which there are `num_running`, and the draft; empty where no draft pays."""
-        self._look([sequence])
+        if self._look([sequence]) is None:
+            return []
         found = self._live[sequence]
         draft = found.text.propose(num_running + MOST_VERIFIED)
         if draft is None:
@@ -289,6 +290,7 @@ class StaleDrafts(Speculation):
         places = range(1, len(draft.tokens) - num_running + 1)
         gains = [(found.success ** (num_running + place - 1), -place, sequence) for place in places]
         count = len(self._choose(gains, 1, 0.0).get(sequence, ()))
+        self._num_idle = 0 if count else self._num_idle
         return draft.tokens[: num_running + count] if count else []
 
 

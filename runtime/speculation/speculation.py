@@ -159,6 +159,7 @@ class Speculation:
         self._num_unasked = 0  # steps since the model was asked
         self._num_idle = 0  # steps since drafts paid
         self.model_s = 0.0  # the model's time, all in all
+        self._noted_model_s = 0.0  # the part of it that steps contained
         self.drafted: Counter[str] = Counter()  # tokens of each source that steps have verified
         self.accepted: Counter[str] = Counter()  # those of them that were right
         self._times = StepTimes() if times is None else times
@@ -226,7 +227,12 @@ class Speculation:
         return chosen
 
     def note_step(self, batch: Batch, seconds: float) -> None:
-        """Learn from a step that was read, and how long the engine's thread worked on it."""
+        """Learn from a step that was read, and how long the engine's thread worked on it, drafts included.
+
+        The time of a model's draft is counted apart from that of the step that verifies it.
+        """
+        seconds -= self.model_s - self._noted_model_s
+        self._noted_model_s = self.model_s
         verifying = [item for item in batch.items[batch.num_decode :] if item.num_samples > 1]
         for item in verifying:
             found = self._live.get(item.sequence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -312,6 +312,39 @@ def test_nothing_is_looked_for_in_a_full_step_and_what_it_wrote_is_followed_late
     speculation.release(sequences[1])  # its answer is kept like any other
     draft = TextDrafts(make_sequence(prompts[2], []), speculation._runs).propose(3)
     assert draft == (quoted[4:7], SOURCES.index("runs"), 8)
+
+
+class RightModel:
+    """Drafts the right tokens; each takes so many seconds of a clock."""
+
+    def __init__(self, text: list[int], clock: list[float], token_s: float) -> None:
+        self.text, self.clock, self.token_s = text, clock, token_s
+
+    def draft(self, sequences: Iterable[Sequence], count: int) -> dict[Sequence, list[int]]:
+        self.clock[0] += self.token_s * count
+        return {s: self.text[len(s.output_ids) :][:count] for s in sequences}
+
+    def release(self, sequence: Sequence) -> None:
+        pass
+
+
+def test_the_time_of_a_models_draft_is_counted_once() -> None:
+    clock, times = [0.0], StepTimes()
+    rng = random.Random(7)
+    text = [rng.randrange(100_000) for _ in range(1_000)]
+    model = RightModel(text, clock, token_s=0.002)
+    speculation = Speculation(times, model=model, clock=lambda: clock[0])  # type: ignore[arg-type]
+    sequence, sizes = make_sequence([1, 2, 3], [], max_tokens=1_000), []
+    while len(sequence.output_ids) < 900:
+        begin = clock[0]
+        draft = speculation.propose([sequence]).get(sequence, [])
+        sizes.append(1 + len(draft))
+        clock[0] += 0.006
+        item = ScheduledSequence(sequence, sequence.num_tokens - 1, sizes[-1], sizes[-1])
+        sequence.output_ids += text[len(sequence.output_ids) :][: sizes[-1]]
+        speculation.note_step(Batch(0, (item,), int(not draft), sizes[-1]), clock[0] - begin)
+    assert times.seconds(sizes[-1], 500.0) == pytest.approx(0.006)
+    assert sizes[-1] >= 8, "a token more takes 2 ms, and a step 6 ms"
 
 
 def test_times_are_interpolated_between_the_sizes_that_were_measured() -> None:
