@@ -89,10 +89,10 @@ class Run:
         if not self.dry:
             yield Step("launch", 60, 10, self.launch)
         yield command("compile-ahead", 60, 15, self.compile_ahead)
-        # The timing scripts compile first what they launch, in processes of their own.
+        # Both compile first what they launch, in processes of their own: of the first nearly all came along.
         workers = ["--workers", "0"] if self.has_kernels else []
         kernels = self.script("bench_kernels.py", *self.dry_run, *workers)
-        attention = self.script("bench_attention.py", *self.dry_run, *workers)
+        attention = self.script("bench_attention.py", *self.dry_run)
         checks = self.script("check_gpu.py", *self.dry_device, "--out", self.lines)
         if self.part == "ladder":
             checked = [*kernels, "--sections", "check", *self.to("check.json")]

@@ -32,10 +32,19 @@ $python -m pip download -q --no-deps --only-binary=:all: --python-version "$for_
   "${platforms[@]}" -d .whl "${wanted[@]}"
 git describe --always --dirty >.whl/commit
 cache=$(mktemp -d)
-PYTHONPATH="$PWD:${PYTHONPATH:-}" TRITON_CACHE_DIR=$cache ${KERNEL_PYTHON:-$python} benchmarks/compile_kernels.py --candidates \
-  --only "${KERNELS:-llama-8b,smollm2,try,prepare,commit,scatter,copy_pages,build_masks,advance}" >.whl/kernels.txt || tail -n 3 .whl/kernels.txt
-# What a launch needs, and what a report is made of; Triton's own intermediate forms are as much again.
-(cd "$cache" && find . \( -name '*.cubin' -o -name '*.ptx' -o -name '*.json' \) -print0 | tar -czf - --null -T -) >.whl/triton.tar.gz
+cores=$(nproc)
+pids=()
+for ((share = 0; share < cores; share++)); do
+  PYTHONPATH="$PWD:${PYTHONPATH:-}" TRITON_CACHE_DIR=$cache ${KERNEL_PYTHON:-$python} benchmarks/compile_kernels.py --candidates \
+    --only "${KERNELS:-llama-8b,smollm2,try,prepare,commit,scatter,copy_pages,build_masks,advance}" --share "$share/$cores" \
+    >"$cache/$share.txt" &
+  pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid" || echo "a kernel in use is bad: see .whl/kernels.txt"; done
+cat "$cache"/*.txt >.whl/kernels.txt
+# What a launch needs, and what a report is made of; Triton's own intermediate forms are as much again. With xz less than
+# half of what gzip leaves: hundreds of kernels have much in common.
+(cd "$cache" && find . \( -name '*.cubin' -o -name '*.ptx' -o -name '*.json' \) -print0 | tar -cf - --null -T -) | xz -T0 >.whl/triton.tar.xz
 rm -r "$cache"
 # The CPU's answers, too: where minutes of a GPU count, they are not computed there.
 reference() { # name, options

@@ -30,8 +30,8 @@ if [ -d .whl ]; then
   export PYTHONPATH="$keep/site:${PYTHONPATH:-}"
 fi
 export PYTHONPATH="$PWD:${PYTHONPATH:-}"
-if [ -f .whl/triton.tar.gz ] && [ ! -d "$TRITON_CACHE_DIR" ]; then
-  mkdir "$TRITON_CACHE_DIR" && tar -xzf .whl/triton.tar.gz -C "$TRITON_CACHE_DIR"
+if [ -f .whl/triton.tar.xz ] && [ ! -d "$TRITON_CACHE_DIR" ]; then
+  mkdir "$TRITON_CACHE_DIR" && $python -m tarfile -e .whl/triton.tar.xz "$TRITON_CACHE_DIR"
   $python benchmarks/compile_kernels.py --adopt "$TRITON_CACHE_DIR"
 fi
 # Whatever is missing shows here, and not after the first minutes.
