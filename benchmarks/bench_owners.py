@@ -109,10 +109,15 @@ def many(s: State, count: int) -> None:
     branches += gen("answer", max_tokens=64, ignore_eos=True)
 
 
+def metric(http: httpx.Client, name: str) -> float:
+    """The value of one of the server's metrics."""
+    lines = http.get("/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
 def written_tokens(http: httpx.Client) -> float:
     """Tokens that the server has decoded since its start."""
-    lines = http.get("/metrics").text.splitlines()
-    return next(float(line.split()[-1]) for line in lines if line.startswith("ramet_decoded_tokens_total"))
+    return metric(http, "ramet_decoded_tokens_total")
 
 
 def beside_branches(url: str, branches: int, seconds: float) -> dict[str, Any]:  # Any: JSON
@@ -123,7 +128,7 @@ def beside_branches(url: str, branches: int, seconds: float) -> dict[str, Any]: 
         first_token_ms(http, model, "Numbers only. " * 40, "Begin.")
         thread = threading.Thread(target=lambda: many.run(branches, backend=Remote(url)).error(), daemon=True)
         thread.start()
-        while written_tokens(http) < 500:
+        while metric(http, "ramet_waiting_requests") < 0.9 * branches:
             time.sleep(0.1)
         start_s, tokens = time.monotonic(), written_tokens(http)
         time.sleep(seconds / 3)
@@ -155,7 +160,7 @@ def main() -> None:
     parser.add_argument("--branches", type=int, default=0)
     args = parser.parse_args()
     if args.branches:
-        with served(None, args.model) as url:
+        with served(None, args.model, ["--max-json-values", "10000000"]) as url:
             found = beside_branches(url, args.branches, args.seconds)
         print_record(
             {

@@ -32,9 +32,9 @@ import heapq
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ramet.runtime.types import Batch, Request, Sequence
 
@@ -193,12 +193,15 @@ class Flows:
         return max(self.due_s(task.parent), now_s), max(self.due_s(task), now_s)
 
 
-def equal_parts(wanted: Mapping[str, int], most: int) -> dict[str, int]:
+K = TypeVar("K", bound=Hashable)
+
+
+def equal_parts(wanted: Mapping[K, int], most: int) -> dict[K, int]:
     """Divide `most` among owners that want so much: equally, but what one does not want is the others'.
 
     Each gets at least 1. Source: max-min fairness.
     """
-    parts: dict[str, int] = {}
+    parts: dict[K, int] = {}
     for index, (owner, count) in enumerate(sorted(wanted.items(), key=lambda item: item[1])):
         parts[owner] = min(count, max(most // (len(wanted) - index), 1))
         most -= parts[owner]

@@ -27,7 +27,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from operator import itemgetter
 from types import MappingProxyType
@@ -55,6 +55,7 @@ from ramet.runtime.types import (
 logger = logging.getLogger(__name__)
 
 NO_DRAFTS: Mapping[Sequence, Seq[int]] = MappingProxyType({})
+MAX_GAP_S = 0.2  # between two tokens of a task with few rows, beside one with many
 _LOOK_EVERY = 4  # steps, at requests that did not fit, where tasks share pages
 _LEAST_SHARE = 0.25  # time of prompts in a step, as a part of the time of its decode rows
 
@@ -248,8 +249,9 @@ class Scheduler:
         if self._prefilling or self._may_admit:
             self._plan_extends(extends, self._budget(min(room, sum(map(len, drafts.values())))), heir)
         self._may_admit |= heir is not None  # perhaps more is given in the next step
-        if self.config.max_step_s and self._flows.num_owners > 1:
-            decoding = self._within_shares(extends)
+        if self.config.max_step_s and has_several:
+            has_owners = self._flows.num_owners > 1
+            decoding = self._within_shares(extends) if has_owners else self._within_gap(extends)
             drafts = {sequence: tokens for sequence, tokens in drafts.items() if sequence in decoding}
         verified = self._plan_drafts(drafts, room) if drafts else {}
         items: list[ScheduledSequence] = []
@@ -414,8 +416,7 @@ class Scheduler:
         others ask for; and who has few rows costs the others at most a share of the time. Where the rows are too many
         for that, each owner has an equal part of them, and those that skip the step are the first ones of the next.
         """
-        is_held = {s for s in self.held if s.num_in_flight}
-        ready = {s: n for s, n in self._decoding.items() if s.num_computed < n and s not in is_held}
+        ready = self._ready()
         costs = self._costs
         num_rows = Counter(sequence.request.owner for sequence in ready)
         own_s = {owner: costs.decode_s(count) for owner, count in num_rows.items()}
@@ -427,12 +428,35 @@ class Scheduler:
         most = costs.rows_within(self._flows.num_served * min(own_s.values(), default=0.0) - prompts_s)
         if most >= len(ready):
             return ready
-        parts = equal_parts(num_rows, most)
+        return self._in_turn({sequence: sequence.request.owner for sequence in ready}, most)
+
+    def _within_gap(self, extends: Iterable[ScheduledSequence]) -> dict[Sequence, int]:
+        """Return the rows that decode in this step, where the tasks of one owner share it.
+
+        A task with many rows does not make a step longer than `MAX_GAP_S`: beyond, its rows skip steps in turn, as far
+        as it has more of them than an equal part. A step that long loses little by it.
+        """
+        costs, seconds = self._costs, MAX_GAP_S
+        if costs.decode_s(len(self._decoding)) < seconds / 2 and not extends:
+            return self._decoding
+        for item in extends:
+            seconds -= costs.extend_s(item.sequence, item.start, item.num_tokens)
+        most = costs.rows_within(seconds)
+        ready = self._ready()
+        return ready if most >= len(ready) else self._in_turn({s: self._task_of[s] for s in ready}, most)
+
+    def _ready(self) -> dict[Sequence, int]:
+        """Return the rows that can decode in this step."""
+        is_held = {s for s in self.held if s.num_in_flight}
+        return {s: n for s, n in self._decoding.items() if s.num_computed < n and s not in is_held}
+
+    def _in_turn(self, flow_of: Mapping[Sequence, Hashable], most: int) -> dict[Sequence, int]:
+        """Return an equal part of these rows for each of their flows; the others are the first ones of the next."""
+        parts = equal_parts(Counter(flow_of.values()), most)
         chosen: dict[Sequence, int] = {}
-        for sequence in ready:
-            owner = sequence.request.owner
-            if parts[owner]:
-                parts[owner] -= 1
+        for sequence, flow in flow_of.items():
+            if parts[flow]:
+                parts[flow] -= 1
                 chosen[sequence] = self._decoding.pop(sequence)
         self._decoding |= chosen
         return chosen

@@ -329,6 +329,31 @@ def test_a_small_request_beside_twenty_thousand_branches_is_answered_soon(max_to
     assert sum(branch.num_preemptions for branch in branches) <= 1
 
 
+def test_a_stream_sees_no_long_gap_beside_hundreds_of_rows_and_they_lose_little() -> None:
+    engine = Clocked(num_slots=512)
+    many = [engine.scheduler.add(make_request(f"b{i}", [i + 10, 5], 600, task="program")) for i in range(500)]
+    while any(not sequence.output_ids for sequence in many):
+        engine.step()
+    engine.steps.clear()
+    for _ in range(20):
+        engine.step()
+    alone = sum(batch.num_decode for batch, _ in engine.steps) / sum(seconds for _, seconds in engine.steps)
+    small = engine.add("", 4, 100)
+    while len(small.output_ids) < 20:
+        engine.step()
+    engine.steps.clear()
+    before = len(small.output_ids)
+    had = [len(sequence.output_ids) for sequence in many]
+    for _ in range(40):
+        engine.step()
+    assert len(small.output_ids) - before == 40, "it is part of every step"
+    assert max(seconds for _, seconds in engine.steps) <= 0.21
+    beside = sum(batch.num_decode for batch, _ in engine.steps) / sum(seconds for _, seconds in engine.steps)
+    assert beside >= 0.95 * alone
+    grown = [len(sequence.output_ids) - num for sequence, num in zip(many, had, strict=True)]
+    assert max(grown) - min(grown) <= 1, "its rows skip steps in turn"
+
+
 def test_a_short_prompt_does_not_wait_for_the_whole_of_a_long_one() -> None:
     clock = [0.0]
     engine = make_simulation(num_pages=2000, clock=clock, max_num_tokens_per_step=64)
