@@ -2,15 +2,20 @@
 
 Bytes may come in any pieces. The events are the same, except for the places where deltas are cut. White space around
 the characters of the layout may differ, so that unconstrained answers can be read, too. A text that looks like a call
-and is not one becomes text. Arguments are passed on as they were written, never decoded.
+and is not one becomes text. Arguments in JSON are passed on as they were written, never decoded; those between tags are
+passed on as one JSON object, strings as they come.
 """
 
 from __future__ import annotations
 
 import codecs
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from ramet.grammar.tools.arguments import Kind, kinds_of, value_text
 from ramet.grammar.tools.formats import NAME_PATTERN, ToolFormat
 
 
@@ -46,8 +51,17 @@ _NAME = re.compile(NAME_PATTERN)
 class ToolCallReader:
     """Reads one answer. It owns its state, and must not be used by two threads."""
 
-    def __init__(self, layout: ToolFormat) -> None:
+    def __init__(self, layout: ToolFormat, tools: Mapping[str, Any] | None = None) -> None:
+        """tools: the schemas of the tools' arguments by name, which say how arguments between tags are read."""
         self.layout = layout
+        self._tools = tools or {}
+        self._kinds: dict[str, Kind] = {}
+        self._key: str | None = None
+        self._value = ""  # of an argument between tags: what is not passed on yet
+        self._searched = 0  # no closing tag begins before this place
+        self._scanned = 0  # characters of a JSON value that `_is_within_string` has looked at
+        self._num_keys = 0
+        self._is_open = False  # a string's opening quote was passed on
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._events: list[Event] = []
         self._read = self._text
@@ -76,7 +90,7 @@ class ToolCallReader:
         none.
         """
         events = self._take(self._decoder.decode(b"", final=True))
-        if self._read in (self._arguments, self._after) and not self._is_settled():
+        if self._read in (self._arguments, self._parameter, self._after) and not self._is_settled():
             self._events.append(CallEnd(self._index, is_complete=False))
         elif self._is_begun():
             if self._name or not is_cut:
@@ -177,6 +191,8 @@ class ToolCallReader:
             self._depth = 0
             self._is_string = self._is_escaped = False
             self._read = self._arguments
+            if self.layout.before_key:
+                self._begin_parameters()
         elif then == "next":
             self._end_call()
         else:
@@ -237,6 +253,107 @@ class ToolCallReader:
             self._read = self._after
             if not self._ways[0][0]:
                 self._end_call()
+
+    def _begin_parameters(self) -> None:
+        self._kinds = kinds_of(self._tools.get(self._name))
+        self._key, self._value, self._num_keys, self._is_open = None, "", 0, False
+        self._read = self._parameter
+
+    def _pass_on(self, text: str) -> None:
+        self._events.append(ArgumentsDelta(self._index, text))
+
+    def _parameter(self, c: str) -> None:
+        """Read the tags of arguments, and their values."""
+        layout = self.layout
+        self._value += c
+        if self._key is not None:
+            self._read_value(self._kinds.get(self._key, "any"))
+            return
+        found = self._value.lstrip()
+        if found.startswith(layout.before_key):
+            name, tag, _ = found[len(layout.before_key) :].partition(layout.before_value.strip())
+            if tag:
+                self._key, self._value, self._searched, self._scanned = name, "", 0, 0
+                self._is_string = self._is_escaped = False
+                self._pass_on(("{" if not self._num_keys else ", ") + json.dumps(name, ensure_ascii=False) + ": ")
+                self._num_keys += 1
+        elif found == layout.first_after_parameters:
+            self._pass_on("}" if self._num_keys else "{}")
+            self._ways = [(layout.after_arguments[len(found) :].lstrip(), "next")]
+            self._held = ""
+            self._read = self._after
+            if not self._ways[0][0]:
+                self._end_call()
+        elif not layout.before_key.startswith(found) and not layout.first_after_parameters.startswith(found):
+            self._events.append(CallEnd(self._index, is_complete=False))
+            self._held = found
+            self._leave()
+
+    def _read_value(self, kind: Kind) -> None:
+        """Read a value up to its closing tag. Strings are passed on as far as they are certain."""
+        layout, close = self.layout, self.layout.after_value.strip()
+        lead = layout.after_value[: layout.after_value.index(close)]
+        at = self._value.find(close, self._searched)
+        while at >= 0:
+            rest = self._value[at + len(close) :].lstrip()
+            follows = (layout.before_key, layout.first_after_parameters)
+            if rest.startswith(follows) and not (kind in ("json", "any") and self._is_within_string(at)):
+                self._end_value(self._value[:at].removesuffix(lead), kind)
+                self._value = rest
+                for c in self._take_back():
+                    self._read(c)
+                return
+            if any(tag.startswith(rest) for tag in follows):
+                break
+            self._searched = at + 1
+            at = self._value.find(close, self._searched)
+        if at < 0:
+            self._searched = max(self._searched, len(self._value) - len(close) + 1)
+        if kind in ("json", "any") or (kind == "nullable" and not self._is_open and self._may_be_null()):
+            return
+        if at < 0:
+            held = max((n for n in range(len(lead + close)) if self._value.endswith((lead + close)[:n])), default=0)
+            held = max(held, max((n for n in range(len(close)) if self._value.endswith(close[:n])), default=0))
+            at = len(self._value) - held
+        else:
+            at -= len(lead) if self._value[:at].endswith(lead) else 0
+        if at > 0:
+            self._say_string(self._value[:at])
+            self._value, self._searched = self._value[at:], 0
+
+    def _is_within_string(self, end: int) -> bool:
+        """Return whether the first characters of a JSON value end inside of a string. Each is looked at once."""
+        for c in self._value[self._scanned : end]:
+            if self._is_escaped:
+                self._is_escaped = False
+            elif c == "\\" and self._is_string:
+                self._is_escaped = True
+            elif c == '"':
+                self._is_string = not self._is_string
+        self._scanned = max(self._scanned, end)
+        return self._is_string
+
+    def _take_back(self) -> str:
+        self._key, value, self._value = None, self._value, ""
+        return value
+
+    def _may_be_null(self) -> bool:
+        return any(word.startswith(self._value.strip().lower()[:4]) for word in ("null", "none"))
+
+    def _say_string(self, text: str) -> None:
+        if not self._is_open:
+            text = text.removeprefix(self.layout.before_value[len(self.layout.before_value.rstrip()) :])
+            self._pass_on('"')
+            self._is_open = True
+        self._pass_on(json.dumps(text, ensure_ascii=False)[1:-1])
+
+    def _end_value(self, text: str, kind: Kind) -> None:
+        if self._is_open:
+            self._pass_on(json.dumps(text, ensure_ascii=False)[1:-1] + '"')
+        else:
+            space = self.layout.before_value[len(self.layout.before_value.rstrip()) :]
+            self._pass_on(value_text(text.removeprefix(space), kind))
+        self._is_open = False
 
     def _after(self, c: str) -> None:
         """Read the text that ends a call. Anything else means that the call is broken."""

@@ -2,6 +2,10 @@
 
     begin  before_name NAME before_arguments ARGUMENTS after_arguments  (separator before_name ... )*  end
 
+Arguments are a JSON object, or, if `before_key` is not empty, a text of this form for each one:
+
+    before_key KEY before_value VALUE after_value
+
 `marker` is the beginning of `begin + before_name`. Free text must not contain it: where it appears, a call begins.
 """
 
@@ -29,6 +33,9 @@ class ToolFormat:
     separator: str = ""
     end: str = ""
     is_only_at_start: bool = False
+    before_key: str = ""
+    before_value: str = ""
+    after_value: str = ""
 
     def __post_init__(self) -> None:
         if not self.marker or not (self.begin + self.before_name).startswith(self.marker):
@@ -37,11 +44,19 @@ class ToolFormat:
             )
         if not self.before_name:
             raise InvalidGrammar("before_name must not be empty: it tells one call from the next")
+        tags = (self.before_key, self.before_value.strip(), self.after_value.strip(), self.first_after_parameters)
+        if any((self.before_key, self.before_value, self.after_value)) and not all(tags):
+            raise InvalidGrammar("before_key, before_value, after_value and after_arguments belong together")
         follows_name = self.before_arguments.lstrip()[:1]
         if not follows_name or re.fullmatch(NAME_PATTERN, follows_name):
             raise InvalidGrammar(
                 f"before_arguments is {self.before_arguments!r} but must begin with a character that no name has"
             )
+
+    @property
+    def first_after_parameters(self) -> str:
+        """The beginning of `after_arguments` that tells the last argument from others: its first line."""
+        return self.after_arguments.partition("\n")[0]
 
 
 FORMATS: Mapping[str, ToolFormat] = {
@@ -98,6 +113,27 @@ FORMATS: Mapping[str, ToolFormat] = {
         after_arguments="}",
         separator=", ",
         end="]",
+    ),
+    # Qwen3-Coder and Qwen3.5: their chat templates; a tag for each argument
+    "qwen3-coder": ToolFormat(
+        marker="<tool_call>",
+        before_name="<tool_call>\n<function=",
+        before_arguments=">\n",
+        after_arguments="</function>\n</tool_call>",
+        separator="\n",
+        before_key="<parameter=",
+        before_value=">\n",
+        after_value="\n</parameter>\n",
+    ),
+    # Seed-OSS: its chat template
+    "seed-oss": ToolFormat(
+        marker="<seed:tool_call>",
+        before_name="<seed:tool_call>\n<function=",
+        before_arguments=">\n",
+        after_arguments="</function>\n</seed:tool_call>",
+        before_key="<parameter=",
+        before_value=">",
+        after_value="</parameter>\n",
     ),
     # Google's prompt for function calling with Gemma 3: a JSON object as the whole answer
     "gemma": ToolFormat(

@@ -32,6 +32,7 @@ from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.regular.char_classes import category
 from ramet.grammar.regular.utf8 import text_dfa, utf8_table
 from ramet.grammar.tools.formats import NAME_PATTERN, ToolFormat, tool_format
+from ramet.grammar.tools.parameters import add_parameters
 from ramet.grammar.tools.text_with_values import Gap, TextBuilder, TextWithValues
 
 MAX_TOOLS = 1024
@@ -95,9 +96,7 @@ def tools_text(tool_set: ToolSet) -> TextWithValues:
         names[answer] = "the answer"
     if marked is None:
         return builder.build(names=names)
-    schemas = _argument_schemas(tool_set)
-    _add_calls(builder, marked, tool_set, schemas)
-    names |= {schema: f"the parameters of tool {name!r}" for name, schema in schemas.items()}
+    names |= _add_calls(builder, marked, tool_set)
     return builder.build(often=layout.marker, names=names)
 
 
@@ -130,19 +129,29 @@ def _head(
     return table.transitions, table.accepting, values, marked
 
 
-def _add_calls(builder: TextBuilder, marked: int, tool_set: ToolSet, schemas: Mapping[str, ir.JsonSchema]) -> None:
-    """Add what follows the marker, which ends in the state `marked`.
+def _add_calls(builder: TextBuilder, marked: int, tool_set: ToolSet) -> dict[ir.JsonSchema, str]:
+    """Add what follows the marker, which ends in the state `marked`. Returns the names of the JSON schemas.
 
     The names of the tools are spelled once for all calls, unless the number of calls is limited.
     """
     layout = tool_set.format
     name = builder.spell(marked, (layout.begin + layout.before_name)[len(layout.marker) :])
     count = 1
+    names: dict[ir.JsonSchema, str] = {}
     while True:
         after_value = builder.new()
-        for tool, schema in schemas.items():
-            builder.put(builder.spell(name, tool + layout.before_arguments), Gap(schema, after_value))
-        end = builder.spell(after_value, layout.after_arguments)
+        end = after_value
+        if layout.before_key:
+            for tool, parameters in tool_set.tools.items():
+                if tool_set.only in (None, tool):
+                    begin = builder.spell(name, tool + layout.before_arguments)
+                    options = tool_set.json_options
+                    names |= add_parameters(builder, begin, tool, parameters, layout, options, after_value)
+        else:
+            for tool, schema in _argument_schemas(tool_set).items():
+                builder.put(builder.spell(name, tool + layout.before_arguments), Gap(schema, after_value))
+                names[schema] = f"the parameters of tool {tool!r}"
+            end = builder.spell(after_value, layout.after_arguments)
         builder.end_at(builder.spell(end, layout.end))
         again = layout.separator + layout.before_name
         if tool_set.max_calls is None:
@@ -155,6 +164,7 @@ def _add_calls(builder: TextBuilder, marked: int, tool_set: ToolSet, schemas: Ma
         count += 1
     if builder.is_ambiguous:
         raise InvalidGrammar("in this tool format the name of one tool and its layout begin those of another")
+    return names
 
 
 def with_marker_tokens(vocabulary: Vocabulary, texts: Mapping[int, str]) -> Vocabulary:

@@ -15,6 +15,7 @@ from ramet.runtime.programs.engine import EngineRequest
 from ramet.runtime.programs.model import ProgramModel
 from ramet.runtime.programs.path import Path, keep_text
 from ramet.runtime.text.captures import captured_values
+from ramet.runtime.text.tool_style import schemas_of
 from ramet.runtime.types import RequestOutput, SamplingParams, TopTokens
 
 
@@ -68,7 +69,7 @@ class Generation:
             prompt = prompt.without_last()
         self._prompt, self._again = prompt, again
         self._on_call, self._num_to_skip = on_call, len(again)
-        self._reader = None if on_call is None else ToolCallReader(model.marks.style.format)
+        self._reader = None if on_call is None else ToolCallReader(model.marks.style.format, schemas_of(self._tools()))
         self._begun: list[dict[str, str]] = []  # calls: name, and arguments as JSON so far
         sampling = ir.retry_sampling(node.sampling, attempt).params()
         room = model.context_length - prompt.length - bool(again)
@@ -176,9 +177,15 @@ class Generation:
             return {"text": text, "captures": captured_values(self._node.constraint.source, text)}
         return self._tool_calls() if self._node.type == "tools" else ir.parse_value(self._node.type, text)
 
+    def _tools(self) -> list[dict[str, Any]]:
+        """Return the tools that the text may call."""
+        assert self._node.constraint is not None
+        found: list[dict[str, Any]] = json.loads(self._node.constraint.source)["tools"]
+        return found
+
     def _tool_calls(self) -> dict[str, object]:
         """Return the model's text and its tool calls."""
-        return self._model.marks.style.read_calls(self._spelled(self._tokens)[len(self._again) :])
+        return self._model.marks.style.read_calls(self._spelled(self._tokens)[len(self._again) :], self._tools())
 
     def _spelled(self, tokens: Sequence[int]) -> bytes:
         """Return the text of tokens. Special tokens that write parts of calls count as spelled."""

@@ -32,6 +32,7 @@ _OTHER_KEY = "rametotherkey"
 _NAME, _KEY, _RESULT, _CONTENT = "rametprobename", "rametprobekey", "RametProbeResult", "RametProbeContent"
 _ARGUMENTS = re.compile(r'\{\s*"' + _KEY + r'"\s*:\s*1\s*\}')
 _TWO_ARGUMENTS = re.compile(rf'"{_KEY}":(\s*)1,(\s*)"{_OTHER_KEY}"')
+_PARAMETER = re.compile(rf"{_KEY}>\s*1\s*<")
 _CALL_ID = re.compile(r',"id":"\w+"')
 _USER: Json = {"role": "user", "content": "Hi"}
 _TOOL: Json = {
@@ -97,19 +98,31 @@ class ToolStyle:
         """Return the text of calls, each (name, arguments as JSON text), as this model writes it."""
         layout = self.format
         one = (
-            layout.before_name + name + layout.before_arguments + given + layout.after_arguments
+            layout.before_name + name + layout.before_arguments + self._given(given) + layout.after_arguments
             for name, given in calls
         )
         return layout.begin + layout.separator.join(one) + layout.end
 
+    def _given(self, arguments: str) -> str:
+        """Return arguments, given as JSON text, as this model writes them."""
+        layout = self.format
+        if not layout.before_key:
+            return arguments
+        return "".join(
+            f"{layout.before_key}{key}{layout.before_value}"
+            f"{value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}{layout.after_value}"
+            for key, value in json.loads(arguments).items()
+        )
+
     def description(self, tools: Sequence[Json]) -> str:
         """Return a text that describes tools and how to call them, for templates that do not show tools."""
         listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False, separators=(",", ":")) for tool in tools)
-        example = self.written([("NAME", "ARGUMENTS")])
+        example = self.written([("NAME", '{"PARAMETER": "VALUE"}' if self.format.before_key else "ARGUMENTS")])
         return (
             "These functions can be called, each given with the JSON schema of its arguments:\n"
             f"<tools>\n{listed}\n</tools>\n"
-            f"A call is written as below, with the function's name and a JSON object of arguments:\n{example}"
+            "A call is written as below, with the function's name and "
+            f"{'each argument' if self.format.before_key else 'a JSON object of arguments'}:\n{example}"
         )
 
     def tool_set(
@@ -137,15 +150,17 @@ class ToolStyle:
     def shown_specials(self, special_tokens: Mapping[str, int]) -> dict[int, str]:
         """Return the special tokens that write parts of calls, with their spellings. They count as answer text."""
         layout = self.format
-        text = "".join((layout.begin, layout.before_name, layout.before_arguments, layout.after_arguments, layout.end))
+        parts = (layout.begin, layout.before_name, layout.before_arguments, layout.after_arguments, layout.end)
+        text = "".join((*parts, layout.before_key, layout.before_value, layout.after_value))
         return {token: spelling for spelling, token in special_tokens.items() if spelling and spelling in text}
 
-    def read_calls(self, answer: bytes) -> dict[str, object]:
-        """Parse an answer to {"text": the text without calls, "calls": [{"name": ..., "arguments": {...}}]}.
+    def read_calls(self, answer: bytes, tools: Sequence[Json] = ()) -> dict[str, object]:
+        """Parse an answer of a request with these tools.
 
+        Returns {"text": the text without calls, "calls": [{"name": ..., "arguments": {...}}]}.
         Raises ValueError if a call is cut off, or its arguments are not a JSON object.
         """
-        reader = ToolCallReader(self.format)
+        reader = ToolCallReader(self.format, schemas_of(tools))
         text: list[str] = []
         calls: list[dict[str, Any]] = []
         for event in [*reader.push(answer), *reader.finish()]:
@@ -163,6 +178,12 @@ class ToolStyle:
                 raise ValueError(f"the arguments of {call['name']!r} are no JSON object")
             call["arguments"] = arguments
         return {"text": "".join(text).strip() if calls else "".join(text), "calls": calls}
+
+
+def schemas_of(tools: Sequence[Json]) -> Json:
+    """Return the schemas of the tools' arguments by name. Tools are in OpenAI's form, or as in a tool set."""
+    functions = [tool.get("function", tool) for tool in tools]
+    return {function["name"]: function.get("parameters", {}) for function in functions}
 
 
 def _with_results_as_text(messages: list[Json]) -> list[Json]:
@@ -192,13 +213,13 @@ def tool_style(template: ChatTemplate) -> ToolStyle:
         text = _rendered(template, [_USER, answer], tools=[_TOOL])
         if text is not None:
             break
-    shows_calls = text is not None and _NAME in text[text.rfind("Hi") :] and _ARGUMENTS.search(text) is not None
+    shows_calls = text is not None and _NAME in text[text.rfind("Hi") :] and _shows_arguments(text)
     two = _rendered(template, [_USER, _answer(2, id_length)], tools=[_TOOL]) if shows_calls else ""
     layout = _format_of(template, text, two) if shows_calls and text is not None else None
     if layout is None:
         layout, shows_calls, id_length, two = _format_by_family(template.source), False, None, ""
-        # A template that shows tools also tells the model how to call them. Where that is not the way that is read
-        # (tags around each parameter), the tools are described in text, with the way that is.
+        # A template that shows tools also tells the model how to call them. Where that is not a way that is read (other
+        # tags around each parameter), the tools are described in text, with the way that is.
         shows_tools = shown is not None and shows_tools and layout.marker in shown and "<function=" not in shown
     result: Json = {"role": "tool", "content": _RESULT, "name": _NAME, "tool_call_id": _call_id(0, id_length)}
     before: Json = answer if shows_calls else {"role": "assistant", "content": _CONTENT}
@@ -212,6 +233,10 @@ def tool_style(template: ChatTemplate) -> ToolStyle:
         id_length,
         _whitespace(template, id_length) if shows_calls else "model",
     )
+
+
+def _shows_arguments(text: str) -> bool:
+    return _ARGUMENTS.search(text) is not None or _PARAMETER.search(text) is not None
 
 
 def _call_id(index: int, length: int | None) -> str:
@@ -257,6 +282,11 @@ def _format_of(template: ChatTemplate, text: str, two: str | None) -> ToolFormat
     compact = re.sub(r"\s", "", text)
     for layout in FORMATS.values():
         head = re.sub(r"\s", "", layout.begin + layout.before_name + _NAME + layout.before_arguments)
+        if layout.before_key:
+            one = f"{layout.before_key}{_KEY}{layout.before_value}1{layout.after_value}{layout.after_arguments}"
+            if head + re.sub(r"\s", "", one) in compact:
+                return _with_separator(layout, two)
+            continue
         end = re.sub(r"\s", "", layout.after_arguments + layout.end)
         at = compact.rfind(head)
         if at < 0:
@@ -265,6 +295,12 @@ def _format_of(template: ChatTemplate, text: str, two: str | None) -> ToolFormat
         if _CALL_ID.sub("", rest, count=1).startswith(end):
             return _as_written(layout, text)
     return _derived_format(template, text, two)
+
+
+def _with_separator(layout: ToolFormat, two: str | None) -> ToolFormat:
+    """Return the format with the white space that the template writes between two calls."""
+    found = re.search(rf"{re.escape(layout.after_arguments)}(\s*){re.escape(layout.before_name)}", two or "")
+    return layout if found is None else dataclasses.replace(layout, separator=found[1])
 
 
 def _as_written(layout: ToolFormat, text: str) -> ToolFormat:

@@ -399,9 +399,10 @@ class ChatAnswer:
         self.model = plan.job.options.adapter or served.name
         is_separate = plan.body.separate_reasoning is not False
         shown = plan.job.shown_bytes or served.tokenizer.token_bytes
+        tools = [tool.plain() for tool in plan.body.tools or ()]
         self.progress = [
             Progress(
-                AnswerReader(ReasoningSplitter(plan.position, plan.marks) if is_separate else None, plan.style),
+                AnswerReader(ReasoningSplitter(plan.position, plan.marks) if is_separate else None, plan.style, tools),
                 ReasoningCounter(shown, plan.position, plan.marks),
             )
             for _ in choices

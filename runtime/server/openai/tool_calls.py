@@ -18,7 +18,7 @@ from ramet.grammar.tools.events import ArgumentsDelta, CallEnd, CallStart, Event
 from ramet.runtime.server.openai.answers import AnsweredCall, CalledFunction
 from ramet.runtime.server.openai.reasoning import ReasoningSplitter
 from ramet.runtime.server.sending import Json
-from ramet.runtime.text.tool_style import ToolStyle
+from ramet.runtime.text.tool_style import ToolStyle, schemas_of
 
 
 @dataclass(slots=True)
@@ -52,6 +52,7 @@ class AnswerReader:
 
     splitter: ReasoningSplitter | None
     style: ToolStyle | None  # None: no calls in this answer
+    tools: Sequence[Json] = ()
     reasoning: str = ""
     content: str = ""
     calls: list[WrittenCall] = field(default_factory=list)
@@ -60,7 +61,7 @@ class AnswerReader:
     _is_cut: bool = False  # inside of what may begin a call
 
     def __post_init__(self) -> None:
-        self._tools = None if self.style is None else ToolCallReader(self.style.format)
+        self._tools = None if self.style is None else ToolCallReader(self.style.format, schemas_of(self.tools))
 
     def push(self, text: str) -> list[Json]:
         """Add a piece of text. Returns the deltas that are certain now."""

@@ -31,7 +31,8 @@ FAMILIES: dict[str, tuple[str, bool, bool, bool, int | None, int | None]] = {
     "smollm2": ("smollm2", False, False, True, None, None),
     "gemma": ("gemma", False, False, False, None, None),
     "granite": ("granite", True, False, True, None, None),
-    "seed_oss": ("hermes", False, False, True, None, None),  # its own calls, a tag for each parameter, are not read
+    "seed_oss": ("seed-oss", True, True, True, None, None),
+    "qwen3-coder": ("qwen3-coder", True, True, True, None, None),
 }
 ENDS = ("<|eot_id|>", "<|im_end|>", "</s>", "<end_of_turn>", "<|end_of_text|>", "<seed:eos>")
 ADD: Json = {
@@ -141,7 +142,7 @@ def test_what_the_template_writes_is_read_as_the_same_calls_and_is_in_the_gramma
     text = written_by(template, style, num_calls)
     text = re.sub(r', "id": "\w{9}"', "", text)  # Mistral's models do not write ids; the template adds them later
     text = text.removeprefix("<think>\n\n</think>").lstrip()  # Qwen3's: the reasoning of an answer that had none
-    reader = AnswerReader(None, style)
+    reader = AnswerReader(None, style, TOOLS)
     for character in text:
         reader.push(character)
     reader.finish()
@@ -164,6 +165,10 @@ def test_free_text_is_free_and_a_call_is_constrained_from_its_marker_on(family: 
     for wrong in (b"gone", b'add", "x"', b'"'):
         assert accepted(style, start + marker + wrong) < len(start + marker + wrong)
     head = marker + b"add" + style.format.before_arguments.encode()
+    if style.format.before_key:
+        for wrong in (b"{", b"</", b"<parameter=b", b"<parameter=note", b"<parameter=a>x"):
+            assert accepted(style, start + head + wrong) < len(start + head + wrong)
+        return
     for wrong in (b'{"b"', b'{"a": "', b"[", b"{}"):
         assert accepted(style, start + head + wrong) < len(start + head + wrong)
     assert accepted(style, start + head + b'{"a": [3') == len(start + head) + 8
