@@ -65,7 +65,7 @@ def arena_sizes(total_bytes: int, vocab_size: int) -> dict[str, int]:
 
 @dataclass(slots=True)
 class ResidentGrammar:
-    """A grammar in the arena. Owner: the arena. Local state s is global state `base + s`."""
+    """A grammar in the arena. Owner: the arena. Local state s is global state `base + s`. forced: as of `forced`."""
 
     base: int
     num_states: int
@@ -73,6 +73,7 @@ class ResidentGrammar:
     num_transitions: int
     grammar_row: int
     mask_rows: list[int]
+    forced: NDArray[np.int32]
     num_users: int = 1
 
 
@@ -124,6 +125,7 @@ class GrammarArena:
         self._transitions = _RangeAllocator(0, max_transitions)
         self._free_grammar_rows = list(range(max_grammars - 1, -1, -1))
         self._rows = _RowTable(num_special, max_mask_rows)
+        self._token_bytes = tuple(part.cpu().numpy() for part in (tokens.flat, tokens.offsets, tokens.lengths))
         self._resident: OrderedDict[Hashable, ResidentGrammar] = OrderedDict()  # least recently used first
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._wait_for_steps()  # which fill the tensors
@@ -207,6 +209,14 @@ class GrammarArena:
         assert resident.num_users > 0, key
         resident.num_users -= 1
 
+    def forced(self, key: Hashable) -> NDArray[np.int32]:
+        """Return what must follow each state of a resident grammar, int32 [num_states, 2], in local numbers.
+
+        That is the only token that the state's mask allows, and the state after it; -1 where several may follow, or the
+        end.
+        """
+        return self._resident[key].forced
+
     def is_resident(self, key: Hashable) -> bool:
         return key in self._resident
 
@@ -221,7 +231,8 @@ class GrammarArena:
             start = self._transitions.allocate(num_states * num_columns)
             if base is not None and start is not None and self._free_grammar_rows:
                 row = self._free_grammar_rows.pop()
-                return ResidentGrammar(base, num_states, start, num_states * num_columns, row, [])
+                forced = np.full((num_states, 2), -1, dtype=np.int32)
+                return ResidentGrammar(base, num_states, start, num_states * num_columns, row, [], forced)
             if base is not None:
                 self._states.free(base, num_states)
             if start is not None:
@@ -277,7 +288,7 @@ class GrammarArena:
             if tables.mask_classes is None
             else tables.mask_classes
         )
-        row_of_class = np.empty(len(representative), dtype=np.int32)
+        row_of_class, only_token = np.empty((2, len(representative)), dtype=np.int32)
         weights = _hash_weights(num_words, device)
         for start in range(0, len(representative), _ROWS_PER_LAUNCH):
             local = representative[start : start + _ROWS_PER_LAUNCH].astype(np.int32)
@@ -289,8 +300,24 @@ class GrammarArena:
             if tables.refused is not None:
                 refuse_tokens(local, tables.refused, built)
             row_of_class[start : start + len(part)] = self._intern(resident, built, weights)
+            only_token[start : start + len(part)] = _only_tokens(built)
+        self._note_forced(resident, tables, only_token[class_of])
         rows = torch.from_numpy(row_of_class[class_of]).to(device)
         self.mask_index[resident.base : resident.base + resident.num_states] = rows
+
+    def _note_forced(self, resident: ResidentGrammar, tables: AutomatonTables, only_token: NDArray[np.int32]) -> None:
+        """Fill a grammar's `forced`. only_token: int32 [num_states], -1 where the mask allows several."""
+        flat, offsets, lengths = self._token_bytes
+        only_token[np.isin(only_token, self.tokens.end_ids)] = -1
+        states = np.flatnonzero(only_token >= 0)
+        tokens = only_token[states]
+        after = states.astype(np.int32)
+        for position in range(int(lengths[tokens].max(initial=0))):
+            going = np.flatnonzero((lengths[tokens] > position) & (after >= 0))
+            column = tables.byte_class[flat[offsets[tokens[going]] + position]]
+            after[going] = tables.transitions[after[going], column]
+        is_text = after >= 0  # else the model would mean the end
+        resident.forced[states[is_text]] = np.stack([tokens, after], axis=1)[is_text]
 
     def _intern(self, resident: ResidentGrammar, built: Tensor, weights: Tensor) -> NDArray[np.int32]:
         """Intern rows by content and return their row numbers. Only new rows are copied."""
@@ -316,6 +343,18 @@ class GrammarArena:
             device = built.device
             self.mask_rows[torch.tensor(targets, device=device)] = built[torch.tensor(sources, device=device)]
         return numbers
+
+
+def _only_tokens(masks: Tensor) -> NDArray[np.int32]:
+    """Return the only token that each packed mask allows, int32 [n, W] -> [n]; -1 where it allows none or several."""
+    is_used = masks != 0
+    places = is_used.int().argmax(1)
+    found = torch.stack([is_used.sum(1), places, masks.gather(1, places.unsqueeze(1)).squeeze(1).long()])
+    counts, word_of, words = found.cpu().numpy()
+    words &= 0xFFFFFFFF
+    is_only = (counts == 1) & (words & (words - 1) == 0)
+    bits = np.log2(np.where(is_only, words, 1)).astype(np.int64)
+    return np.where(is_only, 32 * word_of + bits, -1).astype(np.int32)
 
 
 def _hash_weights(num_words: int, device: torch.device) -> Tensor:

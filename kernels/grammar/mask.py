@@ -42,8 +42,6 @@ class AutomatonTables:
     None: there are none.
     closing: the shortest completions, for texts that must end within a budget; None: texts are not closed.
     mask_classes: the result of the function `mask_classes`; None: the arena computes it. has_ends: the masks have ends.
-    may_end: for each token, 1 if the host must know the state after it, where the text may be complete or what follows
-    may have begun, else 0; empty: nobody asks.
     """
 
     byte_class: NDArray[np.uint8]
@@ -53,7 +51,6 @@ class AutomatonTables:
     mask_classes: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
     refused: NDArray[np.int32] | None = None
     has_ends: bool = False
-    may_end: bytes = b""
 
     @property
     def num_states(self) -> int:

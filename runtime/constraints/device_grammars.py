@@ -29,7 +29,7 @@ from ramet.kernels.grammar.mask import AutomatonTables, mask_classes
 from ramet.runtime.types import Grammar
 
 if TYPE_CHECKING:
-    from ramet.grammar import CompiledGrammar, DeviceTables
+    from ramet.grammar import CompiledGrammar
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,6 @@ class DeviceGrammars:
         self._never = frozenset(end_ids) | frozenset(special_ids)
         self._longest = max(map(len, token_bytes), default=1)
         self._trie: TokenTrie | None = None
-        self._last_bytes = np.array([text[-1] if text else 0 for text in token_bytes], dtype=np.uint8)
         self._prepared: weakref.WeakKeyDictionary[Grammar, AutomatonTables] = weakref.WeakKeyDictionary()
         self._open: weakref.WeakSet[Grammar] = weakref.WeakSet()  # could not be closed, and are not tried again
         self._lock = threading.Lock()  # held for a moment only
@@ -86,6 +85,10 @@ class DeviceGrammars:
             except (GrammarTooLarge, torch.OutOfMemoryError) as error:
                 logger.info("the host computes the masks of a grammar: %s", error)
                 return None
+
+    def forced(self, grammar: Grammar, tables: AutomatonTables, *, has_ends: bool) -> NDArray[np.int32]:
+        """Return the arena's `forced` of an acquired grammar. The arguments are those of `acquire`."""
+        return self.arena.forced((grammar, has_ends and tables.has_ends))
 
     def release(self, grammar: Grammar, tables: AutomatonTables, *, has_ends: bool) -> None:
         """Note that a sequence no longer needs the grammar. The arguments are those of `acquire`."""
@@ -135,13 +138,7 @@ class DeviceGrammars:
             mask_classes(tables.transitions, tables.accepting, self._longest, tables.refused, has_ends=has_ends),
             tables.refused,
             has_ends,
-            self._tokens_into(tables, tables.is_complete | tables.num_after.any(axis=1)),
         )
-
-    def _tokens_into(self, tables: DeviceTables, states: NDArray[np.bool_]) -> bytes:
-        leads: NDArray[np.bool_] = np.any(np.append(states, False)[tables.transitions], axis=0)  # -1: the last entry
-        into: bytes = leads[tables.byte_class][self._last_bytes].tobytes()
-        return into
 
     def state_after(self, tables: AutomatonTables, tokens: list[int], start: int = 0) -> int | None:
         """Return the state of `prepare`d tables after a text that begins in the state `start`.

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from ramet.errors import GrammarError
 from ramet.runtime.constraints.incomplete import cut_off
-from ramet.runtime.types import Grammar, Sequence
+from ramet.runtime.types import Grammar, SamplingParams, Sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -237,9 +237,7 @@ class HostAutomaton:
 
     @property
     def _is_watched(self) -> bool:
-        """Whether the request asks for something of each token, so that tokens are taken as they were sampled."""
-        params = self.sequence.request.sampling
-        return params.edits_logits or params.logprobs is not None or params.has_stops
+        return is_watched(self.sequence.request.sampling)
 
     @property
     def _num_left(self) -> int:
@@ -295,6 +293,11 @@ class HostAutomaton:
             return end_token, after  # the text may end here, but not after any other token
         self.can_finish = False
         return token, after
+
+
+def is_watched(params: SamplingParams) -> bool:
+    """Return whether a request asks for something of each token, so that tokens are taken as they were sampled."""
+    return params.edits_logits or params.logprobs is not None or params.has_stops
 
 
 def _never(num_forced: int) -> bool:

@@ -1,8 +1,10 @@
 """The automaton states of constrained sequences, and their work in a step.
 
 A closed grammar runs on the device: its tables are in the arena, and steps mask, advance and finish its sequences
-without the host, which only sees where a text is complete. All other grammars run on the host, where each of their
-sequences has a `HostAutomaton`.
+without the host. The host follows the tokens that it reads, to see where a text is complete, and where several tokens
+must follow: these are computed in one step. If the next step of the row runs already, the row skips a step for that,
+which more than two tokens are worth. All other grammars run on the host, where each of their sequences has a
+`HostAutomaton`.
 
 Nobody knows how long a grammar takes for a token, so the engine's thread never waits for it: a row's token, the tokens
 that must follow and the next mask are one work, done in turns with the steps (turns.py). While its work is unfinished,
@@ -26,10 +28,10 @@ from ramet.kernels.grammar.arena import FREE_STATE
 from ramet.kernels.grammar.closing import IMPOSSIBLE
 from ramet.kernels.grammar.mask import AutomatonTables
 from ramet.runtime.constraints.device_grammars import DeviceGrammars
-from ramet.runtime.constraints.host_automaton import HostAutomaton
+from ramet.runtime.constraints.host_automaton import HostAutomaton, is_watched
 from ramet.runtime.constraints.incomplete import cut_off, place_of, strings_ended
 from ramet.runtime.constraints.turns import GrammarWork, Turns
-from ramet.runtime.types import Batch, FinishReason, Grammar, RowOutput, ScheduledSequence, Sequence
+from ramet.runtime.types import Batch, FinishReason, Grammar, Request, RowOutput, ScheduledSequence, Sequence
 
 if TYPE_CHECKING:
     from ramet.grammar import DeviceTables
@@ -38,13 +40,16 @@ if TYPE_CHECKING:
 ComputesRun = Callable[[int, int, int], bool]
 _AHEAD_S = 0.001  # for the masks of one draft
 _MAX_NAMED = 8  # strings that a message names
+# Tokens that must follow and are computed in one step, on a device, and what the run of a row counts at least: more of
+# them, or more rows with some, and no CUDA graph holds the step. Other rows decode theirs.
+_MOST_RUN_TOKENS, _LEAST_RUN_TOKENS = 256, 4
 # The log-probability of a token that was not sampled: (the index among the sampled positions, the token).
 LogprobOf = Callable[[int, int], float]
 
 
 @dataclass(slots=True)
 class HostMasks:
-    """Masks computed by the host. words: int32 [R, W], one for each sampled position. rows: those with a mask."""
+    """Masks computed by the host. rows: the step's sampled positions that have one. words: int32 [len(rows), W]."""
 
     rows: list[int]
     words: NDArray[np.int32]
@@ -66,20 +71,49 @@ class TakenRows:
 @dataclass(slots=True, eq=False)
 class _OnDevice:
     """base: the arena's number of the grammar's state 0. has_ends: the request does not ignore the end of its text.
-    whole: the tables of `grammar.device_tables()`.
-
-    The host reads the text only where it may be complete, or where what follows it may have begun. `state`: after the
-    first `num_read` output tokens. `num_held`, `num_after`: of the text so far, as in RowOutput.
+    whole: the tables of `grammar.device_tables()`. forced: what must follow each state, as `GrammarArena.forced`.
+    `state`: after the output tokens that were read; None past an end token. `is_held`: the row's next step is planned
+    once this one's is read.
     """
 
     base: int
     tables: AutomatonTables
     whole: DeviceTables
+    forced: NDArray[np.int32]
     has_ends: bool
     state: int | None = 0
-    num_read: int = 0
-    num_held: int = 0
-    num_after: int = 0
+    is_held: bool = False
+
+    def note_end(self, output: RowOutput) -> None:
+        """Note in an output whether the text ends in this state, and what follows it. Past an end token, nothing."""
+        if self.state is None:
+            output.num_held = output.num_after = 0
+            return
+        output.num_held, output.num_after = self.whole.num_after[self.state].tolist()
+        is_complete = bool(self.whole.is_complete[self.state])
+        output.is_complete = is_complete and (self.has_ends or output.num_after > 0)
+
+    def forced_run(self, request: Request, num_output: int) -> tuple[list[int], int | None]:
+        """Return the tokens that must follow, after `num_output` tokens of the text, and the state after them.
+
+        The run ends where the device might replace a token, because the text must end within its budget.
+        """
+        run, state = list[int](), self.state
+        if state is None:
+            return run, state
+        token, after = self.forced[state].tolist()
+        if token < 0 or is_watched(request.sampling):
+            return run, state
+        need = None if self.tables.closing is None else self.tables.closing.need
+        num_left = request.max_tokens - num_output
+        while token >= 0 and len(run) < num_left and token not in request.stop_ids:
+            left = num_left - len(run) - 1
+            if need is not None and need[after] > left and need[state] <= left + 1:
+                break
+            run.append(token)
+            state = after
+            token, after = self.forced[state].tolist()
+        return run, state
 
 
 class GrammarStates:
@@ -107,6 +141,8 @@ class GrammarStates:
         self._works: dict[Sequence, GrammarWork] = {}
         self._joined: list[Sequence] = []
         self._rows = TakenRows()
+        self._run_tokens = 0  # of the step that is taken
+        self._held: list[Sequence] = []
         self._freed: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
@@ -132,7 +168,8 @@ class GrammarStates:
             if tables is not None and base is not None:
                 whole = grammar.device_tables()
                 assert whole is not None
-                acquired.append(_OnDevice(base, tables, whole, has_ends))
+                forced = device.forced(grammar, tables, has_ends=has_ends)
+                acquired.append(_OnDevice(base, tables, whole, forced, has_ends))
 
         def finish() -> None:
             if acquired:
@@ -176,8 +213,16 @@ class GrammarStates:
         """Return whether the host masks the sequence, so that it must know each token before the next step."""
         return sequence in self._on_host
 
+    def take_held(self) -> list[Sequence]:
+        """Return the sequences whose next tokens the host knows once their running step is read, since the last call.
+
+        No other step of theirs should be launched before; afterwards, `take_freed` returns them.
+        """
+        held, self._held = self._held, []
+        return held
+
     def take_freed(self) -> list[Sequence]:
-        """Return the sequences that the host need not mask any more, since the last call."""
+        """Return the sequences whose tokens the host need not know before each step any more, since the last call."""
         freed, self._freed = self._freed, []
         return freed
 
@@ -285,10 +330,10 @@ class GrammarStates:
             num_sampled += item.num_samples
         if not masks:
             return None
-        words = np.full((num_sampled, self._num_words), -1, dtype=np.int32)
-        for row, mask in masks.items():
+        words = np.full((len(masks), self._num_words), -1, dtype=np.int32)
+        for row, mask in zip(words, masks.values(), strict=True):
             if mask is not None:
-                words[row] = mask
+                row[:] = mask
         return HostMasks(list(masks), words)
 
     def look_ahead(self, sequence: Sequence, draft: Seq[int]) -> int:
@@ -311,7 +356,7 @@ class GrammarStates:
         return len(automaton.ahead)
 
     def arena_states(self, items: Iterable[ScheduledSequence]) -> list[int] | None:
-        """Return the arena's state of each joining row, after its text so far. None if no row is constrained."""
+        """Return the arena's state of each row after its text so far. None if no row is constrained."""
         device = self.device
         if device is None or not (self._on_device or self._on_host):
             return None
@@ -329,48 +374,69 @@ class GrammarStates:
         if not self._on_host and not self._on_device:
             return list(items), outputs
         other_items, other_outputs = [], []
-        num_sampled = 0
+        num_sampled = self._run_tokens = 0
         for item, output in zip(items, outputs, strict=True):
             row = num_sampled
             num_sampled += item.num_samples
             automaton = self._on_host.get(item.sequence)
             if automaton is None or not output.token_ids or item.sequence.is_finished:
-                self._read(item.sequence, output)
+                self._read(item, output, len(outputs))
                 other_items.append(item)
                 other_outputs.append(output)
             else:
                 self._follow(automaton, item, output, len(outputs), row, logprob_of)
         return other_items, other_outputs
 
-    def _read(self, sequence: Sequence, output: RowOutput) -> None:
+    def _read(self, item: ScheduledSequence, output: RowOutput, num_rows: int) -> None:
         """Note in the output of a row on the device where its text ends, and what follows it, after its new tokens.
 
-        The token after which the text is complete is the last one.
+        The token after which the text is complete is the last one. num_rows: of the step.
         """
+        sequence = item.sequence
         found = self._on_device.get(sequence)
-        if found is None or self.device is None or not output.token_ids:
+        if found is None or self.device is None or not output.token_ids or sequence.is_finished:
             return
-        tables, num_known = found.tables, len(sequence.output_ids)
+        was_held, found.is_held = found.is_held, False
+        is_end = False
         for count, token in enumerate(output.token_ids, 1):
-            if token in sequence.request.stop_ids:
-                continue  # an end token is no part of the text
-            found.num_held = found.num_after = 0
-            if token >= len(tables.may_end) or not tables.may_end[token]:
-                continue
-            new = output.token_ids[max(found.num_read - num_known, 0) : count]
-            unread = [*sequence.output_ids[found.num_read :], *new]
+            is_end = token in sequence.request.stop_ids
+            if is_end:  # it is no part of the text
+                found.note_end(output)
             if found.state is not None:
-                found.state = self.device.state_after(tables, unread, found.state)
-            found.num_read += len(unread)
-            if found.state is None:
-                continue
-            found.num_held, found.num_after = found.whole.num_after[found.state].tolist()
-            is_complete = bool(found.whole.is_complete[found.state])
-            output.is_complete = is_complete and (found.has_ends or found.num_after > 0)
-            if output.is_complete:
-                _cut(output, count)
-                break
-        output.num_held, output.num_after = found.num_held, found.num_after
+                found.state = self.device.state_after(found.tables, [token], found.state)
+            if not is_end:
+                found.note_end(output)
+                if output.is_complete:
+                    _cut(output, count)
+                    break
+        if not is_end and not output.is_complete:
+            self._append_forced(found, sequence, output, num_rows, was_held=was_held)
+        if found.is_held != was_held:
+            (self._held if found.is_held else self._freed).append(sequence)
+
+    def _append_forced(
+        self, found: _OnDevice, sequence: Sequence, output: RowOutput, num_rows: int, *, was_held: bool
+    ) -> None:
+        """Append the tokens that must follow. If a later step of the row is launched, hold the row instead if it pays:
+        the row then misses one step.
+        """
+        num_new = len(output.token_ids)
+        run, state = found.forced_run(sequence.request, len(sequence.output_ids) + num_new)
+        is_launched = sequence.num_in_flight > 1
+        if len(run) <= (0 if not is_launched else 1 if num_rows == 1 else 2):
+            return
+        if not was_held:
+            self._run_tokens += max(len(run) + 1, _LEAST_RUN_TOKENS)
+            if self._run_tokens > _MOST_RUN_TOKENS:
+                return
+        if not self._computes_run(len(run), num_rows, sequence.num_tokens + num_new):
+            return
+        if is_launched:
+            found.is_held = True
+            return
+        output.token_ids += tuple(run)
+        found.state = state
+        found.note_end(output)
 
     def _follow(
         self,
@@ -420,8 +486,7 @@ class GrammarStates:
         found = self._on_device.get(sequence)
         if found is None:
             return FREE_STATE
-        state = device.state_after(found.tables, sequence.output_ids)  # after a preemption there are some
-        return device.arena.final_state if state is None else found.base + state
+        return device.arena.final_state if found.state is None else found.base + found.state
 
 
 def _cut(output: RowOutput, count: int) -> None:

@@ -213,6 +213,7 @@ class EngineCore:
         outputs = launched.read()
         self.watch.lap("device")
         items, outputs = self.grammars.take(launched.batch.items, outputs, launched.logprob)
+        self._hold_rows()
         updates = self._finish_rows(items, outputs)
         self.watch.lap("finish")
         now = time.monotonic()
@@ -243,10 +244,16 @@ class EngineCore:
         for sequence in self.grammars.take_joined():
             self.scheduler.make_ready(sequence)
         rows = self.grammars.take_rows()
+        self._hold_rows()
+        return self._finish_rows(rows.items, rows.outputs, rows.replaced)
+
+    def _hold_rows(self) -> None:
+        """Hold the rows whose tokens the grammars must see before their next step, and no longer those of before."""
+        for sequence in self.grammars.take_held():
+            self.scheduler.hold(sequence)
         for sequence in self.grammars.take_freed():
             if not sequence.request.sampling.edits_logits:
                 self.scheduler.unhold(sequence)
-        return self._finish_rows(rows.items, rows.outputs, rows.replaced)
 
     def _finish_rows(
         self, items: list[ScheduledSequence], outputs: list[RowOutput], replaced: Seq[Sequence] = ()

@@ -197,11 +197,14 @@ class ModelRunner:
         has_logprobs: bool,
     ) -> Step:
         """Gather the host's view of a step."""
-        words = None if masks is None else masks.words
+        words: NDArray[np.int32] | None = None
         verified = [item for item in batch.items[batch.num_decode :] if item.num_samples > 1]
         if masks is not None and self.arena is not None and not verified:
             self._send_masks(self.arena, batch, masks)
-            words = None
+        elif masks is not None:
+            num_sampled = sum(item.num_samples for item in batch.items)
+            words = np.full((num_sampled, masks.words.shape[1]), -1, dtype=np.int32)
+            words[masks.rows] = masks.words
         edited: list[Edited | None] | None = None
         if has_host_edits:
             edited = [row for item in batch.items for row in self._edited_by_host(item)]
@@ -255,7 +258,7 @@ class ModelRunner:
         """Write the host's masks to the arena, at the places that these rows' states select."""
         slots = [item.sequence.slot for item in batch.items for _ in range(item.num_samples)]
         chosen = np.asarray([slots[row] for row in masks.rows], dtype=np.int32)
-        index, words = upload([chosen, masks.words[masks.rows]], self.device)
+        index, words = upload([chosen, masks.words], self.device)
         arena.set_host_masks(index, words)
 
     def _copy_pages(self, copies: NDArray[np.int32]) -> None:

@@ -44,8 +44,8 @@ class RunningSlots:
     ) -> NDArray[np.int32]:
         """Triples int32 [R, 3] for extend rows: parameters of sequences that join, new pages, lengths.
 
-        grammar_states: the automaton state in which each item's slot starts (0: unconstrained). edit_rows: each item's
-        row of the edit tables (0: none).
+        grammar_states: the automaton's state after the tokens of each item that samples once (0: unconstrained); some
+        of them the device may not have sampled. edit_rows: each item's row of the edit tables (0: none).
         """
         triples: list[tuple[int, int, int]] = []
         blocks: list[NDArray[np.int32]] = []
@@ -57,6 +57,8 @@ class RunningSlots:
                 self.owners[slot] = sequence
                 self._known_pages[slot] = 0
                 triples.extend(_join_triples(sequence, slot, state, edit_row))
+            elif item.num_samples == 1:
+                triples.append((slot, COLUMNS["grammar_state"], state))
             known, pages = self._known_pages[slot], sequence.page_ids
             if len(pages) > known:
                 block = np.empty((len(pages) - known, 3), dtype=np.int32)

@@ -210,8 +210,6 @@ def test_the_tables_for_a_device_say_what_the_grammar_says(
                 device_walk(tables, local, vocabulary.token_bytes[token]),
             )
             assert reached is not None
-            if whole.is_complete[after_it] or whole.num_after[after_it].any():
-                assert tables.may_end[token], "the host must read this state"
             if (reached, after_it) not in seen:
                 seen.add((reached, after_it))
                 waiting.append((reached, after_it))

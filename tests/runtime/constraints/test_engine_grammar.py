@@ -19,7 +19,8 @@ from ramet.grammar import Bordered, CompiledGrammar, Vocabulary, deadline
 from ramet.grammar.service.sources import compile_constraint
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import AutomatonTables, TokenTable
-from ramet.runtime.constraints.states import GrammarStates
+from ramet.runtime.constraints import states
+from ramet.runtime.constraints.states import GrammarStates, _OnDevice
 from ramet.runtime.engine.core import Update
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.factory import make_device_grammars
@@ -514,3 +515,71 @@ def test_a_request_that_ends_while_its_grammar_is_brought_to_the_device_leaves_n
             engine.submit("d", SamplingParams(max_tokens=5), grammar=grammar).result(timeout_s=60)
         users = {key: resident.num_users for key, resident in device.arena._resident.items()}
         assert sum(users.values()) == len(device._released), users
+
+
+FORCED = (
+    '\\{"a name": "[a-c]{1,4}", "and another": [0-9]{1,2}, "active": (true|false)\\}',
+    "(yes, this is so|no, that is wrong)\\.[0-9]{3} end",
+    "an only choice",
+)
+
+
+@pytest.mark.parametrize("num_rows", [1, 6])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_tokens_that_must_follow_are_computed_together_on_the_device(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, overlap: bool, num_rows: int
+) -> None:
+    """Rows whose next step runs already skip a step for that. Budgets end in front of, inside of and behind runs."""
+    compiled = [compile_constraint("regex", pattern, vocabulary(tiny_model)) for pattern in FORCED]
+    assert all(grammar.close() for grammar in compiled)
+    found: list[tuple[list[Any], int]] = []
+    for appends in (True, False):
+        with make_engine(tiny_model, on_device=True) as engine, monkeypatch.context() as patch:
+            engine._core.overlap = overlap
+            if not appends:
+                patch.setattr(_OnDevice, "forced_run", lambda found, request, num_output: ([], found.state))
+            handles, results = [], []
+            for i in range(24):
+                sampling = SamplingParams(
+                    temperature=1.0 * (i % 2),
+                    max_tokens=(60, 9, 14, 23)[i % 4],
+                    seed=i,
+                    stop=(" is",) if i % 6 == 5 else (),
+                    ignore_eos=i % 5 == 1,
+                )
+                handles.append(engine.submit(f"prompt {i % 3}", sampling, grammar=compiled[i % 3]))
+                if len(handles) == num_rows:
+                    results += [handle.result(timeout_s=60) for handle in handles]
+                    handles = []
+            engine.check_integrity()
+            assert not engine._core.scheduler.held
+            found.append((results, engine._core.scheduler.counters.num_steps))
+    (results, steps), (decoded, steps_decoded) = found
+    for ours, theirs in zip(results, decoded, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert (ours.finish_reason, ours.incomplete) == (theirs.finish_reason, theirs.incomplete)
+    assert steps < steps_decoded * (0.5 if num_rows == 1 else 0.75)
+
+
+def test_no_step_has_more_tokens_that_must_follow_than_a_graph_holds(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammar = compile_constraint("regex", FORCED[0], vocabulary(tiny_model))
+    assert grammar.close()
+    monkeypatch.setattr(states, "_MOST_RUN_TOKENS", 2 * states._LEAST_RUN_TOKENS)
+    sizes: list[int] = []
+    launch = ModelRunner.launch
+
+    def noted(runner: ModelRunner, batch: Batch, **options: Any) -> LaunchedStep:
+        runs = [item for item in batch.items[batch.num_decode :] if item.sequence.output_ids]
+        sizes.append(len(runs))
+        return launch(runner, batch, **options)
+
+    monkeypatch.setattr(ModelRunner, "launch", noted)
+    with make_engine(tiny_model, on_device=True) as engine:
+        engine._core.overlap = True
+        params = [SamplingParams(temperature=1.0, max_tokens=60, seed=seed) for seed in range(8)]
+        handles = [engine.submit("x", sampling, grammar=grammar) for sampling in params]
+        for handle in handles:
+            assert re.fullmatch(FORCED[0], handle.result(timeout_s=60).text)
+    assert 0 < max(sizes) <= 2
