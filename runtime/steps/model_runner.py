@@ -138,6 +138,7 @@ class ModelRunner:
         self.recorded = None if make_record is None else RecordedSteps(*parts, eager, make_record())
         self.graphed: GraphedSteps | None = None
         self._strategies: list[Strategy] = [eager.run] if self.recorded is None else [self.recorded.run, eager.run]
+        self._uses_tree = False  # the last launched step
         self._adapted: list[Strategy] = []  # for steps in which some tokens have adapters
         if adapters is not None:
             parts = adapters.decoder, slots, self._plans, self._sampler
@@ -165,6 +166,7 @@ class ModelRunner:
         """
         self.use_device()
         step = self._gather(batch, masks, grammar_states, has_host_edits=has_host_edits, has_logprobs=has_logprobs)
+        self._uses_tree = step.uses_tree
         if self.peers is None:
             return LaunchedStep.start(batch, *self.run(step))
         self.peers.send_step(step, self.tree)
@@ -346,9 +348,12 @@ class ModelRunner:
         """Return True if a row's known tokens should be computed in one step instead of one decode step per token.
 
         num_rows: rows of the step. kv_len: the row's KV length, with the token before the known ones, whose KV is
-        also still missing.
+        also still missing. On a GPU they should, but not beside rows that share a long prefix: decode rows read it
+        together, a row with known tokens reads all of it.
         """
-        return self.recorded is None or self.recorded.computes_run(num_tokens, num_rows, kv_len)
+        if self.recorded is None:
+            return not self._uses_tree
+        return self.recorded.computes_run(num_tokens, num_rows, kv_len)
 
     def override_last(self, rows: Seq[LastToken]) -> None:
         """Replace the last token of slots, and its position, before their next step is launched."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ from ramet.grammar.service.sources import compile_constraint
 from ramet.kernels.grammar.arena import GrammarArena
 from ramet.kernels.grammar.mask import TokenTable
 from ramet.runtime.constraints.states import GrammarStates
+from ramet.runtime.engine.core import Update
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.factory import make_device_grammars
 from ramet.runtime.models.load import LoadedModel
+from ramet.runtime.scheduling.scheduler import NO_DRAFTS
 from ramet.runtime.speculation.speculation import Speculation
 from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.types import Batch, Grammar, SamplingParams, Sequence
@@ -133,6 +136,15 @@ def test_tokens_are_the_hosts_whatever_comes_and_goes(tiny_model: LoadedModel, d
             expected[request["request_id"]] = result
     with make_engine(tiny_model, on_device=True) as engine:
         core, waiting = engine._core, []
+        delayed: list[str] = []  # rows whose steps could have overlapped
+        step_sync = core.step_sync
+
+        def note(given: Mapping[Sequence, Seq[int]] = NO_DRAFTS) -> list[Update]:
+            running = core.scheduler.running()
+            delayed.extend(s.request.request_id for s in running if not given and s not in core.scheduler.held)
+            return step_sync(given)
+
+        core.step_sync = note  # type: ignore[method-assign]
         if drafts:
             core.speculation = Drafts({name: list(result.token_ids) for name, result in expected.items()}, rng)
         for request in requests:
@@ -160,6 +172,7 @@ def test_tokens_are_the_hosts_whatever_comes_and_goes(tiny_model: LoadedModel, d
             compare(request, handle, expected, grammars, tiny_model)
         engine.check_integrity()
         assert not core.scheduler.held
+        assert not delayed
         device = core.grammars.device
         assert device is not None
         users = sum(resident.num_users for resident in device.arena._resident.values())

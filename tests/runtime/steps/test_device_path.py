@@ -312,6 +312,50 @@ def test_steps_of_triton_kernels_give_the_tokens_of_the_references(
         assert run_all(engine) == actual
 
 
+@pytest.mark.parametrize("prompts", [("ab", "cdef"), ("a prompt of 24 characters",) * 2])
+def test_tokens_that_must_follow_are_computed_together_unless_rows_read_a_prefix_together(
+    tiny_model: LoadedModel,
+    triton_model: LoadedModel,
+    device_kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    prompts: tuple[str, str],
+) -> None:
+    tokenizer = tiny_model.tokenizer
+    words = Vocabulary(tokenizer.token_bytes, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size)
+    grammar = compile_constraint("regex", "[0-9]{3}(abcd|xyzw)", words)
+    assert grammar.close()
+    asked: list[tuple[bool, bool]] = []  # whether the last step used the tree, and whether to compute several tokens
+    is_tree = [False]
+    gather, computes_run = ModelRunner._gather, ModelRunner.computes_run
+
+    def note(self: ModelRunner, batch: Batch, *args: Any, **options: Any) -> Any:
+        step = gather(self, batch, *args, **options)
+        is_tree[0] = step.uses_tree
+        return step
+
+    def note_answer(self: ModelRunner, *sizes: int) -> bool:
+        answer = computes_run(self, *sizes)
+        asked.append((is_tree[0], answer))
+        return answer
+
+    def run(engine: Engine) -> list[tuple[int, ...]]:
+        params = [SamplingParams(temperature=1.0, max_tokens=9, seed=seed) for seed in range(2)]
+        handles = [engine.submit(p, s, grammar=grammar) for p, s in zip(prompts, params, strict=True)]
+        return [tuple(handle.result(timeout_s=300).token_ids) for handle in handles]
+
+    monkeypatch.setattr(ModelRunner, "_gather", note)
+    monkeypatch.setattr(ModelRunner, "computes_run", note_answer)
+    with make_engine(triton_model, graphs=True) as engine:
+        actual = run(engine)
+        engine.check_integrity()
+    assert asked
+    assert all(answer != used_tree for used_tree, answer in asked)
+    assert any(used_tree for used_tree, _ in asked) == (len(set(prompts)) == 1)
+    monkeypatch.undo()
+    with make_engine(tiny_model, graphs=False) as engine:
+        assert run(engine) == actual
+
+
 class Drafts(Speculation):
     """Drafts that are right for a while and then wrong, of some rows, in about half of the steps."""
 
