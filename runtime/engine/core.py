@@ -160,7 +160,7 @@ class EngineCore:
     def _needs_results(self) -> bool:
         """Whether the step in flight is collected before the next one is scheduled."""
         held, in_flight, speculation = self.scheduler.held, self._in_flight, self.speculation
-        if held and all(sequence in held for sequence in self.scheduler.running()):  # others held may have been preempted
+        if held and all(running in held for running in self.scheduler.running()):  # some held ones may wait again
             return True
         if speculation is None or in_flight is None or in_flight.verifies:  # a row with drafts yields any number
             return speculation is not None

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from ramet.runtime.engine.core import Update
 from ramet.runtime.engine.engine import Engine
 from ramet.runtime.engine.factory import make_device_grammars
 from ramet.runtime.models.load import LoadedModel
-from ramet.runtime.scheduling.scheduler import NO_DRAFTS
 from ramet.runtime.speculation.speculation import Speculation
 from ramet.runtime.steps.model_runner import ModelRunner
 from ramet.runtime.types import Batch, Grammar, SamplingParams, Sequence
@@ -137,14 +135,14 @@ def test_tokens_are_the_hosts_whatever_comes_and_goes(tiny_model: LoadedModel, d
     with make_engine(tiny_model, on_device=True) as engine:
         core, waiting = engine._core, []
         delayed: list[str] = []  # rows whose steps could have overlapped
-        step_sync = core.step_sync
+        step_informed = core.step_informed
 
-        def note(given: Mapping[Sequence, Seq[int]] = NO_DRAFTS) -> list[Update]:
-            running = core.scheduler.running()
-            delayed.extend(s.request.request_id for s in running if not given and s not in core.scheduler.held)
-            return step_sync(given)
+        def note(updates: list[Update]) -> None:
+            running = core.scheduler.running() if core.speculation is None else []
+            delayed.extend(s.request.request_id for s in running if s not in core.scheduler.held)
+            step_informed(updates)
 
-        core.step_sync = note  # type: ignore[method-assign]
+        core.step_informed = note  # type: ignore[method-assign]
         if drafts:
             core.speculation = Drafts({name: list(result.token_ids) for name, result in expected.items()}, rng)
         for request in requests:
