@@ -19,9 +19,7 @@ ROOT = Path(__file__).parents[1]
 RUN = ROOT / "benchmarks" / "null_device" / "run"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        torch.version.cuda is None, reason="this torch is built without CUDA, which the device stands in for"
-    ),
+    pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: check_gpu.py asks it"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
 ]
@@ -72,7 +70,8 @@ from ramet.runtime.testing.dummy import dummy_weights
 from ramet.runtime.types import SamplingParams
 
 SHAPES = dataclasses.replace(tiny_shapes(), vocab_size=512)
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy"]}}, "required": ["a", "b"]}
+PROPERTIES = {"a": {"type": "integer"}, "b": {"enum": ["x", "yy"]}}
+SCHEMA = {"type": "object", "properties": PROPERTIES, "required": ["a", "b"]}
 SHARED = [9, 8, 7, 6, 5, 4, 3, 2] * 5
 
 
@@ -102,7 +101,8 @@ def results(device, **options):
     constrained = {"grammar": schema, "max_tokens": 25, "ignore_eos": False}
     ask(*((SHARED + [40 + i], dict(constrained) if i % 2 else {"max_tokens": 25}) for i in range(4)))
     penalised = {"repetition_penalty": 1.3, "presence_penalty": 0.4}
-    ask(*((SHARED + [i], dict(penalised)) for i in range(2)), (SHARED, {"logprobs": 2}), ([3] * 9, {"logit_bias": {7: 4.0}}))
+    others = (SHARED, {"logprobs": 2}), ([3] * 9, {"logit_bias": {7: 4.0}})
+    ask(*((SHARED + [i], dict(penalised)) for i in range(2)), *others)
     drawn = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
     ask(*((SHARED + [i], {**drawn, "seed": i}) for i in range(3)))
     ask((SHARED + [77, 78, 79], {"max_tokens": 1, "score_from": 38}), (SHARED + [5], {}))
