@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
 ]
 
-# An engine of a real model's shapes meets requests of all kinds, and random mixes of them. Prints the variants of kernels
+# An engine of real shapes meets requests of all kinds, and random mixes of them. Prints the variants of kernels
 # that were first met, and so compiled, while they ran.
 SERVE = """
 import ctypes, sys
