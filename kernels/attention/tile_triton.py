@@ -62,10 +62,10 @@ def attend_range(
         else:
             k = tl.load(k_ptr + offsets)
         if IS_FP8:
-            scale_offsets = pages.to(tl.int64) * stride_page + PAGE_SIZE * HEAD_DIM + positions % PAGE_SIZE // 4 * 4
+            scale_offsets = pages.to(tl.int64) * stride_page + PAGE_SIZE * HEAD_DIM + positions % PAGE_SIZE
             scale_mask = in_range if MASKED else None
-            k_scale = load_scale_bytes(k_ptr, scale_offsets, positions, scale_mask)
-            v_scale = load_scale_bytes(v_ptr, scale_offsets, positions, scale_mask)
+            k_scale = load_scale_bytes(k_ptr, scale_offsets, positions, scale_mask, q.shape[0] < 64)
+            v_scale = load_scale_bytes(v_ptr, scale_offsets, positions, scale_mask, q.shape[0] < 64)
             k = values_from(k, q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if IS_FP8:

@@ -93,11 +93,18 @@ def for_kernel(cache: Tensor) -> Tensor:
 
 
 @jit
-def load_scale_bytes(pages_ptr, offsets, positions, mask):
-    """Bytes of scales, int32. `offsets`: of the words of four that hold them, since Triton copies no bytes ahead."""
-    words_ptr = (pages_ptr + offsets).to(tl.pointer_type(tl.int32), bitcast=True)
-    words = tl.load(words_ptr) if mask is None else tl.load(words_ptr, mask=mask, other=0)
-    return (words >> (positions % 4 * 8)) & 0xFF
+def load_scale_bytes(pages_ptr, offsets, positions, mask, IN_WORDS: tl.constexpr):
+    """Bytes of scales at `offsets`, int32.
+
+    IN_WORDS: load the words that hold them, which Triton copies ahead, as it does not copy bytes. Not for many rows:
+    Triton 3.6 copies a word for each column that a thread has.
+    """
+    if IN_WORDS:
+        words_ptr = (pages_ptr + (offsets - positions % 4)).to(tl.pointer_type(tl.int32), bitcast=True)
+        words = tl.load(words_ptr) if mask is None else tl.load(words_ptr, mask=mask, other=0)
+        return (words >> (positions % 4 * 8)) & 0xFF
+    byte = tl.load(pages_ptr + offsets) if mask is None else tl.load(pages_ptr + offsets, mask=mask, other=0)
+    return byte.to(tl.int32)
 
 
 @jit
