@@ -220,7 +220,7 @@ class Walk:
             for i in range(20):
                 self.add(10 + i, 30, prefix=3001)
             self.run("drafts")
-        self.mixed(80)
+        self.mixed(50)
 
     def mixed(self, num_requests: int) -> None:
         """Requests of any mix of features, which come while others run."""
@@ -286,7 +286,7 @@ def add_adapter(adapters: Adapters) -> Adapter:
     pairs = {
         name: (torch.zeros(4, shape[1]), torch.zeros(shape[0], 4)) for name, shape in shapes.items() if len(shape) == 2
     }
-    return adapters.add("any", pairs)
+    return adapters.add("any", adapters.sendable(pairs))
 
 
 class AloneGroup(Group):

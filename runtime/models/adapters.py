@@ -146,7 +146,16 @@ class Adapters:
 
         Raises: BrokenModelFile, ConfigError for what PEFT can do and Ramet cannot.
         """
-        return read_adapter(path, self.config, {name: self._shapes[name] for name in self._places}, self.max_rank)
+        shapes = {name: self._shapes[name] for name in self._places}
+        return self.sendable(read_adapter(path, self.config, shapes, self.max_rank))
+
+    def sendable(self, matrices: Matrices) -> Matrices:
+        """Return matrices that `add` copies to a GPU without waiting for its steps."""
+        return {name: (self._sendable(a), self._sendable(b)) for name, (a, b) in matrices.items()}
+
+    def _sendable(self, half: Tensor) -> Tensor:
+        half = half.to(self._dtype)
+        return half.pin_memory() if self._device.type == "cuda" else half
 
     def add(self, name: str, matrices: Matrices) -> Adapter:
         """Let requests choose an adapter. Raises as `check_name`."""
@@ -155,8 +164,8 @@ class Adapters:
         for matrix, (a, b) in matrices.items():
             table, part = self._places[matrix]
             first, stop, rank = table.bounds[part], table.bounds[part + 1], a.shape[0]
-            table.a[index, part, :rank] = a.to(self._device, self._dtype)
-            table.b[index, first:stop, :rank] = b.to(self._device, self._dtype)
+            table.a[index, part, :rank] = a.to(self._device, self._dtype, non_blocking=True)
+            table.b[index, first:stop, :rank] = b.to(self._device, self._dtype, non_blocking=True)
             table.ranks[index, part] = rank
         # Prefixes of another model, or of an adapter that had this name before, have other keys and values.
         adapter = Adapter(name, index, f"\0{secrets.token_hex(16)}\0")

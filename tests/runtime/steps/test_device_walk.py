@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this tor
         "--models llama-8b --set kernel_table=early --set page_size=64",
         "--models gemma3-4b --set deterministic=true",
         '--models llama-8b-blocks --set speculative_draft="smollm2"',
-        '--models smollm2 --set grammar_on_device=false --set kv_cache_dtype="fp8_e4m3" --set max_loras=2',
+        '--models smollm2 --set grammar_on_device=false --set kv_cache_dtype="fp8_e4m3" --set max_loras=2 '
+        '--set quantization="fp8"',
         '--models smollm2 --set kv_cache_dtype="fp8_e4m3" --set speculative_draft="mtp"',
         pytest.param("--models qwen3-8b --set tp=2", marks=pytest.mark.slow),
     ],
