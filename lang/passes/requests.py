@@ -119,14 +119,14 @@ class KvBound:
     is_complete: bool
 
 
-def plan_requests(paths: Paths, *, share_nodes: bool = True) -> RequestPlan:
-    """Simulate the run of one graph. `share_nodes`: generations that always write the same text make one request.
+def plan_requests(paths: Paths) -> RequestPlan:
+    """Simulate the run of one graph. Generations that always write the same text make one request.
 
     The start of some nodes depends on the run: a constrained generation waits for its grammar, a node after a join for
     the last branch. Each of these nodes is simulated as the first and as the last one, and different counts become
     limits.
     """
-    plan = _Planner(paths, share_nodes).run(run_order(paths.graph))
+    plan = _Planner(paths).run(run_order(paths.graph))
     unordered = _unordered(paths)
     if not unordered:
         return plan
@@ -139,7 +139,7 @@ def plan_requests(paths: Paths, *, share_nodes: bool = True) -> RequestPlan:
         orders.append(_alone_order(paths.graph, node))  # only its dependencies before it
     for index, order in enumerate(orders):
         only = None if index == 0 else unordered[(index - 1) // 2]
-        other = _Planner(paths, share_nodes).run(order)
+        other = _Planner(paths).run(order)
         found = {(r.node, r.choice, r.part): r for r in other.requests if only is None or r.node == only}
         plan.requests = [_either(one, found.get((one.node, one.choice, one.part), one)) for one in plan.requests]
     return plan
@@ -216,8 +216,8 @@ class _Missing:
 
 
 class _Planner:
-    def __init__(self, paths: Paths, share_nodes: bool) -> None:
-        self._paths, self._share = paths, share_nodes
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
         self._cached: dict[int, int | None] = {0: None}  # position of the trie -> node whose request computes it first
         self._read: dict[int, int] = {}  # position after a text whose last token was unread -> node that read it first
         self._needs: dict[int, set[int | None]] = {}  # node -> all that is done before it begins
@@ -229,7 +229,7 @@ class _Planner:
     def run(self, order: Iterable[ir.AnyNode]) -> RequestPlan:
         for node in order:
             if isinstance(node, ir.Generate):
-                if not (self._share and node.id in self._paths.twins):
+                if node.id not in self._paths.twins:
                     self._generate(node.id)
             elif isinstance(node, ir.Select):
                 self._select(node)
@@ -251,7 +251,7 @@ class _Planner:
             count = Count(0, min(count.at_most + (MAX_BYTES if _has_beginnings(node_of.constraint) else 1), most))
         self._request(node, None, self._paths.prompts[node], count)
         self._write_again(again)
-        if self._share and node in self._paths.unordered:
+        if node in self._paths.unordered:
             last = self._plan.requests[-1]
             new, shared = Count(0, last.new.at_most), Count(last.shared.at_least, last.prompt.at_most)
             self._plan.requests[-1] = replace(last, new=new, shared=shared)
