@@ -39,6 +39,8 @@ from ramet.grammar.machine.vocabulary import Vocabulary
 MAX_POOL = 1 << 28  # table entries of 4 bytes
 INSTANCE_FIELDS = 6  # table offset, number of classes, class map offset, exit offset, has memory, may end
 
+MAX_CLOSING_BYTES = 1 << 20  # of a completion
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -321,24 +323,24 @@ class Machine:
 
     # --- closing a text
 
-    def closing_bytes(self, packed: int, limit: int = 1 << 20) -> bytes:
+    def closing_bytes(self, packed: int) -> bytes:
         """Return a short text that completes the text from here.
 
-        Raises: GrammarTooLarge past `limit` bytes.
+        Raises: GrammarTooLarge for one above MAX_CLOSING_BYTES.
         """
         out = bytearray()
         with time_limit(self.limits.max_time_s):
             while not self.accepts(packed):
                 way, packed = self._closing_step(packed)
                 out += way
-                if len(out) > limit:
-                    raise GrammarTooLarge(f"the shortest completion is longer than {limit:,} bytes")
+                if len(out) > MAX_CLOSING_BYTES:
+                    raise _too_long()
         return bytes(out)
 
-    def closing_length(self, packed: int, limit: int = 1 << 20) -> int:
+    def closing_length(self, packed: int) -> int:
         """Return the number of bytes of `closing_bytes`. Cheap after the first call: each frame's answer is kept.
 
-        Raises: GrammarTooLarge past `limit` bytes.
+        Raises: as `closing_bytes`.
         """
         lengths = self._closing_lengths
         if packed in lengths:
@@ -350,8 +352,8 @@ class Machine:
                 way, following = self._closing_step(packed)
                 steps.append((packed, len(way)))
                 total += len(way)
-                if total > limit:
-                    raise GrammarTooLarge(f"the shortest completion is longer than {limit:,} bytes")
+                if total > MAX_CLOSING_BYTES:
+                    raise _too_long()
                 packed = following
         length = lengths.get(packed, 0)
         for earlier, size in reversed(steps):
@@ -391,3 +393,7 @@ class Machine:
                 packed = self.exit_target(packed >> LOCAL_BITS, exit_index)
             assert packed >= 0, (frame, local, exit_index)
         return way, packed
+
+
+def _too_long() -> GrammarTooLarge:
+    return GrammarTooLarge(f"the shortest completion is longer than {MAX_CLOSING_BYTES:,} bytes")

@@ -17,6 +17,9 @@ from ramet.grammar.json_schema.schema import formats
 from ramet.grammar.machine.compiled_grammar import CompiledGrammar
 from ramet.grammar.machine.vocabulary import Vocabulary
 
+_MAX_SHOWN = 12  # of what may follow in a place
+_MAX_FORCED = 40  # bytes of a text that is forced
+
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
@@ -125,7 +128,7 @@ def walk(grammar: CompiledGrammar, text: str) -> Walk:
     return Walk(data, at, grammar.is_accepting(state), continuations(grammar, state))
 
 
-def continuations(grammar: CompiledGrammar, state: int, limit: int = 12) -> list[str]:
+def continuations(grammar: CompiledGrammar, state: int) -> list[str]:
     """Describe what may follow: sets of characters that lead to the same place, each with the text that it forces."""
     eos = set(grammar.vocabulary.eos_ids)
     groups: dict[int, list[int]] = {}
@@ -142,16 +145,16 @@ def continuations(grammar: CompiledGrammar, state: int, limit: int = 12) -> list
             out.append(repr((bytes(tokens) + _forced(grammar, following)).decode("utf-8", "replace")))
         else:
             out.append(_ranges(tokens))
-    if len(out) > limit:
-        out = [*out[: limit - 1], f"and {len(out) - limit + 1} more"]
+    if len(out) > _MAX_SHOWN:
+        out = [*out[: _MAX_SHOWN - 1], f"and {len(out) - _MAX_SHOWN + 1} more"]
     if grammar.is_accepting(state):
         out.append("the end of the text")
     return out
 
 
-def _forced(grammar: CompiledGrammar, state: int, limit: int = 40) -> bytes:
+def _forced(grammar: CompiledGrammar, state: int) -> bytes:
     out = bytearray()
-    while len(out) < limit and not grammar.is_accepting(state):
+    while len(out) < _MAX_FORCED and not grammar.is_accepting(state):
         allowed = grammar.allowed_tokens(state).tolist()
         if len(allowed) != 1:
             break
