@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from ramet.errors import InvalidSchema
 
 
-def schema_of(kind: Any, *, is_closed: bool = True) -> dict[str, Any]:
+def schema_of(kind: Any) -> dict[str, Any]:
     """Return the JSON schema of a type's values, as pydantic reads them.
 
-    is_closed: an object that lists its properties has no others, unless the type itself allows them (`extra="allow"`).
+    An object that lists its properties has no others, unless the type itself allows them (`extra="allow"`).
     Raises: InvalidSchema for a value that is not a type, or a type that has no JSON form.
     """
     from pydantic import PydanticUserError, TypeAdapter
@@ -45,7 +45,8 @@ def schema_of(kind: Any, *, is_closed: bool = True) -> dict[str, Any]:
         raise InvalidSchema(f"the type {_name(kind)} has no JSON schema: {_first_line(error)}") from error
     except (NameError, TypeError, RecursionError) as error:
         raise InvalidSchema(f"the type {_name(kind)} cannot be read: {error}") from error
-    return map_schemas(schema, _close) if is_closed else schema
+    closed: dict[str, Any] = map_schemas(schema, _close)
+    return closed
 
 
 def readable(kind: Any) -> Any:

@@ -62,7 +62,7 @@ class Miss:
         return f"{found}. It looks like {self.volatile}: put it behind the {self.num_missed:,} tokens that follow it"
 
 
-def why_miss_plan(traced: RunRecord, backend: Backend, cache_salt: str, var: str | None = None) -> list[Miss]:
+def why_miss_plan(traced: RunRecord, backend: Backend, cache_salt: str, var: str | None) -> list[Miss]:
     """Return, for each generation of a trace with a known prompt, where it leaves the cached ones. Costliest first.
 
     `var`: only generations of this variable. Raises ConfigError for a backend without an engine in this process.
@@ -82,7 +82,7 @@ def why_miss_plan(traced: RunRecord, backend: Backend, cache_salt: str, var: str
     return _chosen(found, var, traced.program)
 
 
-def why_miss_run(record: RunRecord, backend: Backend, cache_salt: str, var: str | None = None) -> list[Miss]:
+def why_miss_run(record: RunRecord, backend: Backend, cache_salt: str, var: str | None) -> list[Miss]:
     """Return the same for a finished run: where each prompt left the ones that were cached then."""
     target = target_of(backend)
     paths = interpret(_as_written(record), target)

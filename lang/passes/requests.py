@@ -326,7 +326,7 @@ class _Planner:
 
     def _is_scored(self, key: object) -> bool:
         """Return whether the same scoring request was made before, so that its answer is reused."""
-        is_known = self._share and key in self._scored
+        is_known = key in self._scored
         self._scored.add(key)
         return is_known
 

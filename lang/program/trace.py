@@ -36,7 +36,7 @@ class TracingRun(Run):
     `taken`: the options that it took, each with their number.
     """
 
-    def __init__(self, program: str, seed: int | None = None, arm: Sequence[int] | None = None) -> None:
+    def __init__(self, program: str, seed: int | None, arm: Sequence[int] | None) -> None:
         super().__init__(None, ProgramOptions(program=program), seed=seed)
         self.arm = arm
         self.taken: list[tuple[int, int]] = []

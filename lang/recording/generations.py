@@ -94,7 +94,7 @@ class Gen(Expr, Generic[V]):
         recorder.add(ir.Thinking, is_open=False, model=self.model)
 
     def _record_once(
-        self, recorder: Recorder, sampling: ir.Sampling, checks: tuple[ir.Check, ...] = (), retries: int = 0
+        self, recorder: Recorder, sampling: ir.Sampling, checks: tuple[ir.Check, ...], retries: int
     ) -> NodeSource:
         node = recorder.add(
             ir.Generate,

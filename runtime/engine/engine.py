@@ -80,7 +80,6 @@ class _Stream:
     scanner: StopScanner | None
     submitted_s: float
     num_again: int = 0
-    num_reported: int = 0
     first_token_s: float | None = None
     num_cached: int | None = None
     pooled: NDArray[np.float32] | None = None  # the sum so far

@@ -42,12 +42,12 @@ class RequestBorder:
         vocab_size: int,
         context_length: int,
         *,
-        context_limit: str = "--context-length",
+        context_limit: str,
         default_max_tokens: int,
         seed: int,
-        drafts: bool = False,
-        find_adapter: Callable[[str], Adapter] | None = None,
-        model_pooling: Pooling = "last",
+        drafts: bool,
+        find_adapter: Callable[[str], Adapter] | None,
+        model_pooling: Pooling,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size

@@ -40,12 +40,12 @@ class Generation:
         model: ProgramModel,
         before: Path,
         *,
-        again: bytes = b"",
-        after: bytes = b"",
-        lead: bytes = b"",
+        again: bytes,
+        after: bytes,
+        lead: bytes,
         is_in_message: bool,
-        is_thinking: bool = False,
-        on_call: Callable[[int, dict[str, Any]], None] | None = None,
+        is_thinking: bool,
+        on_call: Callable[[int, dict[str, Any]], None] | None,
     ) -> None:
         """`attempt` counts from 0. `again`: the last token of `before`, if the model writes it again. `after`: the
         literal text that follows a constrained value, and ends it. `lead`: what the model may write before the value;

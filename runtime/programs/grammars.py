@@ -70,7 +70,7 @@ class ProgramGrammars:
             words = _in_tokens(self._vocabulary, constraint)
             return service.submit(constraint.kind, constraint.source, words, client=client, **options)
 
-    def get_narrowed(self, node: Generate, client: tuple[str, ...] = ()) -> Future[CompiledGrammar | None]:
+    def get_narrowed(self, node: Generate, client: tuple[str, ...]) -> Future[CompiledGrammar | None]:
         """Do as `get` for the constraint of a node, narrowed by the checks that become masks.
 
         If the narrowed constraint is too large to compile, the result is the grammar of the constraint alone (None if

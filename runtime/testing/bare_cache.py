@@ -26,7 +26,6 @@ class BareCache:
         num_rows: int,
         max_tokens: int,
         page_size: int = 16,
-        seed: int = 0,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         """kv_dtype: None for the decoder's."""
@@ -36,7 +35,7 @@ class BareCache:
         dtype = kv_dtype or decoder.dtype
         self.kv_caches = KVCache(decoder.config, num_pages, page_size, device=decoder.device, dtype=dtype).layers
         # Shuffled, so no code can rely on a sequence's pages being adjacent.
-        order = 1 + torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(seed))
+        order = 1 + torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(0))
         self.page_table = order.view(num_rows, pages_per_row).to(torch.int32)
         self.kv_lens = [0] * num_rows
         self.decoder = decoder

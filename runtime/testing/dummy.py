@@ -33,14 +33,10 @@ def dummy_decoder(
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-    ops: Ops | None = None,
 ) -> Decoder:
-    """Make a decoder with random weights on `device`. The same seed and device give the same weights.
-
-    ops: None takes the device's ops.
-    """
+    """Make a decoder with random weights on `device`. The same seed and device give the same weights."""
     weights = dummy_weights(config, torch.device(device), dtype, seed)
-    return build_decoder(config, weights, device=device, dtype=dtype, ops=ops)
+    return build_decoder(config, weights, device=device, dtype=dtype)
 
 
 def dummy_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Weights:

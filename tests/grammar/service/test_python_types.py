@@ -90,10 +90,6 @@ def test_equal_types_give_equal_schemas() -> None:
     assert schema_of(list[Point]) == schema_of(list[Point])
 
 
-def test_objects_stay_open_if_asked() -> None:
-    assert "additionalProperties" not in schema_of(Point, is_closed=False)
-
-
 class NoJson:
     pass
 
