@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ramet.errors import DeadlineExceeded, InvalidRequest
 from ramet.lang.graph.ir import is_json
 
 MAX_PRIORITY = 2**31 - 1
+RUN_OPTIONS = ("timeout_s", "token_budget", "priority", "cache_salt", "adapter")  # as callers of a program name them
 MAX_TIMEOUT_S = 1e9  # a thread can't wait for more seconds than this
 
 
@@ -51,6 +54,15 @@ class ProgramOptions:
             check(isinstance(value, str) and is_json(value), name, "text that UTF-8 can write")
         budget = self.token_budget
         check(budget is None or (_is_int(budget) and budget >= 1), "token_budget", "an integer from 1, or None")
+
+
+def run_options(program: str, given: Mapping[str, Any], *, text_events: bool = False) -> ProgramOptions:
+    """Return the options of a run. `given`: values by the names in RUN_OPTIONS; others are ignored.
+
+    Raises InvalidRequest.
+    """
+    known = {name: given[name] for name in RUN_OPTIONS if name in given}
+    return ProgramOptions(program, deadline(program, known.pop("timeout_s", None)), text_events=text_events, **known)
 
 
 def deadline(program: str, timeout_s: float | None) -> float | None:

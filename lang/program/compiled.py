@@ -14,21 +14,13 @@ from ramet.lang.backends.default import choose_backend
 from ramet.lang.backends.protocol import Backend, BlockBackend
 from ramet.lang.graph import ir
 from ramet.lang.graph.operations import follow
-from ramet.lang.graph.options import ProgramOptions, deadline
+from ramet.lang.graph.options import RUN_OPTIONS, ProgramOptions, run_options
 from ramet.lang.program.batch import States, cancelling, raises
 from ramet.lang.program.trace import ArgumentSource, as_argument
 from ramet.lang.recording.recorder import Recorder
 from ramet.lang.recording.state import State
 from ramet.lang.running.run import Run
 from ramet.lang.running.values import NodeSource, Source, TextSource, Value, source_of
-
-_ROW_OPTIONS: Mapping[str, Any] = {
-    "timeout_s": None,
-    "token_budget": None,
-    "priority": 0,
-    "cache_salt": "",
-    "adapter": "",
-}
 
 
 class Compiled:
@@ -98,20 +90,13 @@ class Compiled:
             self._start_rows([{**kwargs, **row} for row in rows], states)
             return States(state.wait() for state in states)
 
-    def start(
-        self,
-        *,
-        backend: object | None = None,
-        timeout_s: float | None = None,
-        token_budget: int | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        adapter: str = "",
-        **arguments: Any,
-    ) -> State:
-        """Submit the graph, and return its state without waiting. Raises InvalidProgram if arguments are missing."""
-        options = self._options(timeout_s, token_budget, priority, cache_salt, adapter)
-        state = self._new_state(choose_backend(backend), options, arguments)
+    def start(self, *, backend: object | None = None, **kwargs: Any) -> State:
+        """Submit the graph, and return its state without waiting. `kwargs`: as in `run`.
+
+        Raises InvalidProgram if arguments are missing.
+        """
+        given = {name: kwargs.pop(name) for name in RUN_OPTIONS if name in kwargs and name not in self.arguments}
+        state = self._new_state(choose_backend(backend), run_options(self.name, given), kwargs)
         state.recorder.run.finish()
         return state
 
@@ -125,8 +110,8 @@ class Compiled:
         backends = [one.pop("backend", None) for one in common]
         is_alike = all(one == common[0] for one in common) and all(one is backends[0] for one in backends)
         backend = choose_backend(backends[0]) if rows else None
-        if is_alike and isinstance(backend, BlockBackend) and common[0].keys() <= _ROW_OPTIONS.keys():
-            options = self._options(**{**_ROW_OPTIONS, **common[0]})
+        if is_alike and isinstance(backend, BlockBackend) and common[0].keys() <= {*RUN_OPTIONS}:
+            options = run_options(self.name, common[0])
             found = [self._new_state(backend, options, {n: v for n, v in row.items() if n in own}) for row in rows]
             runs = [state.recorder.run for state in found]
             sessions = backend.start_rows(
@@ -145,12 +130,6 @@ class Compiled:
             run.attach(session, index)
         for session in sessions:
             session.finish()
-
-    def _options(
-        self, timeout_s: float | None, token_budget: int | None, priority: int, cache_salt: str, adapter: str
-    ) -> ProgramOptions:
-        ends_s = deadline(self.name, timeout_s)
-        return ProgramOptions(self.name, ends_s, token_budget, priority, cache_salt, adapter=adapter)
 
     def _new_state(self, backend: Backend, options: ProgramOptions, arguments: Mapping[str, Any]) -> State:
         """Return the state of a run that holds the whole graph, not submitted yet."""

@@ -22,7 +22,7 @@ from ramet.errors import ConfigError, InvalidProgram, InvalidRequest, RametError
 from ramet.lang import explain as explanations
 from ramet.lang.backends.default import choose_backend, use_backend
 from ramet.lang.graph import ir
-from ramet.lang.graph.options import ProgramOptions, deadline
+from ramet.lang.graph.options import RUN_OPTIONS, run_options
 from ramet.lang.graph.run_record import RunRecord
 from ramet.lang.graph.sampling import to_sampling
 from ramet.lang.passes.target import Target, target_of
@@ -49,11 +49,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 _OPTIONS = (
     "backend",
-    "timeout_s",
-    "token_budget",
-    "priority",
-    "cache_salt",
-    "adapter",
+    *RUN_OPTIONS,
     "seed",
     "stage",
     "tools",
@@ -500,15 +496,7 @@ class Function(Generic[P, R]):
             raise InvalidRequest(f"{self.name}: seed is {seed!r}, but must be an integer, or None", param="seed")
         run = Run(
             choose_backend(options.get("backend")),
-            ProgramOptions(
-                program=self.name,
-                deadline_s=deadline(self.name, options.get("timeout_s")),
-                token_budget=options.get("token_budget"),
-                priority=options.get("priority", 0),
-                cache_salt=options.get("cache_salt", ""),
-                adapter=options.get("adapter", ""),
-                text_events=keep_events,
-            ),
+            run_options(self.name, options, text_events=keep_events),
             seed=seed,
             stage_always=stage == "always",
             keep_events=keep_events,
