@@ -270,10 +270,10 @@ class Run:
         return self._converted[node]
 
     def _checked(self, node: int) -> ir.NodeEvent:
-        event = self.outcomes[node]
-        if event.error is not None:
-            raise self._error(node, event.error.message, event.cause, event.error)
-        return event
+        error = self.error_of(node)
+        if error is not None:
+            raise error
+        return self.outcomes[node]
 
     def error_of(self, node: int) -> ProgramError | None:
         """Return the error of a failed node, or None."""
@@ -295,13 +295,11 @@ class Run:
         text = f"{self.options.program}: {what} (node {node_id}, {node.line or 'unknown line'}) failed: {message}"
         if tail:
             text += f"; the prompt ends with {tail[-60:]!r}"
-        known = getattr(ramet.errors, error.type, None) if error else None
-        kind: type[ProgramError] = ProgramError
-        is_kind = isinstance(known, type) and issubclass(known, ProgramError)
-        if isinstance(known, type) and issubclass(known, ProgramError) and known is not InvalidProgram:
-            kind = known
+        known = getattr(ramet.errors, error.type, ProgramError) if error else ProgramError
+        is_of_programs = isinstance(known, type) and issubclass(known, ProgramError)
+        kind: type[ProgramError] = known if is_of_programs and known is not InvalidProgram else ProgramError
         raised = kind(text, program=self.options.program, node=node_id, source_line=node.line or None, prompt_tail=tail)
-        if cause is None and isinstance(known, type) and not is_kind and error is not None:
+        if cause is None and not is_of_programs and error is not None:
             cause = ramet.errors.from_name(error.type, error.message)
         raised.__cause__ = cause
         if isinstance(raised, CheckFailed):
