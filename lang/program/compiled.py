@@ -13,14 +13,13 @@ from ramet.errors import InvalidProgram
 from ramet.lang.backends.default import choose_backend
 from ramet.lang.backends.protocol import Backend, BlockBackend
 from ramet.lang.graph import ir
-from ramet.lang.graph.operations import follow
 from ramet.lang.graph.options import RUN_OPTIONS, ProgramOptions, run_options
 from ramet.lang.program.batch import States, cancelling, raises
 from ramet.lang.program.trace import ArgumentSource, as_argument
 from ramet.lang.recording.recorder import Recorder
 from ramet.lang.recording.state import State
 from ramet.lang.running.run import Run
-from ramet.lang.running.values import NodeSource, Source, TextSource, Value, source_of
+from ramet.lang.running.values import Source, Value, source_of
 
 
 class Compiled:
@@ -156,10 +155,7 @@ class Compiled:
 def _moved(item: Any, run: Run, arguments: Mapping[str, Any]) -> Any:  # Any: a program's result or variable
     """Convert values of the trace to values of a run with these arguments."""
     if isinstance(item, Value):
-        source = source_of(item)
-        if isinstance(source, ArgumentSource):
-            return follow(arguments[source.argument], source.path)
-        return Value(source.of_run(run)) if isinstance(source, NodeSource | TextSource) else item
+        return source_of(item).in_run(run, arguments)
     if isinstance(item, list):
         return [_moved(one, run, arguments) for one in item]
     if type(item) is tuple:

@@ -143,6 +143,9 @@ class ArgumentSource(Source):
     async def aread(self) -> Any:
         return self.read("await")
 
+    def in_run(self, run: Run, arguments: Mapping[str, Any]) -> Any:
+        return follow(arguments[self.argument], self.path)
+
     def shown(self) -> str:
         return self.format("!r")
 

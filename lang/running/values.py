@@ -7,7 +7,7 @@ submits the nodes recorded so far and waits. In an f-string a value becomes a pl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic
@@ -101,6 +101,10 @@ class Source(ABC):
         """`read` for an event loop."""
 
     @abstractmethod
+    def in_run(self, run: Run, arguments: Mapping[str, Any]) -> Any:  # Any: a Value, or an argument's value
+        """Return the same value in another run of the same graph, which has these arguments."""
+
+    @abstractmethod
     def shown(self) -> str:
         """Return the `repr()` of the value."""
 
@@ -141,9 +145,8 @@ class NodeSource(Source):
             return self._output.kind
         return self._kind if self._shape is None else self._shape.kind
 
-    def of_run(self, run: Run) -> NodeSource:
-        """Return the same source in another run of the same graph."""
-        return NodeSource(run, self.node, self.name, self._output, self._path, self._shape, self._kind)
+    def in_run(self, run: Run, arguments: Mapping[str, Any]) -> Value:
+        return Value(NodeSource(run, self.node, self.name, self._output, self._path, self._shape, self._kind))
 
     def child(self, name: str | int) -> NodeSource | None:
         shape = None if self._shape is None else self._shape.child(name)
@@ -249,9 +252,8 @@ class TextSource(Source):
                 await self.run.aread_quietly(item.node, "await")
         return self.read("await")
 
-    def of_run(self, run: Run) -> TextSource:
-        """Return the same text in another run of the same graph."""
-        return TextSource(run, self._text)
+    def in_run(self, run: Run, arguments: Mapping[str, Any]) -> Value:
+        return Value(TextSource(run, self._text))
 
     def shown(self) -> str:
         return repr(self._text)
