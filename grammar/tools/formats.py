@@ -12,7 +12,7 @@ Arguments are a JSON object, or, if `before_key` is not empty, a text of this fo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -147,6 +147,16 @@ FORMATS: Mapping[str, ToolFormat] = {
 }
 
 
+def checked_fields(source: Any, what: str, known: Collection[str]) -> Mapping[str, Any]:  # Any: JSON
+    """Return an object of JSON whose fields are all known. Raises InvalidGrammar, which says what it should be."""
+    if not isinstance(source, Mapping):
+        raise InvalidGrammar(f"{what} must be an object, not {source!r}")
+    wrong = sorted(set(source) - {*known}, key=str)
+    if wrong:
+        raise InvalidGrammar(f"{what} has no field {wrong[0]!r}; its fields are {', '.join(sorted(known))}")
+    return source
+
+
 def tool_format(source: str | Mapping[str, Any] | ToolFormat) -> ToolFormat:
     """Return a format, given by its name, by its fields, or as a ToolFormat.
 
@@ -158,10 +168,7 @@ def tool_format(source: str | Mapping[str, Any] | ToolFormat) -> ToolFormat:
         if source not in FORMATS:
             raise InvalidGrammar(f"there is no tool format {source!r}; formats are {', '.join(FORMATS)}")
         return FORMATS[source]
-    known = {f.name for f in fields(ToolFormat)}
-    wrong = sorted(set(source) - known)
-    if wrong:
-        raise InvalidGrammar(f"a tool format has no field {wrong[0]!r}; its fields are {', '.join(sorted(known))}")
+    source = checked_fields(source, "a tool format", [f.name for f in fields(ToolFormat)])
     for name, value in source.items():
         if not isinstance(value, bool if name == "is_only_at_start" else str):
             raise InvalidGrammar(f"the field {name!r} of a tool format is {value!r}, of type {type(value).__name__}")

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from ramet.errors import InvalidGrammar
 from ramet.grammar import ir
 from ramet.grammar.regular.utf8 import text_dfa, utf8_table
+from ramet.grammar.tools.formats import checked_fields
 from ramet.grammar.tools.text_with_values import Gap, TextBuilder, TextWithValues
 
 MAX_TAGS = 1024
@@ -69,13 +70,13 @@ def structural_text(source: Any, options: ir.JsonOptions | None = None) -> TextW
 
 def _read(source: Any) -> tuple[Mapping[str, Any], list[tuple[Any, Any, Any]]]:
     """Return the fields that say which parts may stand where, and the begin, schema and end of each part."""
-    fields = _fields(source, "a structural tag", {"type", "triggers", "structures", "format"})
+    fields = checked_fields(source, "a structural tag", {"type", "triggers", "structures", "format"})
     if fields.get("type", "structural_tag") != "structural_tag":
         raise InvalidGrammar(f"the type of a structural tag is 'structural_tag', not {fields['type']!r}")
     if "format" in fields:
         return _of_format(fields["format"])
     tags = [
-        _fields(tag, f"structures[{i}]", {"begin", "schema", "end"})
+        checked_fields(tag, f"structures[{i}]", {"begin", "schema", "end"})
         for i, tag in enumerate(_list(fields, "structures"))
     ]
     return fields, [(tag.get("begin"), tag.get("schema"), tag.get("end")) for tag in tags]
@@ -86,17 +87,17 @@ def _of_format(source: Any) -> tuple[Mapping[str, Any], list[tuple[Any, Any, Any
         kind = source.get("type") if isinstance(source, Mapping) else source
         raise InvalidGrammar(f"the format of a structural tag must be of type 'triggered_tags' here, not {kind!r}")
     known = {"type", "triggers", "tags", "at_least_one", "stop_after_first"}
-    fields = _fields(source, "the format of a structural tag", known)
+    fields = checked_fields(source, "the format of a structural tag", known)
     tags = []
     for i, given in enumerate(_list(fields, "tags")):
-        tag = _fields(given, f"tags[{i}]", {"type", "begin", "content", "end"})
+        tag = checked_fields(given, f"tags[{i}]", {"type", "begin", "content", "end"})
         content = tag.get("content")
         if not isinstance(content, Mapping) or content.get("type") != "json_schema":
             raise InvalidGrammar(f"the content of tags[{i}] must be of type 'json_schema' here, not {content!r}")
         tags.append(
             (
                 tag.get("begin"),
-                _fields(content, "a content", {"type", "json_schema"}).get("json_schema"),
+                checked_fields(content, "a content", {"type", "json_schema"}).get("json_schema"),
                 tag.get("end"),
             )
         )
@@ -163,15 +164,6 @@ def _free_text(triggers: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.b
         for index in range(len(triggers))
     ]
     return table.transitions, table.accepting, marked
-
-
-def _fields(source: Any, what: str, known: set[str]) -> Mapping[str, Any]:  # Any: JSON
-    if not isinstance(source, Mapping):
-        raise InvalidGrammar(f"{what} must be an object, not {source!r}")
-    wrong = sorted(set(source) - known, key=str)
-    if wrong:
-        raise InvalidGrammar(f"{what} has no field {wrong[0]!r}; its fields are {', '.join(sorted(known))}")
-    return source
 
 
 def _list(fields: Mapping[str, Any], name: str) -> list[Any]:  # Any: JSON

@@ -31,7 +31,7 @@ from ramet.grammar.machine.splits import Splitter
 from ramet.grammar.machine.vocabulary import Vocabulary
 from ramet.grammar.regular.char_classes import category
 from ramet.grammar.regular.utf8 import text_dfa, utf8_table
-from ramet.grammar.tools.formats import NAME_PATTERN, ToolFormat, tool_format
+from ramet.grammar.tools.formats import NAME_PATTERN, ToolFormat, checked_fields, tool_format
 from ramet.grammar.tools.parameters import add_parameters
 from ramet.grammar.tools.text_with_values import Gap, TextBuilder, TextWithValues
 
@@ -60,10 +60,7 @@ class ToolSet:
 
         Raises: InvalidGrammar naming the field that is wrong.
         """
-        known = {"tools", "format", "choice", "parallel", "answer", "json"}
-        wrong = sorted(set(_mapping(source, "a tool set")) - known)
-        if wrong:
-            raise InvalidGrammar(f"a tool set has no field {wrong[0]!r}; its fields are {', '.join(sorted(known))}")
+        checked_fields(source, "a tool set", ("tools", "format", "choice", "parallel", "answer", "json"))
         tools = _tools(source.get("tools"))
         choice, only = _choice(source.get("choice", "auto"), tools)
         return ToolSet(
@@ -268,11 +265,8 @@ def _max_calls(source: Any) -> int | None:
 
 
 def _json_options(source: Any) -> ir.JsonOptions:
-    given = _mapping(source, "the field 'json'")
-    wrong = sorted(set(given) - {known.name for known in fields(ir.JsonOptions)})
-    if wrong:
-        raise InvalidGrammar(f"the field 'json' of a tool set has no option {wrong[0]!r}")
-    return ir.JsonOptions(**given)
+    known = [option.name for option in fields(ir.JsonOptions)]
+    return ir.JsonOptions(**checked_fields(source, "the field 'json' of a tool set", known))
 
 
 def _mapping(source: Any, what: str) -> Mapping[str, Any]:

@@ -246,5 +246,5 @@ def test_tools_and_tags_take_the_same_options() -> None:
         for kind, source in (("structural_tag", tag), ("grammar", whole)):
             grammar = compile_constraint(kind, source, BYTES, **options)  # type: ignore[arg-type]
             assert accepts(grammar, f"<f>{value}</f>") == fits, (kind, value)
-    with pytest.raises(InvalidGrammar, match="has no option 'mode'"):
+    with pytest.raises(InvalidGrammar, match="has no field 'mode'"):
         compile_constraint("tools", {**tools, "json": {"mode": "exact"}}, BYTES)
