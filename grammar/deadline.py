@@ -1,4 +1,4 @@
-"""A time limit for the loops that can explode, and turns for the threads that run them.
+"""A time limit for loops whose number of steps can explode, and turns for the threads that run such loops.
 
 The limit holds for the thread (the context) that set it, so that shared loops deep inside a compilation need no
 argument for it. It limits the thread's own time, because a busy machine does not make a schema too large. Those who

@@ -242,7 +242,7 @@ class Machine:
     def run_all(self, packed: int, tokens: NDArray[np.int64], num_read: int = 0) -> NDArray[np.int64]:
         """Return those of the tokens whose bytes after the first `num_read` `run` accepts.
 
-        In a frame with memory, tokens that read the same text before they leave it go on together.
+        Tokens that leave a frame with memory after the same text are run together from there on.
         """
         frame = self.frames[packed >> LOCAL_BITS]
         if not frame.has_memory:

@@ -212,9 +212,10 @@ class Bordered:
         return None if row is None else row & ~mask
 
     def _first_row(self) -> NDArray[np.int32]:
-        """The tokens that begin with `before`, where the value may begin with the rest, or be complete before it.
+        """Return the mask row of the start: tokens that begin with `before`, and whose rest begins what follows it.
 
-        With a `lead`, those that begin with it, and those that begin the value at once.
+        The rest begins the value, or what follows an empty value. With a `lead`: the tokens that begin with the lead,
+        and those that begin the value without it.
         """
         vocabulary, grammar, before = self.vocabulary, self.grammar, self.before or self.lead
         if grammar is None:

@@ -13,8 +13,8 @@ The split of X may depend on text on both sides that is not known here:
 - behind X, where a longer token may begin inside of X and go past its end. Then the split of the part before that token
   counts, if the tokenizer would cut there (`Splits.goes_on`). Only cuts in the first two tokens of X change the first.
 
-No text of the language is lost: whatever it begins with, X, the first token of X's split is allowed, and the same rule
-holds in the state after it.
+Every text of the language can still be written: if it begins with X, the first token of X's split is allowed, and the
+same rule holds in the state after that token.
 
 What depends on X alone is kept by the vocabulary, for all grammars (`beginning`, `is_settled`). To follow the automaton
 into another frame may mean to make that frame. So X ends before that if it is *settled*: no token that begins in its
@@ -43,8 +43,8 @@ Ways = tuple[tuple[int, int], ...]  # (byte, the state after it, or UNKNOWN: see
 class ForcedRun(NamedTuple):
     """The bytes that must follow a state, at most MAX_FORCED, up to where the text may leave its frame.
 
-    end: the state after them. leaves: it may leave the frame there. following: then, the byte that must follow, if the
-    frame itself allows only one.
+    end: the state after them. leaves: the text may leave the frame in that state. following: if so, the byte that must
+    follow, where the frame itself allows only one.
     """
 
     text: bytes

@@ -199,7 +199,7 @@ class CompiledGrammar:
         return self.unlike(state) if self.is_accepting(state) else None
 
     def unlike(self, state: int) -> NDArray[np.int32] | None:
-        """Return the row of the tokens that no text could begin with here, whether or not the text may end here."""
+        """Return the row of the tokens with which no allowed text begins here, whether or not a text may end here."""
         kept = self._ends
         if state in kept:
             return kept[state]
@@ -252,7 +252,7 @@ class CompiledGrammar:
             return [] if self._canonical is None else self._canonical.refused(self._packed[0], prefix)
 
     def goes_on(self, before: bytes) -> bool:
-        """Return whether tokens begin with `before` and go on as texts begin: with at least half of their first bytes.
+        """Return whether tokens begin with `before` and go on as texts begin, for half of all first bytes or more.
 
         A space before a number is an example of less: there are tokens such as ` -`, but none that hold a digit.
         """

@@ -1,8 +1,9 @@
-"""The tokens that end a text: those that a model wants where the text may end, and that no continuation begins with.
+"""The tokens that end a text: where it may end, those with which no longer text can go on.
 
-A text may end in an accepting state. There, a token that is refused means the end, unless some beginning of it leads to
-an accepting state again: then the text would first go on. After `New` in the choices `New` and `New York`, for example,
-the tokens ` is` and `.` end the text, while ` Yorkers` does not. So a text is as long as the model means it.
+A text may end in an accepting state. A model that wants a refused token there wants to write something after the text,
+so the text ends. It does not end if the first bytes of that token lead to an accepting state again: then the text goes
+on first. After `New` in the choices `New` and `New York`, for example, the tokens ` is` and `.` end the text, but
+` Yorkers` does not. So a text is as long as the model means it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def end_tokens(
 ) -> NDArray[np.int32] | None:
     """Return the mask row, int32 [W], of the tokens that end a text in an accepting state; None if there are none.
 
-    mask: the state's mask row. read: what becomes of a beginning of a token that is read from the state: REFUSED,
+    mask: the state's mask row. read: returns how the grammar takes the first bytes of a token from this state: REFUSED,
     GOES_ON or ACCEPTED (see walker.py). It is asked seldom: the mask answers for beginnings that are tokens themselves,
     and for those that every token goes on from.
     """

@@ -130,7 +130,7 @@ class Frame(ABC):
     def closing_exit(self, local: int) -> int:
         """Return the exit on the shortest way to the end of the text, by estimate. Its target is never DEAD.
 
-        A frame without it serves masks alone: no text ever gets there.
+        A frame that does not override this serves masks alone: no text gets there.
         """
         raise AssertionError(f"{self} closes no text")
 

@@ -40,7 +40,7 @@ class Grammar(Protocol):
 
     @property
     def before(self) -> bytes:
-        """What texts begin with that is no part of them: the prompt's last token, which the model writes again."""
+        """The bytes that the model writes before the text: those of the prompt's last token, which it writes again."""
 
     def fill_mask(self, state: int, row: NDArray[np.int32]) -> None:
         """Write the token mask of `state`: bit `t % 32` of word `t // 32` is 1 if token t is allowed."""
@@ -58,10 +58,10 @@ class Grammar(Protocol):
         """True if any token may follow, from this state on."""
 
     def num_after(self, state: int, *, is_last: bool) -> int:
-        """How many bytes at the end belong to what follows the value; before the last token, those that may do so."""
+        """How many bytes at the end follow the value. Before the last token, bytes that may follow it count, too."""
 
     def ends(self, state: int) -> NDArray[np.int32] | None:
-        """The refused tokens that no text could begin with here: a model that wants one of them means the end.
+        """The refused tokens with which no allowed text can begin here: a model that wants one of them wants the end.
 
         Returns a mask row, which is shared; None if the text may not end here, or if there is no such token. A refused
         token of which some beginning leads to an accepting state is not among them: the text would go on first.

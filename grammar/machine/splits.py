@@ -36,8 +36,8 @@ class Cut:
     """A place in a text where a token may begin that goes past its end.
 
     first: the token with which the split of `head`, the part before, begins. rest: the part behind. unsure: tokens that
-    begin with `rest` and go on. Those are taken out of which it turned out that the tokenizer does not cut before them.
-    before: some of which it turned out that it does. Grammars may find both at the same time: an update may be lost.
+    begin with `rest` and go on. A token is removed once it is known that the tokenizer does not cut before it. before:
+    tokens before which it is known to cut. Two grammars may update these sets at once, and one update may be lost.
     """
 
     first: int
@@ -52,7 +52,8 @@ class Beginning:
     """How the tokens of a text may begin, as far as the text itself says.
 
     shorter: the tokens that write a part of it. whole: those that write all of it. firsts: the tokens with which its
-    splits begin; none if they are not known. cuts: where it may be cut otherwise, if a token there goes past its end.
+    splits begin; none if they are not known. cuts: the places where the split may differ, because a token that begins
+    there goes past the text's end.
     """
 
     shorter: tuple[int, ...]
@@ -129,9 +130,10 @@ class Splits:
 
 
 def _contexts(first: int) -> tuple[bytes, ...]:
-    """Return the characters after which a text that begins with this byte may be cut into pieces in another way.
+    """Return the characters after which a text that begins with this byte may be cut into other pieces.
 
-    One for each kind of character that rules of tokenizers distinguish. A word ends at the same place after all.
+    There is one for each kind of character that tokenizers' rules tell apart. Where a word ends does not depend on the
+    character before it.
     """
     if chr(first).isalpha() or first >= 0x80:
         return ()

@@ -151,7 +151,8 @@ def intersect(parts: list[Dfa], *, max_states: int = MAX_STATES, name: str = "")
 def union(parts: list[Dfa], *, max_states: int = MAX_STATES, name: str = "") -> Dfa:
     """Return the automaton of the texts that some part accepts.
 
-    Parts are united in pairs, so that each result in between is minimal: what they keep apart is soon of no matter.
+    Parts are united in pairs, and each result is minimised: many differences between parts do not matter in their
+    union.
     """
     while len(parts) > 1:
         pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]

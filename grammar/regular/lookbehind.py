@@ -100,9 +100,10 @@ def _kinds(sets: Iterable[ir.Ranges]) -> list[ir.Ranges]:
 
 
 def _ways(node: ir.Node, place: _Place, kinds: list[ir.Ranges], *, is_asked: bool) -> _Ways:
-    """Return the texts of a node that begins at a place. is_asked: somebody asks for the kind of their last character.
+    """Return the texts of a node that begins at a place.
 
-    The places may have the kind _SAME: nothing was read; and _ANY, if nobody asks.
+    is_asked: a lookbehind after them needs the kind of their last character. A place has the kind _SAME where nothing
+    was read, and _ANY where no lookbehind needs the kind.
     """
     deadline.check()
     kind, has_ended = place

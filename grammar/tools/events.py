@@ -86,8 +86,8 @@ class ToolCallReader:
     def finish(self, *, is_cut: bool = False) -> list[Event]:
         """End the answer, and return the events that were held back.
 
-        is_cut: the text was to go on. Then characters that may begin a call are not text, and a call without a name is
-        none.
+        is_cut: the text was cut off. Then characters that may begin a call are dropped, and a call without a name does
+        not count.
         """
         events = self._take(self._decoder.decode(b"", final=True))
         if self._read in (self._arguments, self._parameter, self._after) and not self._is_settled():

@@ -21,7 +21,7 @@ class ServerSentEvent:
 
 
 def complete_events(body: bytes) -> tuple[list[ServerSentEvent], bytes]:
-    """Return the events that are complete in a body that is cut anywhere, and its rest, which the next piece follows.
+    """Return the complete events at the beginning of a body that may be cut anywhere, and the rest, for the next call.
 
     Lines are split in bytes, because JSON may contain characters that `str.splitlines` takes as line ends.
     """

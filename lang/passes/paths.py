@@ -88,7 +88,8 @@ class Point:
     """One point of one branch: the `items` added after `parent` and their positions, or the text `added` after it.
 
     `count`: tokens from the beginning to here, without pending text. `node`: the node that added the items.
-    `num_literal`: the bytes at the items' end that are the author's own text; None: that depends on the run.
+    `num_literal`: how many bytes at the items' end are the program's own text, and not a chat template's; None: that
+    depends on the run.
     """
 
     parent: Point | None = None
@@ -147,10 +148,10 @@ class Paths:
 
     `points[i]`: the point after node i. `prompts`: the prompts of Generate nodes. `selections`: the prompts of Select
     nodes. `twins`: a Generate node that always writes the text of an earlier one -> that earlier node. `unordered`:
-    nodes with twins of which the run decides the first to run. `joined`: joins, and the nodes after one on its branch.
-    `given_back`: the last token of a generation's prompt, if the model writes it again (`lang/graph/prompt_tokens.py`):
-    then `prompts` and the request are without it. None: that depends on the run. `unseeded`: generations whose prompt
-    equals an earlier one's, but which sample without a seed, so that each runs.
+    nodes with twins, of which only the run decides which one makes the request. `joined`: joins, and the nodes after
+    one on its branch. `given_back`: the last token of a generation's prompt, if the model writes it again
+    (`lang/graph/prompt_tokens.py`). `prompts` and the request then end before it. None: that depends on the run.
+    `unseeded`: generations whose prompt equals an earlier one's, but which sample without a seed, so that each runs.
     """
 
     graph: ir.Graph

@@ -31,9 +31,9 @@ class TraceStopped(BaseException):
 class TracingRun(Run):
     """A run without a backend.
 
-    `arm`: the options to take where the program needs to know which of a few it is: which branch is done first, which
-    choice a selection made; the first one where it ends. None: such a need ends the trace, as any other.
-    `taken`: the options that it took, each with their number.
+    `arm`: the answers to assume, in order, where the program asks which branch is done first or which choice a
+    selection made; when they are used up, the first option. None: such a question ends the trace, as any other need of
+    a value does. `taken`: the options that it took, each with their number.
     """
 
     def __init__(self, program: str, seed: int | None, arm: Sequence[int] | None) -> None:

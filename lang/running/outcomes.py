@@ -21,8 +21,8 @@ Ready = Callable[[], bool]
 class Outcomes:
     """The last event of every node that is done or failed. Owner: the run. Any thread may call.
 
-    `failure`: the error that ended the whole run; it is raised in everyone who waits. `rests`: set while nobody on a
-    thread goes on because of an event; whoever is woken on one clears it, and sets it before the next wait.
+    `failure`: the error that ended the whole run; it is raised in everyone who waits. `rests`: set while no thread of
+    the program works because an event woke it. A thread that is woken clears it, and sets it before it waits again.
     """
 
     def __init__(self, *, keep_events: bool = False) -> None:

@@ -43,8 +43,8 @@ class Pause:
     def wait(self, timeout_s: float | None, before: Callable[[], object]) -> bool:
         """Wait for `wake`; return False if the time runs out first.
 
-        `before` is called before the thread blocks: once for all functions that gave an equal one, also by those that
-        ended since.
+        `before` is called before the thread blocks. If several functions gave an equal one, it is called once for all
+        of them, also for those that have ended since.
         """
         if self._turns is not None:
             return self._turns.pause(self, timeout_s, before)

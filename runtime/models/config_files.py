@@ -1,8 +1,8 @@
 """Read a `ModelConfig` from a Hugging Face `config.json`, or from a GGUF file's metadata.
 
 There is one vocabulary, that of `config.json` in the layouts of transformers 4.x and 5.x. A GGUF file's keys are
-translated to it; what its tensors show is known beside it. Source for meanings: transformers' configuration classes;
-llama.cpp's model loader and converter. Not here: what differs between families (`families.py`).
+translated to it. What only its tensors show, such as biases, is passed beside it. Source for meanings: transformers'
+configuration classes; llama.cpp's model loader and converter. Not here: what differs between families (`families.py`).
 """
 
 from __future__ import annotations

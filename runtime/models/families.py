@@ -26,10 +26,10 @@ class Family:
     """A model family. `name`: its `model_type`.
 
     hf_classes: the names under `architectures` in `config.json`. model_types: other values of `model_type`. defaults:
-    values that `config.json` may leave out. variations: the fields of ModelConfig that differ from Llama's, from the
-    fields of `config.json`. renames: parts of tensors' names in safetensors files and what Ramet calls them. fused:
-    matrices whose rows are those of several of ours. gguf: its architecture in GGUF files; None if they are not read.
-    interleaves_heads: llama.cpp's converter interleaves the rotary halves of q and k.
+    values that `config.json` may leave out. variations: returns the fields of ModelConfig that differ from Llama's,
+    made from those of `config.json`. renames: parts of tensors' names in safetensors files and what Ramet calls them.
+    fused: matrices whose rows are those of several of ours. gguf: its architecture in GGUF files; None if they are not
+    read. interleaves_heads: llama.cpp's converter interleaves the rotary halves of q and k.
     """
 
     name: str

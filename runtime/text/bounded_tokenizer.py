@@ -1,8 +1,8 @@
 """A tokenizer that refuses a text that cannot fit the context, before it spends seconds on encoding it.
 
 Encoding takes about 1.5 us per byte, so a body of 32 MB would occupy a thread for 46 s, and two would occupy them all.
-A text that is too long by its bytes alone is not encoded at all. Of a text that is longer than texts of the context's
-length usually are, the beginning is encoded first.
+A text that is too long by its bytes alone is not encoded at all. If a text is longer than texts that fill the context
+usually are, its beginning alone is encoded first.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from ramet.lang.graph.ir import parse_value
 
 
 def captured_values(source: str, text: str) -> dict[str, Any]:  # Any: JSON
-    """Return name -> value of the parts in a text of a composed grammar; several values if it may stand there often.
+    """Return name -> value of the parts in a text of a composed grammar; a list of values if a part may come again.
 
     A name that is not in the text has the value None, or no values. Takes long for a long text.
 

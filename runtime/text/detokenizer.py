@@ -47,7 +47,7 @@ class Detokenizer:
     def flush(self, num_after: int = 0) -> str:
         """Return the end of the text: U+FFFD if a character was cut off, else "". The next push begins a new text.
 
-        `num_after`: the bytes at the end that are no part of the text, of those that were held back.
+        `num_after`: how many of the held-back bytes, counted from their end, are no part of the text.
         """
         rest = self._decoder.decode(self._held[: len(self._held) - num_after], final=True)
         self._decoder.reset()

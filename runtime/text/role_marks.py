@@ -155,7 +155,10 @@ class RoleMarks:
 
 
 def _longer(roles: tuple[str, ...], role: str) -> tuple[str, ...]:
-    """Return the roles with one more. Beyond `MAX_SHOWN` two neighbours go, so that roles which take turns still do."""
+    """Return the roles with one more.
+
+    Beyond `MAX_SHOWN`, two adjoining ones are removed, so that roles still alternate.
+    """
     if len(roles) >= MAX_SHOWN:
         roles = roles[:_NUM_FIRST] + roles[_NUM_FIRST + 2 :]
     return (*roles, role)

@@ -31,12 +31,12 @@ MAX_SPECS = 1000
 
 
 class Operations(NamedTuple):
-    """What expressions are told: the meaning of schemas, and the functions that look into specs.
+    """The functions that expressions are given: what a schema means, and questions about specs.
 
-    The latter ask the expressions about the parts of a spec. interpret, interpret_not: the values that a schema object
-    accepts, and those that it refuses. is_scalar: whether `interpret` is cheap, by the keywords: it then reads no other
-    schema and compares no objects or arrays. surely_has_values: whether the keywords show at once that the schema
-    accepts some value.
+    To answer these, the functions ask the expressions about the parts of a spec. interpret, interpret_not: the values
+    that a schema object accepts, and those that it refuses. is_scalar: whether `interpret` is cheap, by the keywords:
+    it then reads no other schema and compares no objects or arrays. surely_has_values: whether the keywords show at
+    once that the schema accepts some value.
     """
 
     interpret: Callable[[SchemaNode], Values]

@@ -79,7 +79,7 @@ class ArrayState:
         return out
 
     def _item_of(self, rival: int) -> int | None:
-        """Return the item of a rival at the index of the next item; None if it has none."""
+        """Return the item that a rival has at the index of the next item; None if the rival ends before it."""
         items = self.compilation.expressions.constants.items(rival)
         return items[self.index] if self.index < len(items) else None
 
@@ -154,8 +154,9 @@ class ArrayState:
 class ArrayNode:
     """An array that is being read, in its place.
 
-    anonymous: how many of the items that must not come again are not known. items: all items so far, if the context
-    asks for the value. None if it does not, or if some are not known.
+    anonymous: the number of earlier items that must not come again and are not known, because a walk over the
+    vocabulary read them. items: all items so far, if the context asks for the value. None if it does not, or if some
+    are not known.
     """
 
     def __init__(

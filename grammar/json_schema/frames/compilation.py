@@ -49,8 +49,9 @@ class Context(ABC):
     """The surroundings of a value: decides what follows it.
 
     remembers: `resume` must get the value itself, because what may follow depends on it.
-    is_anonymous: it remembers, but an earlier value was read by a walk over the vocabulary and is not known.
-    must_differ: the value must differ from that one, too.
+    is_anonymous: the context remembers earlier values, but one of them is not known, because a walk over the vocabulary
+    read it.
+    must_differ: the value must differ from the unknown one, too.
     is_for_masks: it stands for many places that share their masks. No text ever gets there (lookahead.py), so it needs
     no `rest`.
     depth: of the value, as its layout counts (see Layout.inside).

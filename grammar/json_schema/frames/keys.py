@@ -174,7 +174,10 @@ class KeySpace:
                 self._endings_after.setdefault(gap, []).append((key, gap + whole))
 
     def endings(self, text: bytes, keys: frozenset[str]) -> list[bytes]:
-        """Return the texts that complete one of these keys. text: of the key so far. `note_key` must know the keys."""
+        """Return the texts that complete the beginning `text` to one of these keys.
+
+        `note_key` was called for each of them.
+        """
         out = [rest for key, rest in self._endings.get(text, ()) if key in keys]
         for whole in self._many_ways_of(keys):
             if whole.startswith(text):

@@ -36,7 +36,7 @@ MAX_TAGS = 2  # a value with more tags is its own twin: otherwise 2 ** tags sets
 
 
 class Somewhere(Context):
-    """A context of which only the depth is known. Tokens that end the value are run."""
+    """A context of which only the depth is known. A token that ends the value is checked by running it."""
 
     is_for_masks = True
 
@@ -48,9 +48,9 @@ class Somewhere(Context):
 
 
 def unread(compilation: Compilation, refused: bytes = b"") -> int:
-    """Return the target at a text of which masks read only the first byte, which may be any but the refused ones.
+    """Return the target at a text of which masks read the first byte alone: any but the refused ones.
 
-    Tokens that go on into it are run.
+    Tokens that read on are checked by running them.
     """
     return _unread(compilation, compilation.constant_table(unread_rows, (refused,), 1))
 
@@ -87,8 +87,7 @@ class End(NamedTuple):
 
 
 class EndsContext(Context):
-    """The context of a value that knows only what may follow in the object or array around it, and the context of
-    those.
+    """A context that knows only what may follow in the object or array around the value, and the context around that.
 
     ends[mask - 1]: what follows a value that satisfies the tags in `mask`. outer: the context of the object or array.
     """
