@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import msgspec
@@ -9,6 +10,8 @@ import pytest
 
 from ramet.errors import InvalidRequest
 from ramet.lang.graph.sampling import FIELDS, Sampling, SamplingParams, sampling_problem
+from ramet.lang.program.function import Runs
+from ramet.lang.recording.primitives import gen
 
 VALUES: dict[str, tuple[list[Any], list[Any]]] = {  # field: what is taken, what is refused
     "max_tokens": ([1, 10**9, None], [0, -1, 1.5, True, "x"]),
@@ -81,3 +84,9 @@ def test_what_a_program_leaves_open_has_the_engines_default() -> None:
     said = Sampling(temperature=0.5, logit_bias=((3, 1.5),), stop=("x",))
     assert said.said() == {"temperature": 0.5, "logit_bias": ((3, 1.5),), "stop": ("x",)}
     assert said.params() == SamplingParams(temperature=0.5, logit_bias={3: 1.5}, stop=("x",))
+
+
+def test_programs_spell_every_parameter_for_type_checkers() -> None:
+    runs = inspect.getsource(Runs)  # its overloads are known to type checkers alone
+    assert [name for name in FIELDS if f" {name}: " not in runs] == []
+    assert {*FIELDS} <= {*inspect.signature(gen).parameters}
