@@ -19,7 +19,7 @@ from ramet.grammar.json_schema.frames.lookahead import (
     place_table,
 )
 from ramet.grammar.json_schema.frames.tables import AFTER_COMMA, AT_VALUE, CLOSE, GO_ON
-from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, REFUSE, Frame, target
+from ramet.grammar.machine.frame import DEAD, REFUSE, Frame, target
 
 # a spec that an array may still satisfy: tag, spec, number of items found for each `contains`, rivals (constants
 # that the array must not become, and that it equals so far)
@@ -177,12 +177,9 @@ class ArrayNode:
         return self.compilation.once(ArrayNode, self.state, self.anonymous, context, None)
 
     def close(self) -> int:
-        mask = self.state.closing_tags()
-        if not mask:
-            return DEAD
-        if self.items is None:
-            return NEEDS_RUN if self.context.is_anonymous else self.context.resume(mask, None)
-        return self.context.resume(mask, ("array", self.items))
+        """Return the target after the closing bracket."""
+        value = None if self.items is None else ("array", self.items)
+        return self.context.after_bracket(self.state.closing_tags(), value)
 
     def cost(self, thread: ArrayThread, index: int) -> int:
         """Estimate the bytes that this thread still has to write, to the end of the text."""

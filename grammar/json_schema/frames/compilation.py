@@ -37,7 +37,7 @@ from ramet.grammar.json_schema.frames.tables import (
     dispatch_rows,
 )
 from ramet.grammar.machine.automaton import Machine
-from ramet.grammar.machine.frame import NEEDS_RUN, Frame, FrameTable, length_to_exit, target
+from ramet.grammar.machine.frame import DEAD, NEEDS_RUN, Frame, FrameTable, length_to_exit, target
 from ramet.grammar.regular.strings import Content
 
 _KINDS = (STRING, NUMBER, OBJECT, ARRAY)  # the order of `distinct.free_kinds`
@@ -68,6 +68,12 @@ class Context(ABC):
     @abstractmethod
     def resume(self, mask: int, value: Const | None) -> int:
         """Return the target after a value that satisfies the tags in `mask`. value: None if it is not known."""
+
+    def after_bracket(self, mask: int, value: Const | None) -> int:
+        """Return the target after the bracket that closes an object or array; DEAD if that satisfies no tag."""
+        if not mask:
+            return DEAD
+        return NEEDS_RUN if value is None and self.is_anonymous else self.resume(mask, value)
 
     def rest(self, tag: int) -> int:
         """Estimate the bytes that must follow a value that satisfies this tag, to the end of the text."""

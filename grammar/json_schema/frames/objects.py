@@ -134,12 +134,8 @@ class ObjectNode:
 
     def close(self) -> int:
         """Return the target after the closing brace."""
-        mask = self.state.closing_tags()
-        if not mask:
-            return DEAD
-        if self.content is None:
-            return NEEDS_RUN if self.context.is_anonymous else self.context.resume(mask, None)
-        return self.context.resume(mask, ("object", self.content))
+        value = None if self.content is None else ("object", self.content)
+        return self.context.after_bracket(self.state.closing_tags(), value)
 
     def cost(self, thread: ObjectThread, seen: int) -> int:
         """Estimate the bytes that this thread still has to write, to the end of the text."""
