@@ -7,7 +7,7 @@ prefix. Not here: the look of a card (drawing.py, svg.py, html.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ramet.lang.explain.explanation import NodeCost
@@ -17,6 +17,7 @@ from ramet.lang.passes.paths import Paths
 MAX_BRANCHES = 12  # branches drawn for one fork; of the others, only the number is shown
 MAX_CHOICES = 4  # of a selection, the likeliest
 HUES = 8
+_NOT_SHOWN = ("is_branch", "column", "lane", "is_open", "num_requests")
 _WORDS = {ir.Generate: "gen", ir.Select: "select", ir.ToolCall: "tool"}  # on cards that end with such a node
 
 
@@ -59,33 +60,8 @@ class Card:
     num_requests: int = 0  # theirs
 
     def to_dict(self) -> dict[str, Any]:  # Any: JSON
-        names = (
-            "id",
-            "kind",
-            "name",
-            "line",
-            "parent",
-            "joins",
-            "uses",
-            "prompt",
-            "written_text",
-            "probs",
-            "cached",
-            "computed",
-        )
-        more = (
-            "written",
-            "label",
-            "start_s",
-            "first_token_s",
-            "end_s",
-            "error",
-            "is_cancelled",
-            "num_readers",
-            "prefix_tokens",
-            "hue",
-        )
-        return {name: getattr(self, name) for name in (*names, *more, "num_hidden")}
+        """Return what a page shows: all but the card's place, and what only its making needs."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _NOT_SHOWN}
 
 
 def cards_of(

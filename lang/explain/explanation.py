@@ -45,7 +45,7 @@ def sum_counts(counts: Iterable[Count]) -> Count:
 class NodeCost:
     """The predicted cost of one generation, or of all choices of one selection.
 
-    `num_exact`: how many of prompt, shared and new are exact. `twin`: the node whose text it reuses.
+    `twin`: the node whose text it reuses.
     """
 
     node: int

@@ -21,6 +21,7 @@ from ramet.lang.running.output_types import TEXT, Form, choice, json_schema, out
 from ramet.lang.running.values import V, Value, plain
 
 THINKING_TOKENS = 1024
+_MODEL = "the name of one of the run's backends"
 
 
 def gen(
@@ -158,11 +159,9 @@ def gen(
         raise InvalidRequest(f"retries is {retries!r}, but must be in [0, {MAX_RETRIES:,}]", param="retries")
     if not isinstance(thinking, bool | int) or thinking < 0:
         raise InvalidRequest(f"thinking is {thinking!r}, but must be True or a number of tokens", param="thinking")
-    if not isinstance(draft, str) or not is_json(draft):
-        raise InvalidRequest(f"draft is {draft!r}, but must be text that UTF-8 can write", param="draft")
-    if not isinstance(adapter, str) or not is_json(adapter):
-        raise InvalidRequest(f"adapter is {adapter!r}, but must be the name of an adapter", param="adapter")
-    _check_model(model)
+    _check_text("draft", draft, "text that UTF-8 can write")
+    _check_text("adapter", adapter, "the name of an adapter")
+    _check_text("model", model, _MODEL)
     budget = THINKING_TOKENS if thinking is True else thinking or None
     said = {name: plain(value) for name, value in values.items() if value is not None}
     if isinstance(type, Composition):
@@ -174,9 +173,9 @@ def gen(
     return replace(made, draft=draft, adapter=adapter, model=model)
 
 
-def _check_model(name: object) -> None:
-    if not isinstance(name, str) or not is_json(name):
-        raise InvalidRequest(f"model is {name!r}, but must be the name of one of the run's backends", param="model")
+def _check_text(name: str, value: object, what: str) -> None:
+    if not isinstance(value, str) or not is_json(value):
+        raise InvalidRequest(f"{name} is {value!r}, but must be {what}", param=name)
 
 
 @overload
@@ -234,7 +233,8 @@ def select(
         FIELDS["seed"].check(seed)
     if scorer not in SCORERS:
         raise InvalidRequest(f"scorer is {scorer!r}, but must be one of {', '.join(SCORERS)}", param="scorer")
-    _check_model(model := plain(model))
+    model = plain(model)
+    _check_text("model", model, _MODEL)
     texts = tuple(one for one in choices if isinstance(one, str | Value) and not holds_description(one))
     if len(texts) == len(choices):
         return SelectExpr(name, texts, scorer, temperature, seed, return_probs, model)
