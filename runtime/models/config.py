@@ -233,11 +233,6 @@ class ModelConfig:
         """Whether our layers have GPU kernels for all of it."""
         return self.experts is None and self.attention_softcap is None
 
-    @property
-    def kv_bytes_per_token_bf16(self) -> int:
-        """Bytes of one token's K and V in all layers, with two bytes per value."""
-        return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
 
 def check_size(name: str, value: object, shown: str | None = None) -> int:
     """Return a size of the model. Raises BrokenModelFile if it is none, or beyond what any model has."""
