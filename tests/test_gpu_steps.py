@@ -191,8 +191,10 @@ def test_the_table_says_what_is_met(steps: ModuleType) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_a_rehearsal_survives_the_failure_of_every_second_step(part: str, how: str, half: int, tmp_path: Path) -> None:
     """The commands themselves, on a CPU: what is planted fails, and nothing else does."""
-    command = ["bash", str(SCRIPTS / "run_on_gpu.sh"), part, str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHON": sys.executable, "KEEP": str(tmp_path / "keep")}
+    command = [sys.executable, str(SCRIPTS / "gpu_steps.py"), part, str(tmp_path / "out"), "--keep", str(tmp_path)]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1"}
+    environment |= {"PYTHONPATH": str(SCRIPTS.parent), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    (tmp_path / "triton").mkdir()
     shown = subprocess.run([*command, "--plan"], env=environment, capture_output=True, text=True, check=True).stdout
     table = shown[shown.index("step ") :].splitlines()[1:-1]
     names = [line.split()[0] for line in table if not line.startswith("launch ")]
