@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this tor
         '--models smollm2 --set grammar_on_device=false --set kv_cache_dtype="fp8_e4m3" --set max_loras=2 '
         '--set quantization="fp8"',
         '--models smollm2 --set kv_cache_dtype="fp8_e4m3" --set speculative_draft="mtp"',
-        pytest.param("--models qwen3-8b --set tp=2", marks=pytest.mark.slow),
+        pytest.param("--models qwen3-8b --set tp=2 --set num_kv_tokens=65536", marks=pytest.mark.slow),
     ],
 )
 def test_an_engine_starts_and_serves_every_kind_of_request(options: str, tmp_path: Path) -> None:
