@@ -26,7 +26,9 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this tor
         '--models llama-8b-blocks --set speculative_draft="smollm2"',
         '--models smollm2 --set grammar_on_device=false --set kv_cache_dtype="fp8_e4m3" --set max_loras=2 '
         '--set quantization="fp8"',
-        '--models smollm2 --set kv_cache_dtype="fp8_e4m3" --set speculative_draft="mtp"',
+        pytest.param(
+            '--models smollm2 --set kv_cache_dtype="fp8_e4m3" --set speculative_draft="mtp"', marks=pytest.mark.slow
+        ),
         pytest.param("--models qwen3-8b --set tp=2 --set num_kv_tokens=65536", marks=pytest.mark.slow),
     ],
 )
