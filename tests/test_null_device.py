@@ -137,7 +137,7 @@ def test_no_kernel_is_compiled_while_requests_of_all_kinds_run(settings: str, tm
     assert numbers, printed
     num_variants, num_graphs = map(int, numbers.groups())
     assert num_variants > 20
-    assert num_graphs > 100
+    assert num_graphs > 20  # how many steps run in one depends on when requests come
 
 
 def test_a_small_engine_on_the_device_gives_the_results_of_a_cpu(tmp_path: Path) -> None:

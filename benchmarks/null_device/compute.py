@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any  # torch's and Triton's own arguments
 
 import torch
+from rehearsal import interpret
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -153,6 +154,7 @@ def _run_computing(self: threading.Thread) -> None:
 
 def install() -> None:
     """Compute from now on, in this thread and in those that begin later."""
+    interpret()
     interpreter.GridExecutor.__call__ = _launch
     interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (args, kwargs)  # they are on the host
     interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
