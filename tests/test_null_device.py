@@ -17,6 +17,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "benchmarks" / "null_device" / "run"
+# The device stands in for CUDA where torch has it and no GPU is here; else
+# test_device_walk.py and check_gpu.py ask the same. Its driver is compiled here.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA"),

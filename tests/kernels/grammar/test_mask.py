@@ -329,6 +329,7 @@ class Stream:
         self.asked.append("synchronize")
 
 
+# The order of calls is the same on a GPU, where the stream must be a real one, which notes none.
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs a stream that does nothing")
 def test_a_new_grammar_waits_for_launched_steps_only_where_it_takes_anothers_place(
     monkeypatch: pytest.MonkeyPatch,
